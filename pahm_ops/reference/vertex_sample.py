@@ -1,0 +1,88 @@
+"""Pixel-aligned sampling of feature maps at projected vertices, in plain PyTorch.
+
+features: list of (B, C_s, H_s, W_s)   vertices: (B, N, 3) or (B, N, 2)   camera: None, (B, 3) or (B, 3, 3)
+output: (B, N, C_1 + ... + C_S)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def project(
+    vertices: Tensor,
+    camera: Tensor | None,
+    image_size: tuple[int, int] | None,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor]:
+    """Project vertices to normalised image coordinates.
+
+    Returns points (B, N, 2), x before y, in grid_sample's coordinates, and valid (B, N), bool. A vertex
+    with a NaN or infinite coordinate, or whose projection is not finite, is not valid; its point is (0, 0)
+    and carries no gradient. Raises ValueError for a finite vertex at or behind a perspective camera.
+    """
+    valid = vertices.isfinite().all(-1)
+    if camera is None:
+        points = torch.where(valid.unsqueeze(-1), vertices, 0.0)
+        return points, valid
+    valid = valid & camera.isfinite().flatten(1).all(1, keepdim=True)
+    camera = torch.where(camera.isfinite(), camera, 0.0)
+    vertices = torch.where(valid.unsqueeze(-1), vertices, 0.0)
+    if camera.dim() == 2:
+        points = camera[:, None, :1] * (vertices[..., :2] + camera[:, None, 1:])
+    else:
+        assert image_size is not None
+        rays = vertices @ camera.transpose(1, 2)
+        depth = rays[..., 2:]
+        front = depth.squeeze(-1) > 0
+        if not torch.compiler.is_compiling():
+            _refuse_behind(valid & ~front, depth.squeeze(-1))
+        valid = valid & front
+        pixels = rays[..., :2] / torch.where(valid.unsqueeze(-1), depth, 1.0)
+        extent = torch.tensor([image_size[1], image_size[0]], dtype=pixels.dtype, device=pixels.device)
+        points = 2 * pixels / (extent - 1) - 1 if align_corners else (2 * pixels + 1) / extent - 1
+    valid = valid & points.isfinite().all(-1)
+    return torch.where(valid.unsqueeze(-1), points, 0.0), valid
+
+
+def _refuse_behind(behind: Tensor, depth: Tensor) -> None:
+    if behind.any():
+        b, n = behind.nonzero()[0].tolist()
+        raise ValueError(
+            f"vertices must lie in front of the camera (depth > 0), but vertex {n} of batch item {b} "
+            f"is behind the camera at depth {depth[b, n].item():g}"
+        )
+
+
+def vertex_sample(
+    features: Sequence[Tensor],
+    vertices: Tensor,
+    camera: Tensor | None,
+    image_size: tuple[int, int] | None,
+    align_corners: bool,
+    padding_mode: str,
+) -> Tensor:
+    """Project, sample every map with grid_sample, concatenate; half and bfloat16 are computed in float32."""
+    dtype = features[0].dtype
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    camera = None if camera is None else camera.to(work)
+    points, valid = project(vertices.to(work), camera, image_size, align_corners)
+    # Beyond +-10 every point lies off the map or is clamped to its edge, whatever the map's size; clamping
+    # here changes no result and keeps grid_sample away from integer overflow and from 0 * inf.
+    points = points.clamp(-10, 10)
+    sampled = [
+        F.grid_sample(
+            feature.to(work),
+            points.unsqueeze(2),
+            mode="bilinear",
+            padding_mode=padding_mode,
+            align_corners=align_corners,
+        ).squeeze(3)
+        for feature in features
+    ]
+    output = torch.cat(sampled, 1).transpose(1, 2)
+    return torch.where(valid.unsqueeze(-1), output, 0.0).to(dtype).contiguous()
