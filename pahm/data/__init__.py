@@ -1,0 +1,1 @@
+"""Images of hands: reading, rendering and augmenting them."""

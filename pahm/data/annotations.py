@@ -1,0 +1,156 @@
+"""FreiHAND's annotation files: long JSON arrays, parsed once and kept as memory-mapped tables."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+_CHUNK = 1 << 22  # characters; the longest record, 778 vertices, takes about 60,000
+_SPACE = " \t\r\n"
+_DECODER = json.JSONDecoder()
+
+
+def iterate_array(path: Path) -> Iterator[object]:
+    """Yield the elements of the JSON array in `path`, holding a few megabytes of it at a time.
+
+    The real `training_verts.json` has 76 million numbers, which `json.load` turns into several gigabytes.
+    Raises ValueError, naming the file and the element, where the text is not a complete JSON array.
+    """
+    count = 0
+    with path.open(encoding="utf-8") as stream:
+        text, at, ended = stream.read(_CHUNK), 0, False
+
+        def refill() -> None:
+            nonlocal text, at, ended
+            more = stream.read(_CHUNK)
+            text, at, ended = text[at:] + more, 0, not more
+
+        def next_mark() -> str:
+            nonlocal at
+            while True:
+                while at < len(text) and text[at] in _SPACE:
+                    at += 1
+                if at < len(text) or ended:
+                    return text[at : at + 1]
+                refill()
+
+        if next_mark() != "[":
+            raise ValueError(f"{path} is not a JSON array: it starts with {text[:20]!r}")
+        at += 1
+        if next_mark() == "]":
+            return
+        while True:
+            next_mark()
+            try:
+                value, end = _DECODER.raw_decode(text, at)
+            except json.JSONDecodeError as error:
+                if not ended and len(text) - at < _CHUNK:
+                    refill()
+                    continue
+                state = "ends inside" if ended else "is not JSON at"
+                raise ValueError(f"{path} {state} element {count} ({error.msg})") from error
+            if end == len(text) and not ended:  # a number may go on in the next chunk
+                refill()
+                continue
+            at = end
+            yield value
+            count += 1
+            mark = next_mark()
+            at += 1
+            if mark == "]":
+                return
+            if mark != ",":
+                found = repr(mark) if mark else "the end of the file"
+                raise ValueError(f"{path}: expected ',' or ']' after element {count - 1}, found {found}")
+
+
+def parse_table(path: Path, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Parse a JSON array of records of the given shape into a float32 array `(count, *shape)`.
+
+    Raises ValueError, naming the file and the record, for another shape or a number that is not finite.
+    """
+    rows: list[npt.NDArray[np.float32]] = []
+    for index, value in enumerate(iterate_array(path)):
+        try:
+            row = np.asarray(value, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: record {index} is not an array of numbers ({error})") from error
+        if row.shape != shape:
+            raise ValueError(f"{path}: record {index} has shape {row.shape}, expected {shape}")
+        if not np.isfinite(row).all():
+            raise ValueError(f"{path}: record {index} has a value that is not finite")
+        rows.append(row)
+    return np.stack(rows) if rows else np.zeros((0, *shape), np.float32)
+
+
+class Table:
+    """Records of one annotation file as a float32 array, memory-mapped from a cache beside the file.
+
+    The cache `<stem>.<size>-<mtime>.npy` is written on the first read where the folder is writable, whole
+    or not at all, and is made anew when the JSON file's size or time changes. Pickling a table that has a
+    cache sends its path, so that data loader workers share the pages.
+
+    Parameters: `path`, the JSON file; `shape`, the shape of one record.
+    Raises FileNotFoundError for a missing file and ValueError for a malformed one.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
+        status = path.stat()
+        self.path = path
+        self.shape = shape
+        self._cache: Path | None = path.with_name(f"{path.stem}.{status.st_size}-{status.st_mtime_ns}.npy")
+        self._rows: npt.NDArray[np.float32] | None = None
+        if self._cache.is_file() and self._is_cache(self._cache):
+            return
+        rows = parse_table(path, shape)
+        if not self._write(self._cache, rows):
+            self._cache, self._rows = None, rows
+
+    @property
+    def rows(self) -> npt.NDArray[np.float32]:
+        """All records, `(count, *shape)` float32."""
+        if self._rows is None:
+            assert self._cache is not None
+            self._rows = np.load(self._cache, mmap_mode="r")
+        return self._rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> npt.NDArray[np.float32]:
+        return np.array(self.rows[index])
+
+    def __getstate__(self) -> dict[str, object]:
+        state = dict(self.__dict__)
+        if self._cache is not None:
+            state["_rows"] = None
+        return state
+
+    def _is_cache(self, cache: Path) -> bool:
+        try:
+            rows = np.load(cache, mmap_mode="r")
+        except (ValueError, EOFError, OSError):
+            return False
+        return rows.dtype == np.float32 and rows.shape[1:] == self.shape
+
+    def _write(self, cache: Path, rows: npt.NDArray[np.float32]) -> bool:
+        """Write the cache and drop those of earlier versions of the file; False where that is not allowed."""
+        partial = cache.with_suffix(f".{os.getpid()}.partial")
+        try:
+            with partial.open("wb") as stream:
+                np.save(stream, rows)
+            partial.replace(cache)
+        except OSError:
+            with contextlib.suppress(OSError):  # on a read-only disk there is nothing to remove
+                partial.unlink()
+            return False
+        for old in self.path.parent.glob(f"{self.path.stem}.*-*.npy"):
+            if old != cache:
+                old.unlink(missing_ok=True)
+        return True

@@ -1,0 +1,200 @@
+"""Crops of hand images: geometry, colour, and what both do to the intrinsics and the 3D labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_FILL = tuple(round(255 * value) for value in IMAGENET_MEAN)
+_LUMA = torch.tensor([0.299, 0.587, 0.114])
+_RGB_TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+_YIQ_TO_RGB = torch.linalg.inv(_RGB_TO_YIQ)
+_MAX_SHRINK = 1.2  # input pixels per output pixel above which bilinear sampling alone would alias
+
+Matrix = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Ranges of the random changes; each is uniform in plus or minus its value about "no change".
+
+    rotation: degrees in the image plane. translation: fraction of the crop's side, each axis apart.
+    scale: relative size of the hand, factor in [1 - scale, 1 + scale]. brightness, contrast, saturation:
+    factors in [1 - value, 1 + value]. hue: degrees of rotation of the hue circle.
+    The defaults are those of CMR and METRO but for the rotation, which is kept to what cameras see.
+
+    Raises ValueError for a negative or not finite range, or one that would allow a factor of zero.
+    """
+
+    rotation: float = 60.0
+    translation: float = 0.08
+    scale: float = 0.2
+    brightness: float = 0.25
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 18.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            limit = math.inf if field.name in ("rotation", "hue") else 1.0
+            if not (math.isfinite(value) and 0 <= value < limit):
+                bound = "" if math.isinf(limit) else " and below 1"
+                raise ValueError(f"{field.name}: expected a finite number of at least 0{bound}, got {value!r}")
+
+
+def crop_matrix(
+    box: Sequence[float], size: int, *, rotation: float = 0.0, mirror: bool = False
+) -> Matrix:
+    """Matrix (3, 3) that maps pixels of an image to pixels of a square crop of it.
+
+    box: `(x, y, width, height)` of the square region in pixels, measured from the outer corner of the
+    top-left pixel as image libraries do, so that `(0, 0, W, H)` is the whole image; width equals height.
+    size: the crop's side in pixels. rotation: radians, x towards y (clockwise on the screen), about the
+    box's centre. mirror: flip left and right afterwards. The matrix acts on homogeneous pixels `(u, v, 1)`
+    measured from the centre of the top-left pixel on both sides: u' = s (u - x + 0.5) - 0.5.
+    """
+    x, y, width, height = (float(value) for value in box)
+    scale = size / width
+    if not math.isclose(width, height, rel_tol=1e-6):
+        raise ValueError(f"box: expected a square, got width {width} and height {height}")
+    cos, sin = scale * math.cos(rotation), scale * math.sin(rotation)
+    # The pixel-centre coordinate of the box's centre goes to that of the crop's centre.
+    u, v, centre = x + width / 2 - 0.5, y + height / 2 - 0.5, (size - 1) / 2
+    matrix = np.array(
+        [[cos, -sin, centre - cos * u + sin * v], [sin, cos, centre - sin * u - cos * v], [0.0, 0.0, 1.0]]
+    )
+    if mirror:
+        matrix = np.array([[-1.0, 0.0, size - 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]) @ matrix
+    return matrix
+
+
+def warp(image: Image.Image, matrix: Matrix, size: int) -> Image.Image:
+    """Resample a PIL image ("RGB" or "L") into a `size` x `size` crop.
+
+    matrix: (3, 3), image pixels to crop pixels as from `crop_matrix`. Bilinear; where the crop shrinks the
+    image it is first reduced with an antialiasing filter. Outside the image an RGB crop gets ImageNet's mean
+    colour (zero once normalised), an L crop 0.
+    """
+    shrink = 1.0 / math.sqrt(abs(np.linalg.det(matrix[:2, :2])))
+    half = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
+    inverse = half @ np.linalg.inv(matrix) @ np.linalg.inv(half)  # Pillow measures from pixel corners
+    if shrink > _MAX_SHRINK:
+        width, height = (max(1, math.ceil(side / shrink)) for side in image.size)
+        ratio = np.diag([width / image.width, height / image.height, 1.0])
+        image = image.resize((width, height), Image.Resampling.HAMMING)  # as cheap as bilinear, sharper
+        inverse = ratio @ inverse
+    # Round-off of a few 1e-16 would put the border pixels of an exact copy outside the image.
+    coefficients = tuple(np.round(inverse[:2].reshape(-1), 9))
+    fill = _FILL if image.mode == "RGB" else 0
+    return image.transform(
+        (size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR, fillcolor=fill
+    )
+
+
+def colour_matrix(mean: float, brightness: float, contrast: float, saturation: float, hue: float) -> Tensor:
+    """Affine map (3, 4) of RGB in [0, 1] that changes brightness, contrast, saturation and hue at once.
+
+    mean: the image's mean luminance, the fixed point of the contrast. brightness, contrast, saturation:
+    factors, 1 for no change. hue: radians, a rotation about the grey axis of YIQ. All four are affine, so
+    their product costs one pass over the pixels.
+    """
+    cos, sin = math.cos(hue), math.sin(hue)
+    turn = torch.tensor([[1.0, 0.0, 0.0], [0.0, cos, -sin], [0.0, sin, cos]])
+    linear = _YIQ_TO_RGB @ turn @ _RGB_TO_YIQ
+    linear = (saturation * torch.eye(3) + (1 - saturation) * _LUMA.expand(3, 3)) @ linear
+    offset = torch.full((3, 1), (1 - contrast) * mean * brightness)
+    return torch.cat([contrast * brightness * linear, offset], dim=1)
+
+
+def normalise(image: Image.Image, colour: Tensor | None = None) -> Tensor:
+    """Turn an RGB image into a float32 tensor (3, H, W) normalised with ImageNet's mean and deviation.
+
+    colour: optional (3, 4) map from `colour_matrix`; its result is clamped to [0, 1] before normalising.
+    """
+    pixels = torch.from_numpy(np.array(image)).reshape(-1, 3).t().to(torch.float32).div_(255.0)
+    if colour is not None:
+        pixels = torch.addmm(colour[:, 3:], colour[:, :3], pixels).clamp_(0.0, 1.0)
+    mean, deviation = torch.tensor(IMAGENET_MEAN)[:, None], torch.tensor(IMAGENET_STD)[:, None]
+    return pixels.sub_(mean).div_(deviation).reshape(3, image.height, image.width)
+
+
+class CropTransform:
+    """Turns a sample of `FreiHand` into the tensors that a network is trained on.
+
+    size: the crop's side S in pixels. augment: ranges of the random changes, or None for the whole image
+    resized (its centred square where it is not square). Random numbers come from torch's default generator,
+    which data loaders seed apart for each worker and epoch from the main process's seed.
+
+    Called with a sample, returns a dict: `image` (3, S, S) float32, ImageNet normalised; `mask` (1, S, S)
+    float32, 0 or 1; `K` (3, 3) float32, maps the camera space of the labels to crop pixels; `joints` (21, 3)
+    and `vertices` (778, 3) float32, metres in the camera space after the in-plane rotation; `joints_2d`
+    (21, 2) float32, pixels of the crop; `scale` () float32, metres; `index` () int64. Keys that the sample
+    does not have are absent. With the rotation R_z of the image by A (image pixels to crop pixels):
+    X' = R_z X and K' = A K R_z^T, so that K' X' ~ A K X holds exactly.
+
+    Raises ValueError for a size below 8 pixels.
+    """
+
+    def __init__(self, size: int, augment: AugmentConfig | None = None) -> None:
+        if size < 8:
+            raise ValueError(f"size: expected at least 8 pixels, got {size}")
+        self.size = size
+        self.augment = augment
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Tensor]:
+        image: Image.Image = sample["image"]
+        width, height = image.size
+        side, centre_x, centre_y, angle, colour = float(max(width, height)), width / 2, height / 2, 0.0, None
+        draws: list[float] = []
+        if self.augment is not None:
+            config = self.augment
+            draws = (2 * torch.rand(8, dtype=torch.float64) - 1).tolist()
+            angle = math.radians(config.rotation) * draws[0]
+            side /= 1 + config.scale * draws[1]
+            centre_x += config.translation * side * draws[2]
+            centre_y += config.translation * side * draws[3]
+        matrix = crop_matrix((centre_x - side / 2, centre_y - side / 2, side, side), self.size, rotation=angle)
+        crop = warp(image, matrix, self.size)
+        if self.augment is not None:
+            luminance = float(np.asarray(crop.convert("L").reduce(4)).mean()) / 255
+            colour = colour_matrix(
+                luminance,
+                1 + config.brightness * draws[4],
+                1 + config.contrast * draws[5],
+                1 + config.saturation * draws[6],
+                math.radians(config.hue) * draws[7],
+            )
+        cos, sin = math.cos(angle), math.sin(angle)
+        rotation = np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
+        intrinsics = matrix @ np.asarray(sample["K"], np.float64) @ rotation.T
+        result = {
+            "image": normalise(crop, colour),
+            "K": torch.from_numpy(intrinsics.astype(np.float32)),
+            "index": torch.tensor(sample["index"]),
+        }
+        if "mask" in sample:
+            mask = np.array(warp(sample["mask"], matrix, self.size)) > 127
+            result["mask"] = torch.from_numpy(mask).to(torch.float32)[None]
+        if "scale" in sample:
+            result["scale"] = torch.tensor(float(sample["scale"]))
+        for key in ("joints", "vertices"):
+            if key in sample:
+                points = np.asarray(sample[key], np.float64) @ rotation.T
+                result[key] = torch.from_numpy(points.astype(np.float32))
+                if key == "joints":
+                    projected = points @ intrinsics.T
+                    result["joints_2d"] = torch.from_numpy(
+                        (projected[:, :2] / projected[:, 2:]).astype(np.float32)
+                    )
+        return result

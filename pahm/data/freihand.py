@@ -1,0 +1,124 @@
+"""FreiHAND (Zimmermann et al., ICCV 2019) as a data set: the real one and those that `pahm synth` makes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
+
+from pahm.data.annotations import Table
+
+Split = Literal["training", "evaluation"]
+Sample = dict[str, Any]
+
+_SHAPES: dict[str, tuple[int, ...]] = {"K": (3, 3), "scale": (), "xyz": (21, 3), "verts": (778, 3)}
+_KEYS = {"K": "K", "scale": "scale", "xyz": "joints", "verts": "vertices"}
+
+
+def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Image.Image:
+    """Decode the image file at `path` into a PIL image of the given mode ("RGB" or "L").
+
+    Raises FileNotFoundError, or ValueError naming the file where it is not a complete image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert(mode)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"image: {os.fspath(path)} does not exist") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image: {os.fspath(path)} is not a readable image ({error})") from error
+
+
+class FreiHand(Dataset[Sample]):
+    """Samples of one split of a folder in FreiHAND's layout.
+
+    The folder has `training/rgb/%08d.jpg`, `training/mask/%08d.jpg` and `training_{K,scale,xyz,verts}.json`,
+    and the same with `evaluation`, where masks, xyz and verts may be absent (they are before 2022). There
+    may be several images an annotation, as in FreiHAND, which shows each of 32,560 poses before 4
+    backgrounds: image i has annotation and mask i % 32560.
+
+    Item i is a dict: `image` PIL RGB; `mask` PIL L, where there are masks; `K` (3, 3), intrinsics in pixels;
+    `joints` (21, 3) and `vertices` (778, 3), metres in camera space, where annotated; `scale`, the length of
+    the middle finger's proximal bone in metres; all float32 numpy; `index` int; `name`, the image's path
+    inside the folder. With `transform` the item is what that returns for the dict.
+
+    Annotations are parsed once and cached as `.npy` beside the JSON files (see `Table`).
+
+    Raises FileNotFoundError naming the missing file or folder, ValueError for an unknown split and for
+    annotation files that do not fit each other or the images, IndexError for an index out of range.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        split: Split = "training",
+        transform: Callable[[Sample], Sample] | None = None,
+    ) -> None:
+        if split not in get_args(Split):
+            raise ValueError(f"split: expected one of {', '.join(get_args(Split))}, got {split!r}")
+        self.root = Path(root)
+        self.split = split
+        self.transform = transform
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"root: {self.root} is not a folder")
+        optional = split == "evaluation"
+        self._require(self.root / split / "rgb")
+        if not optional:
+            self._require(self.root / split / "mask")
+        paths = {name: self.root / f"{split}_{name}.json" for name in _SHAPES}
+        for name, path in paths.items():
+            if not (optional and name in ("xyz", "verts")):
+                self._require(path)
+        self.tables = {
+            _KEYS[name]: Table(path, _SHAPES[name]) for name, path in paths.items() if path.is_file()
+        }
+        counts = {table.path.name: len(table) for table in self.tables.values()}
+        if len(set(counts.values())) != 1:
+            listed = ", ".join(f"{name} has {count}" for name, count in counts.items())
+            raise ValueError(f"{self.root}: the annotation files differ in their number of records: {listed}")
+        self.annotations = next(iter(counts.values()))
+        self.images = self._count("rgb")
+        if self.annotations == 0 or self.images == 0 or self.images % self.annotations:
+            raise ValueError(
+                f"{self.root}: {split}/rgb has {self.images} images for the {self.annotations} records of "
+                f"{split}_K.json, expected a positive multiple"
+            )
+        self.has_masks = (self.root / split / "mask").is_dir()
+        if self.has_masks and (masks := self._count("mask")) < self.annotations:
+            raise ValueError(
+                f"{self.root}: {split}/mask has {masks} masks for the {self.annotations} records of {split}_K.json"
+            )
+
+    def __len__(self) -> int:
+        return self.images
+
+    def __getitem__(self, index: int) -> Sample:
+        if not -self.images <= index < self.images:
+            raise IndexError(f"index: {index} is out of range for {self.images} images")
+        index %= self.images
+        row = index % self.annotations
+        name = f"{self.split}/rgb/{index:08d}.jpg"
+        sample: Sample = {"image": read_image(self.root / name), "index": index, "name": name}
+        if self.has_masks:
+            sample["mask"] = read_image(self.root / self.split / "mask" / f"{row:08d}.jpg", "L")
+        for key, table in self.tables.items():
+            sample[key] = table[row]
+        return sample if self.transform is None else self.transform(sample)
+
+    def _require(self, path: Path) -> None:
+        if not path.exists():
+            relative = path.relative_to(self.root)
+            raise FileNotFoundError(f"root: {self.root} is not in FreiHAND's layout, {relative} is missing")
+
+    def _count(self, kind: str) -> int:
+        """Number of files 00000000.jpg, 00000001.jpg, ... in a folder of the split; they must leave no gap."""
+        folder = self.root / self.split / kind
+        names = {name for name in os.listdir(folder) if len(name) == 12 and name.endswith(".jpg")}
+        for index in range(len(names)):
+            if f"{index:08d}.jpg" not in names:
+                raise FileNotFoundError(f"{folder / f'{index:08d}.jpg'} is missing, though later images exist")
+        return len(names)
