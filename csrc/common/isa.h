@@ -1,0 +1,30 @@
+// The instruction set that the CPU kernels of this process use, chosen at run time.
+#pragma once
+
+namespace pahm {
+
+enum class Isa : int { plain = 0, avx2 = 1, avx512 = 2 };
+
+// The best set this CPU has, or the one that the environment variable PAHM_CPU_ISA names. Read anew at each
+// call. Throws std::invalid_argument if the variable names a set that does not exist or that this CPU lacks.
+Isa active_isa();
+
+}  // namespace pahm
+
+// Calls FUNCTION as it was compiled for the active instruction set (see foreach_isa.h).
+#if defined(__x86_64__)
+#define PAHM_ISA_CALL(FUNCTION, ...)              \
+  switch (::pahm::active_isa()) {                 \
+    case ::pahm::Isa::avx512:                     \
+      ::pahm::isa_avx512::FUNCTION(__VA_ARGS__);  \
+      break;                                      \
+    case ::pahm::Isa::avx2:                       \
+      ::pahm::isa_avx2::FUNCTION(__VA_ARGS__);    \
+      break;                                      \
+    case ::pahm::Isa::plain:                      \
+      ::pahm::isa_plain::FUNCTION(__VA_ARGS__);   \
+      break;                                      \
+  }
+#else
+#define PAHM_ISA_CALL(FUNCTION, ...) ::pahm::isa_plain::FUNCTION(__VA_ARGS__)
+#endif

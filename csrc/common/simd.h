@@ -1,0 +1,92 @@
+// Vectors of PAHM_VECTOR_BYTES, as compiler vectors: +, -, * work on them, and a * b + c becomes one fused
+// instruction. Included by foreach_isa.h, once an instruction set; hence no include guard.
+namespace pahm::PAHM_ISA {
+
+template <typename T, int Bytes = PAHM_VECTOR_BYTES>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(Bytes)));
+};
+
+// A register of T, which is float or double.
+template <typename T>
+using Vec = typename VectorOf<T>::type;
+
+template <typename T>
+inline constexpr int lanes = PAHM_VECTOR_BYTES / static_cast<int>(sizeof(T));
+
+// What memory of type S is computed in: bfloat16 in float.
+template <typename S>
+struct ComputeOf {
+  using type = S;
+};
+template <>
+struct ComputeOf<c10::BFloat16> {
+  using type = float;
+};
+template <typename S>
+using Compute = typename ComputeOf<S>::type;
+
+template <typename T>
+inline __attribute__((always_inline)) Vec<T> broadcast(T value) {
+  return Vec<T>{} + value;
+}
+
+// Unaligned loads and stores of lanes<T> elements.
+inline __attribute__((always_inline)) Vec<float> load(const float* p) {
+  Vec<float> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline __attribute__((always_inline)) Vec<double> load(const double* p) {
+  Vec<double> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline __attribute__((always_inline)) Vec<float> load(const c10::BFloat16* p) {
+  typename VectorOf<uint16_t, PAHM_VECTOR_BYTES / 2>::type narrow;
+  std::memcpy(&narrow, p, sizeof narrow);
+  const auto wide = __builtin_convertvector(narrow, Vec<uint32_t>) << 16;
+  Vec<float> v;
+  std::memcpy(&v, &wide, sizeof v);
+  return v;
+}
+
+inline __attribute__((always_inline)) void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof v); }
+inline __attribute__((always_inline)) void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof v); }
+// Rounds to nearest even; a NaN stays one.
+inline __attribute__((always_inline)) void store(c10::BFloat16* p, Vec<float> v) {
+  Vec<uint32_t> bits;
+  std::memcpy(&bits, &v, sizeof v);
+  const Vec<uint32_t> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Vec<uint32_t> is_nan = reinterpret_cast<Vec<uint32_t>>(v != v);
+  const Vec<uint32_t> chosen = (rounded & ~is_nan) | (is_nan & 0x7fc0u);
+  const auto narrow = __builtin_convertvector(chosen, typename VectorOf<uint16_t, PAHM_VECTOR_BYTES / 2>::type);
+  std::memcpy(p, &narrow, sizeof narrow);
+}
+
+// The first `count` lanes only (0 <= count <= lanes); a load fills the others with zero.
+template <typename S>
+inline __attribute__((always_inline)) Vec<Compute<S>> load_first(const S* p, int64_t count) {
+  alignas(PAHM_VECTOR_BYTES) S buffer[lanes<Compute<S>>] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(count) * sizeof(S));
+  return load(buffer);
+}
+template <typename S>
+inline __attribute__((always_inline)) void store_first(S* p, Vec<Compute<S>> v, int64_t count) {
+  alignas(PAHM_VECTOR_BYTES) S buffer[lanes<Compute<S>>];
+  store(buffer, v);
+  std::memcpy(p, buffer, static_cast<size_t>(count) * sizeof(S));
+}
+
+// The sum of all lanes, in a fixed order.
+template <typename T>
+inline __attribute__((always_inline)) T sum_lanes(Vec<T> v) {
+  T part[lanes<T>];
+  std::memcpy(part, &v, sizeof v);
+  for (int width = lanes<T> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) part[i] += part[i + width];
+  }
+  return part[0];
+}
+
+}  // namespace pahm::PAHM_ISA

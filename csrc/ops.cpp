@@ -1,0 +1,12 @@
+// The whole op surface: one schema a line. Kernels register themselves in the file of their op.
+#include <torch/csrc/stable/library.h>
+
+// clang-format off
+STABLE_TORCH_LIBRARY(pahm_ops, m) {
+  m.def("cpu_isa() -> int");
+  m.def("spiral_conv(Tensor x, Tensor indices, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("spiral_conv_input_grad(Tensor grad, Tensor indices, Tensor weight, SymInt vertices) -> Tensor");
+  m.def("spiral_conv_weight_grad(Tensor grad, Tensor x, Tensor indices) -> Tensor");
+  m.def("mesh_pool(Tensor x, Tensor row_pointers, Tensor columns, Tensor values) -> Tensor");
+}
+// clang-format on
