@@ -68,14 +68,14 @@ def test_augmented_labels_project_on_the_same_image_content(size, seed):
     result = CropTransform(size, GEOMETRY_ONLY)(sample_with_spot(point))
     picture = brightness_map(result["image"])
     expected = result["joints_2d"][9].numpy()
-    row, column = (int(round(value)) for value in (expected[1], expected[0]))
+    row, column = (round(float(value)) for value in (expected[1], expected[0]))
     reach = max(4, size // 20)
     assert reach < min(row, column) and max(row, column) < size - reach
     window = picture[row - reach : row + reach + 1, column - reach : column + reach + 1]
     window = np.maximum(window - 0.02, 0)
     assert window.max() > 0.5
     np.testing.assert_allclose(
-        centroid(window) + [column - reach, row - reach], expected, atol=0.02 + 0.001 * size
+        centroid(window) + np.array([column - reach, row - reach]), expected, atol=0.02 + 0.001 * size
     )
     np.testing.assert_allclose(centroid(result["mask"][0].numpy()), expected, atol=0.6)
     projected = result["vertices"][0].double() @ result["K"].double().T
@@ -89,7 +89,8 @@ def test_rotation_keeps_depth_and_distances_and_turns_the_labels():
     torch.manual_seed(0)
     result = CropTransform(128, AugmentConfig(90, 0, 0, 0, 0, 0, 0))(sample)
     x, y, z = sample["joints"].astype(np.float64).T
-    turned = np.stack([math.cos(angle) * x - math.sin(angle) * y, math.sin(angle) * x + math.cos(angle) * y, z])
+    cos, sin = math.cos(angle), math.sin(angle)
+    turned = np.stack([cos * x - sin * y, sin * x + cos * y, z])
     np.testing.assert_allclose(result["joints"].numpy(), turned.T, atol=1e-6)
     # K' X' = A K X with the crop matrix of the same angle, by hand.
     matrix = crop_matrix((0, 0, 224, 224), 128, rotation=angle)
@@ -202,7 +203,9 @@ def test_labels_that_are_absent_stay_absent():
     assert set(CropTransform(64)(sample)) == {"image", "K", "index", "scale"}
 
 
-@pytest.mark.parametrize("arguments", [{"rotation": -1}, {"scale": 1.0}, {"hue": math.nan}, {"translation": 2}])
+@pytest.mark.parametrize(
+    "arguments", [{"rotation": -1}, {"scale": 1.0}, {"hue": math.nan}, {"translation": 2.0}]
+)
 def test_bad_ranges_are_named(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         AugmentConfig(**arguments)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 _CHUNK = 1 << 22  # characters; the longest record, 778 vertices, takes about 60,000
 _SPACE = " \t\r\n"
+_AFTER = (*_SPACE, ",", "]")
 _DECODER = json.JSONDecoder()
 
 
@@ -55,7 +56,8 @@ def iterate_array(path: Path) -> Iterator[object]:
                     continue
                 state = "ends inside" if ended else "is not JSON at"
                 raise ValueError(f"{path} {state} element {count} ({error.msg})") from error
-            if end == len(text) and not ended:  # a number may go on in the next chunk
+            # "1." at the end of a chunk parses as 1: what follows an element must be in sight.
+            if text[end : end + 1] not in _AFTER and not ended and len(text) - at < _CHUNK:
                 refill()
                 continue
             at = end

@@ -50,12 +50,10 @@ class AugmentConfig:
             limit = math.inf if field.name in ("rotation", "hue") else 1.0
             if not (math.isfinite(value) and 0 <= value < limit):
                 bound = "" if math.isinf(limit) else " and below 1"
-                raise ValueError(f"{field.name}: expected a finite number of at least 0{bound}, got {value!r}")
+                raise ValueError(f"{field.name}: expected a finite number >= 0{bound}, got {value!r}")
 
 
-def crop_matrix(
-    box: Sequence[float], size: int, *, rotation: float = 0.0, mirror: bool = False
-) -> Matrix:
+def crop_matrix(box: Sequence[float], size: int, *, rotation: float = 0.0, mirror: bool = False) -> Matrix:
     """Matrix (3, 3) that maps pixels of an image to pixels of a square crop of it.
 
     box: `(x, y, width, height)` of the square region in pixels, measured from the outer corner of the
@@ -164,7 +162,8 @@ class CropTransform:
             side /= 1 + config.scale * draws[1]
             centre_x += config.translation * side * draws[2]
             centre_y += config.translation * side * draws[3]
-        matrix = crop_matrix((centre_x - side / 2, centre_y - side / 2, side, side), self.size, rotation=angle)
+        box = (centre_x - side / 2, centre_y - side / 2, side, side)
+        matrix = crop_matrix(box, self.size, rotation=angle)
         crop = warp(image, matrix, self.size)
         if self.augment is not None:
             luminance = float(np.asarray(crop.convert("L").reduce(4)).mean()) / 255

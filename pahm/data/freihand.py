@@ -90,7 +90,8 @@ class FreiHand(Dataset[Sample]):
         self.has_masks = (self.root / split / "mask").is_dir()
         if self.has_masks and (masks := self._count("mask")) < self.annotations:
             raise ValueError(
-                f"{self.root}: {split}/mask has {masks} masks for the {self.annotations} records of {split}_K.json"
+                f"{self.root}: {split}/mask has {masks} masks for the {self.annotations} records of "
+                f"{split}_K.json"
             )
 
     def __len__(self) -> int:
@@ -115,10 +116,10 @@ class FreiHand(Dataset[Sample]):
             raise FileNotFoundError(f"root: {self.root} is not in FreiHAND's layout, {relative} is missing")
 
     def _count(self, kind: str) -> int:
-        """Number of files 00000000.jpg, 00000001.jpg, ... in a folder of the split; they must leave no gap."""
+        """Number of files 00000000.jpg, 00000001.jpg, ... in a folder of the split; no gap is allowed."""
         folder = self.root / self.split / kind
         names = {name for name in os.listdir(folder) if len(name) == 12 and name.endswith(".jpg")}
         for index in range(len(names)):
-            if f"{index:08d}.jpg" not in names:
-                raise FileNotFoundError(f"{folder / f'{index:08d}.jpg'} is missing, though later images exist")
+            if (name := f"{index:08d}.jpg") not in names:
+                raise FileNotFoundError(f"{folder / name} is missing, though later images exist")
         return len(names)
