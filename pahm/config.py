@@ -1,0 +1,218 @@
+"""One typed configuration for the network, its losses, its training and its augmentation.
+
+`preset("tiny" | "resnet18" | "resnet50" | "hrnet_w64")` gives a `Config`; `Config.override` changes single
+values by dotted name, and `to_json` / `from_json` carry it into a checkpoint and back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from pahm.data.augment import AugmentConfig
+
+LEVEL_SIZES = (778, 389, 195, 98)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network of section 3. Tuples over levels run as the decoder does, from M4 (98) to M1 (778)."""
+
+    backbone: str = "resnet18"
+    """A timm model with features at strides 4, 8, 16 and 32."""
+    pretrained: bool = False
+    """Start from timm's ImageNet weights (downloaded by timm)."""
+    backbone_weights: str | None = None
+    """A local `.safetensors` or `.pth` file of the timm model's weights, for machines without a network."""
+    image_size: int = 224
+    """Side of the square input in pixels, a multiple of 32."""
+    feature_channels: tuple[int, int, int, int] = (256, 256, 128, 64)
+    """Channels of Q_s at strides 32, 16, 8, 4."""
+    decoder_channels: tuple[int, int, int, int] = (256, 128, 64, 64)
+    """Vertex channels at M4, M3, M2, M1."""
+    spiral_length: int = 9
+    attention_heads: tuple[int, int, int, int] = (4, 4, 4, 4)
+    """Heads of the self-attention in the mesh-conv layers of M4, M3, M2, M1; 0 leaves it out."""
+    root_joint: int = 9
+    """The joint (FreiHAND's order) that predicted meshes are relative to."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of equations 5 and 6, and of what the paper leaves open."""
+
+    mesh: tuple[float, float, float, float] = (0.25, 0.5, 0.75, 1.0)
+    """The paper's lambda_m for M4, M3, M2, M1 (values not given there)."""
+    edge: float = 1.0
+    normal: float = 0.1
+    silhouette: float = 2.5
+    pose: float = 10.0
+    projection: float = 1.0
+    """Weight of the camera's supervision, see `pahm.losses.projection_loss`."""
+    heatmap_sigma: float = 3.5
+    """Standard deviation of a pose heatmap's Gaussian, in pixels of a 224-pixel image (CMR)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation."""
+
+    epochs: int = 50
+    batch_size: int = 64
+    """Images a step, over all devices together."""
+    learning_rate: float = 1e-4
+    optimizer: Literal["adam", "adamw"] = "adam"
+    weight_decay: float = 0.0
+    schedule: Literal["step", "cosine"] = "step"
+    """`step`: times `decay` at each epoch of `milestones`. `cosine`: 5 % of the steps of warm-up, then a cosine to 0."""
+    milestones: tuple[int, ...] = (35,)
+    decay: float = 0.1
+    gradient_clip: float = 0.0
+    """Largest gradient norm; 0 does not clip."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    channels_last: bool = True
+    workers: int = 2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides what a training run computes."""
+
+    name: str = "resnet18"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def override(self, values: Mapping[str, Any]) -> Config:
+        """A copy with single values changed, e.g. `{"train.epochs": 3, "model.backbone": "resnet50"}`.
+
+        Strings are read as JSON where the field is not a string. Raises ValueError for a name that does not
+        exist or a value of another type.
+        """
+        tree = asdict(self)
+        for name, value in values.items():
+            *parents, leaf = name.split(".")
+            node: Any = tree
+            for parent in parents:
+                node = node.get(parent) if isinstance(node, dict) else None
+            if not isinstance(node, dict) or leaf not in node or isinstance(node[leaf], dict):
+                raise ValueError(f"configuration has no value named {name!r}; it has {', '.join(_leaves(tree))}")
+            node[leaf] = value
+        return from_dict(tree)
+
+    def to_json(self) -> str:
+        """The configuration as one JSON object."""
+        return json.dumps(asdict(self))
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Build a `Config` from nested dictionaries, checking every name and type (ValueError names the first wrong one)."""
+    return _build(Config, values, "")
+
+
+def from_json(text: str) -> Config:
+    """The inverse of `Config.to_json`."""
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise ValueError(f"configuration: expected a JSON object, got {type(values).__name__}")
+    return from_dict(values)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for key, value in tree.items():
+        names += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+    return names
+
+
+def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    unknown = set(values) - set(hints)
+    if unknown:
+        raise ValueError(f"configuration has no value named {prefix}{min(unknown)!s}; it has {', '.join(hints)}")
+    arguments = {}
+    for name, value in values.items():
+        kind = hints[name]
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{prefix}{name}: expected an object, got {value!r}")
+            arguments[name] = _build(kind, value, f"{prefix}{name}.")
+        else:
+            arguments[name] = _convert(value, kind, f"{prefix}{name}")
+    return cls(**arguments)
+
+
+def _convert(value: Any, kind: Any, name: str) -> Any:
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    accepts_text = kind is str or (origin is Literal and isinstance(options[0], str)) or str in options
+    if isinstance(value, str) and not accepts_text:
+        try:
+            value = json.loads(value.lower() if kind is bool else value)
+        except json.JSONDecodeError:
+            raise ValueError(f"{name}: expected {_describe(kind)}, got {value!r}") from None
+    if origin is Literal:
+        if value in options:
+            return value
+    elif origin is tuple:
+        each = options[0]
+        if isinstance(value, (list, tuple)) and (options[-1] is Ellipsis or len(value) == len(options)):
+            return tuple(_convert(v, each, name) for v in value)
+    elif origin is not None:  # X | None
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        return _convert(value, next(o for o in options if o is not type(None)), name)
+    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif type(value) is kind:
+        return value
+    raise ValueError(f"{name}: expected {_describe(kind)}, got {value!r}")
+
+
+def _describe(kind: Any) -> str:
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(o) for o in options)
+    if origin is tuple:
+        count = "a list" if options[-1] is Ellipsis else f"{len(options)} values"
+        return f"{count} of type {options[0].__name__}"
+    return getattr(kind, "__name__", str(kind))
+
+
+PRESETS: dict[str, Config] = {
+    "tiny": Config(
+        name="tiny",
+        model=ModelConfig(
+            backbone="mobilenetv4_conv_small",
+            image_size=128,
+            feature_channels=(192, 128, 96, 64),
+            decoder_channels=(128, 96, 64, 32),
+            # At 778 vertices attention would take a third of a training step's time on a CPU.
+            attention_heads=(4, 4, 4, 0),
+        ),
+        train=TrainConfig(
+            epochs=20,
+            learning_rate=2e-3,
+            optimizer="adamw",
+            weight_decay=0.02,
+            schedule="cosine",
+            gradient_clip=1.0,
+        ),
+        augment=AugmentConfig(rotation=45.0),
+    ),
+    "resnet18": Config(name="resnet18", model=ModelConfig(backbone="resnet18", pretrained=True)),
+    "resnet50": Config(name="resnet50", model=ModelConfig(backbone="resnet50", pretrained=True)),
+    "hrnet_w64": Config(name="hrnet_w64", model=ModelConfig(backbone="hrnet_w64", pretrained=True)),
+}
+
+
+def preset(name: str) -> Config:
+    """One of `PRESETS` by name; ValueError lists them."""
+    if name not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]

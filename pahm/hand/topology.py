@@ -1,0 +1,51 @@
+"""What a network must know of a hand: its mesh at four levels and where its joints are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pahm.hand.model import HandModel
+from pahm_ops.mesh import MeshHierarchy
+
+SIZES = (778, 389, 195, 98)
+
+
+class HandTopology(NamedTuple):
+    """The meshes M1 ... M4 of a hand and the regressor of its 21 joints."""
+
+    hierarchy: MeshHierarchy
+    """Levels finest first, 778, 389, 195 and 98 vertices, of the mean hand in metres."""
+    joint_regressor: NDArray[np.float64]
+    """`(21, 778)`: joints = regressor @ vertices, FreiHAND's order."""
+
+    @classmethod
+    def load(cls) -> HandTopology:
+        """The shipped open hand's, from the package's assets."""
+        with resources.as_file(resources.files("pahm") / "assets" / "hierarchy.npz") as path:
+            hierarchy = MeshHierarchy.load(path)
+        return cls(hierarchy, _regressor(HandModel.load()))
+
+    @classmethod
+    def from_hand(cls, hand: HandModel) -> HandTopology:
+        """Build the hierarchy of another hand with 778 vertices, such as MANO's."""
+        vertices = hand.template.detach().cpu().numpy().astype(np.float64)
+        return cls(MeshHierarchy.build(vertices, hand.faces.cpu().numpy(), SIZES), _regressor(hand))
+
+    def to_arrays(self) -> dict[str, NDArray[np.generic]]:
+        """As plain arrays, for a checkpoint."""
+        return {**self.hierarchy.to_arrays(), "joint_regressor": self.joint_regressor}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> HandTopology:
+        """The inverse of `to_arrays`."""
+        rest = {name: value for name, value in arrays.items() if name != "joint_regressor"}
+        return cls(MeshHierarchy.from_arrays(rest), np.asarray(arrays["joint_regressor"], dtype=np.float64))
+
+
+def _regressor(hand: HandModel) -> NDArray[np.float64]:
+    return hand.joint_regressor.detach().cpu().numpy().astype(np.float64)

@@ -1,0 +1,120 @@
+"""The losses of section 3.4, equations 5 and 6, and the supervision of the camera.
+
+The paper writes sums; here each loss is a mean over its elements, as in CMR's code, whose weights the paper's
+resemble, so that a weight means the same for any image size or mesh. Lengths are in units of 0.2 m (CMR).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pahm.config import LossConfig
+from pahm.model.decoder import UNIT
+from pahm.model.network import Prediction
+
+
+class Targets(NamedTuple):
+    """The truth for `B` images."""
+
+    meshes: list[Tensor]
+    """M4 ... M1 as `Prediction.meshes`: metres, relative to the root joint."""
+    vertices_2d: list[Tensor]
+    """`(B, N_s, 2)` projections of the same vertices in normalised crop coordinates (`align_corners=False`)."""
+    joints_2d: Tensor
+    """`(B, 21, 2)` projections of the joints, normalised likewise."""
+    mask: Tensor
+    """`(B, 1, S, S)`, 1 on the hand."""
+    has_mask: Tensor
+    """`(B,)` bool: FreiHAND has masks for a part of its images only."""
+
+
+def mesh_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """L_mesh of one level: mean L1 distance of coordinates; `(B, N, 3)` each, any one unit."""
+    return (predicted - target).abs().mean()
+
+
+def edge_loss(predicted: Tensor, target: Tensor, faces: Tensor) -> Tensor:
+    """L_edge: mean | |e^| - |e| | over the three edges of every face; vertices `(B, N, 3)`, faces `(F, 3)`."""
+    lengths, expected = (torch.linalg.vector_norm(_edges(v, faces), dim=-1) for v in (predicted, target))
+    return (lengths - expected).abs().mean()
+
+
+def normal_loss(predicted: Tensor, target: Tensor, faces: Tensor) -> Tensor:
+    """L_norm: mean |cos| between the predicted edges of a face and the true face's normal; shapes as `edge_loss`."""
+    edges = F.normalize(_edges(predicted, faces), dim=-1, eps=1e-6)
+    true_edges = _edges(target, faces)
+    normals = F.normalize(torch.linalg.cross(true_edges[:, 0], true_edges[:, 1]), dim=-1, eps=1e-12)
+    return (edges * normals[:, None]).sum(-1).abs().mean()
+
+
+def _edges(vertices: Tensor, faces: Tensor) -> Tensor:
+    """`(B, 3, F, 3)`: the edges 0->1, 1->2, 2->0 of every face."""
+    corners = [vertices.index_select(1, faces[:, i]) for i in range(3)]
+    return torch.stack([corners[(i + 1) % 3] - corners[i] for i in range(3)], dim=1)
+
+
+def silhouette_loss(logits: Tensor, mask: Tensor, has_mask: Tensor) -> Tensor:
+    """L_sil: binary cross entropy against the mask averaged down to the logits' size; images without one count 0."""
+    target = F.adaptive_avg_pool2d(mask.float(), logits.shape[-2:])
+    loss = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none").mean(dim=(1, 2, 3))
+    return (loss * has_mask).sum() / has_mask.sum().clamp(min=1)
+
+
+def heatmaps(joints_2d: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
+    """Gaussian heatmaps of peak 1 around the joints.
+
+    `joints_2d (B, J, 2)` normalised with `align_corners=False`, `size` (h, w) of the map, `sigma` the standard
+    deviation in pixels of a 224-pixel image; gives `(B, J, h, w)`.
+    """
+    height, width = size
+    x = (2 * torch.arange(width, device=joints_2d.device, dtype=joints_2d.dtype) + 1) / width - 1
+    y = (2 * torch.arange(height, device=joints_2d.device, dtype=joints_2d.dtype) + 1) / height - 1
+    spread = 2 * (2 * sigma / 224) ** 2
+    gx = torch.exp(-((x - joints_2d[..., :1]) ** 2) / spread)
+    gy = torch.exp(-((y - joints_2d[..., 1:]) ** 2) / spread)
+    return gy[..., :, None] * gx[..., None, :]
+
+
+def pose_loss(logits: Tensor, joints_2d: Tensor, sigma: float) -> Tensor:
+    """L_2Dpose: binary cross entropy against the joints' heatmaps; logits `(B, 21, h, w)`, joints `(B, 21, 2)`."""
+    target = heatmaps(joints_2d.float(), (logits.shape[-2], logits.shape[-1]), sigma)
+    return F.binary_cross_entropy_with_logits(logits.float(), target)
+
+
+def project(vertices: Tensor, camera: Tensor) -> Tensor:
+    """Weak perspective: `(B, N, 3)` metres and `(B, 3)` [s, tx, ty] to `(B, N, 2)` normalised coordinates."""
+    return camera[:, None, :1] * (vertices[..., :2] + camera[:, None, 1:])
+
+
+def projection_loss(meshes: Sequence[Tensor], camera: Tensor, vertices_2d: Sequence[Tensor]) -> Tensor:
+    """Supervises the camera: mean L1 distance between each level's projection and the true one, normalised.
+
+    The paper projects but does not say with which camera. Ours is predicted (see `PixelAligned`), and this loss
+    makes each level's mesh land on its own pixels, which is where the next level samples.
+    """
+    terms = [(project(m, camera) - t).abs().mean() for m, t in zip(meshes, vertices_2d, strict=True)]
+    return torch.stack(terms).mean()
+
+
+def total_loss(
+    prediction: Prediction, targets: Targets, faces: Tensor, config: LossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of all losses, and each (unweighted) by name; `faces (F, 3)` are those of M1."""
+    finest, truth = prediction.meshes[-1] / UNIT, targets.meshes[-1] / UNIT
+    parts = {
+        f"mesh_{len(targets.meshes) - i}": mesh_loss(p / UNIT, t / UNIT)
+        for i, (p, t) in enumerate(zip(prediction.meshes, targets.meshes, strict=True))
+    }
+    weights = dict(zip(parts, config.mesh, strict=True))
+    parts["edge"] = edge_loss(finest, truth, faces)
+    parts["normal"] = normal_loss(finest, truth, faces)
+    parts["silhouette"] = silhouette_loss(prediction.silhouette_logits, targets.mask, targets.has_mask)
+    parts["pose"] = pose_loss(prediction.pose_logits, targets.joints_2d, config.heatmap_sigma)
+    parts["projection"] = projection_loss(prediction.meshes, prediction.camera, targets.vertices_2d)
+    weights |= {name: getattr(config, name) for name in parts if name not in weights}
+    return torch.stack([weights[name] * value for name, value in parts.items()]).sum(), parts

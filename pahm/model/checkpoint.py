@@ -1,0 +1,111 @@
+"""Checkpoints as safetensors: weights, the hand's topology, and the configuration as metadata. Nothing is pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pahm.config import Config, from_json
+from pahm.hand.topology import HandTopology
+from pahm.model.network import HandNet
+
+FORMAT = "pahm-1"
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    network: HandNet,
+    config: Config,
+    *,
+    scores: dict[str, float] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write `network` to a `.safetensors` file that `load_checkpoint` needs nothing else for.
+
+    Args:
+        config: the run's configuration; its `model` part must be the network's.
+        scores: the scores to record beside the weights, such as `HandMetrics` gives.
+        dtype: floating-point weights are stored in this type (float16 halves the file).
+    """
+    tensors = {
+        f"network.{name}": value.to(dtype if value.is_floating_point() else value.dtype).contiguous()
+        for name, value in network.state_dict().items()
+    }
+    for name, value in network.topology.to_arrays().items():
+        tensors[f"topology.{name}"] = torch.from_numpy(value.copy())
+    metadata = {"format": FORMAT, "config": config.to_json(), "scores": json.dumps(scores or {})}
+    temporary = Path(f"{os.fspath(path)}.part")
+    save_file(tensors, temporary, metadata)
+    temporary.replace(path)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> tuple[Config, dict[str, float]]:
+    """The configuration and the recorded scores of a checkpoint, without its weights.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a checkpoint of this package.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"checkpoint: no file at {os.fspath(path)}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"checkpoint: {os.fspath(path)} is not a safetensors file ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"checkpoint: {os.fspath(path)} has format {metadata.get('format')!r}, expected {FORMAT!r}")
+    return from_json(metadata["config"]), json.loads(metadata["scores"])
+
+
+def load_checkpoint(path: str | os.PathLike[str], expect: Config | None = None) -> HandNet:
+    """The network of a checkpoint in evaluation mode, float32, on the CPU.
+
+    Args:
+        expect: a configuration that the checkpoint's network must have.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_metadata`.
+        ValueError: `expect` describes another network (the first value that differs is named), or the weights
+            do not fit the recorded configuration.
+    """
+    config, _ = read_metadata(path)
+    if expect is not None:
+        check_same_network(config, expect, os.fspath(path))
+    weights, arrays = {}, {}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - the reader is not a mapping
+            kind, _, rest = name.partition(".")
+            if kind == "topology":
+                arrays[rest] = file.get_tensor(name).numpy()
+            else:
+                value = file.get_tensor(name)
+                weights[rest] = value.float() if value.is_floating_point() else value
+    network = build_network(config, HandTopology.from_arrays(arrays), load_backbone=False)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint: the weights in {os.fspath(path)} do not fit its configuration: {error}") from error
+    return network.eval()
+
+
+def build_network(config: Config, topology: HandTopology | None = None, load_backbone: bool = True) -> HandNet:
+    """The network of a configuration; `load_backbone=False` skips pretrained weights that will be overwritten."""
+    if not load_backbone:
+        config = config.override({"model.pretrained": False, "model.backbone_weights": None})
+    return HandNet(config.model, topology)
+
+
+def check_same_network(found: Config, expected: Config, where: str) -> None:
+    """Raise ValueError naming the first value of `model` that differs (where pretrained weights came from aside)."""
+    start = ("pretrained", "backbone_weights")
+    for name, value in vars(expected.model).items():
+        if name not in start and getattr(found.model, name) != value:
+            raise ValueError(
+                f"checkpoint: {where} has model.{name} = {getattr(found.model, name)!r}, expected {value!r}"
+            )

@@ -1,0 +1,117 @@
+"""The 2D feature extractor: an hourglass over a timm backbone (section 3.1 of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pahm.config import ModelConfig
+
+STRIDES = (32, 16, 8, 4)
+JOINTS = 21
+
+
+def create_backbone(name: str, pretrained: bool = False, weights: str | None = None) -> nn.Module:
+    """A timm feature extractor returning maps at strides 4, 8, 16 and 32.
+
+    `weights` is a local file of the timm model's weights and wins over `pretrained`, which downloads them.
+
+    Raises:
+        ValueError: timm has no such model, or it has no features at these strides.
+        FileNotFoundError: `weights` does not exist.
+        ConnectionError: `pretrained` weights could not be had; the sentence says what to do without a network.
+    """
+    if not timm.is_model(name):
+        raise ValueError(f"backbone: timm {timm.__version__} has no model named {name!r}")
+    if weights is not None and not Path(weights).is_file():
+        raise FileNotFoundError(f"backbone weights: no file at {weights}")
+    try:
+        probe = timm.create_model(name, features_only=True)
+        reductions = probe.feature_info.reduction()
+    except (RuntimeError, AttributeError) as error:
+        raise ValueError(f"backbone: {name!r} gives no feature maps ({error})") from error
+    missing = [stride for stride in STRIDES if stride not in reductions]
+    if missing:
+        raise ValueError(f"backbone: {name!r} has features at strides {reductions}, but not at {missing}")
+    # The last map of a stride is the deepest one.
+    indices = tuple(len(reductions) - 1 - reductions[::-1].index(stride) for stride in reversed(STRIDES))
+    overlay = {"file": weights} if weights else None
+    try:
+        return timm.create_model(
+            name,
+            features_only=True,
+            out_indices=indices,
+            pretrained=pretrained or weights is not None,
+            pretrained_cfg_overlay=overlay,
+        )
+    except Exception as error:
+        if weights is not None:
+            raise ValueError(f"backbone weights: {weights} does not fit {name!r} ({error})") from error
+        if pretrained:
+            raise ConnectionError(
+                f"backbone: the pretrained weights of {name!r} could not be downloaded ({type(error).__name__}); "
+                "give a local file as model.backbone_weights, or set model.pretrained to false"
+            ) from error
+        raise
+
+
+def conv_block(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
+    """Convolution, batch normalisation, ReLU; the size of the map is kept."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    )
+
+
+class Fusion(nn.Module):
+    """Q_s = Conv(F_s (+) H_s), equation 1: concatenation along channels, then a 1 x 1 convolution."""
+
+    def __init__(self, encoder_channels: int, upsampled_channels: int, channels: int) -> None:
+        super().__init__()
+        self.conv = conv_block(encoder_channels + upsampled_channels, channels, 1)
+
+    def forward(self, encoder: Tensor, upsampled: Tensor) -> Tensor:
+        return self.conv(torch.cat([encoder, upsampled], dim=1))
+
+
+class Hourglass(nn.Module):
+    """Image to the fused maps Q_s at strides 32, 16, 8, 4, and to the 2D pose and silhouette.
+
+    The encoder is the backbone, whose features F_s are kept. On the way up, H_32 is a convolution of F_32 and
+    H_s at the finer strides is the upsampled Q_{2s} after a 3 x 3 convolution, so that the fusion of equation 1
+    is the hourglass's skip connection at the same time. The two heads of the 2D supervision (section 3.4) read
+    Q_4, the finest map.
+
+    Forward: images `(B, 3, S, S)`, S a multiple of 32, to `(maps, pose_logits, silhouette_logits)`: maps are
+    four tensors `(B, C_s, S/s, S/s)`, the logits `(B, 21, S/4, S/4)` and `(B, 1, S/4, S/4)`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.backbone = create_backbone(config.backbone, config.pretrained, config.backbone_weights)
+        reductions: Sequence[int] = self.backbone.feature_info.reduction()
+        encoder = dict(zip(reductions, self.backbone.feature_info.channels(), strict=True))
+        channels = config.feature_channels
+        self.bottom = conv_block(encoder[32], channels[0], 1)
+        self.up = nn.ModuleList(conv_block(channels[i], channels[i + 1], 3) for i in range(3))
+        self.fuse = nn.ModuleList(
+            Fusion(encoder[stride], channels[i], channels[i]) for i, stride in enumerate(STRIDES)
+        )
+        self.pose_head = nn.Sequential(conv_block(channels[3], channels[3], 3), nn.Conv2d(channels[3], JOINTS, 1))
+        self.silhouette_head = nn.Sequential(conv_block(channels[3], 32, 3), nn.Conv2d(32, 1, 1))
+        # A pixel belongs to a joint's peak about once in a thousand: start the logits there.
+        nn.init.constant_(self.pose_head[-1].bias, -6.0)
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        features = self.backbone(images)[::-1]
+        maps = [self.fuse[0](features[0], self.bottom(features[0]))]
+        for feature, up, fuse in zip(features[1:], self.up, self.fuse[1:], strict=True):
+            upsampled = F.interpolate(up(maps[-1]), size=feature.shape[-2:], mode="bilinear", align_corners=False)
+            maps.append(fuse(feature, upsampled))
+        return maps, self.pose_head(maps[-1]), self.silhouette_head(maps[-1])
