@@ -1,5 +1,16 @@
 """Operators on meshes and pixels for PyTorch. `pahm_ops.mesh` makes the tables that they take."""
 
 from pahm_ops._library import backends
+from pahm_ops.mesh_pool import MeshPool, MeshTransform, mesh_pool
+from pahm_ops.spiral_conv import SpiralConv, spiral_conv
+from pahm_ops.vertex_sample import vertex_sample
 
-__all__ = ["backends"]
+__all__ = [
+    "MeshPool",
+    "MeshTransform",
+    "SpiralConv",
+    "backends",
+    "mesh_pool",
+    "spiral_conv",
+    "vertex_sample",
+]

@@ -1,0 +1,198 @@
+"""Down- and up-sampling of vertex features between the levels of a mesh hierarchy, by a sparse matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from pahm_ops import _library
+from pahm_ops.reference import mesh_pool as reference
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def mesh_pool(x: Tensor, transform: Any) -> Tensor:
+    """Multiply vertex features by a sparse matrix: ``out[b, r] = sum_e value_e * x[b, column_e]`` over row r.
+
+    Args:
+        x: vertex features (B, N, C) or (N, C); float32, float64, bfloat16 or float16, any strides.
+        transform: the matrix (M, N): a `MeshTransform`, or what its `prepare` takes. Prepare it once where it
+            serves more than once, and under ``torch.compile``.
+
+    Returns:
+        (B, M, C) or (M, C), contiguous, of x's dtype; half precision is summed in float32.
+
+    Differentiable any number of times with respect to x; the transform is a constant and gets no gradient.
+    On the CPU the result and the gradient have the same bits for any number of threads. float16 on the CPU,
+    and devices without a compiled kernel, run `pahm_ops.reference`.
+
+    Raises:
+        TypeError: x is not a tensor of one of these dtypes, or transform is not a sparse matrix.
+        ValueError: a rank, a width or a device does not fit, or the transform requires a gradient.
+        IndexError: the transform names a column outside its width or a row outside its height.
+
+    Source: mesh sampling of CoMA (Ranjan et al., arXiv:1807.10267), as SpiralNet++ has it.
+    """
+    if not isinstance(transform, MeshTransform):
+        transform = MeshTransform.prepare(transform)
+    _check(x, transform)
+    forward, backward = transform.forward, transform.backward
+    batched = x if x.dim() == 3 else x.unsqueeze(0)
+    if _library.compiled(x.device) and x.dtype != torch.float16:
+        out = _MeshPool.apply(batched, *forward, *backward)
+    else:
+        out = reference.mesh_pool(batched, *forward)
+    return out if x.dim() == 3 else out.squeeze(0)
+
+
+class MeshPool(nn.Module):
+    """`mesh_pool` by one transform, prepared once; follows the module from device to device.
+
+    A cast of the module (``.to(torch.bfloat16)``) leaves the transform's values as they are. The state_dict
+    is empty. Forward: (B, N, C) or (N, C) to (B, M, C) or (M, C).
+    """
+
+    def __init__(self, transform: Any) -> None:
+        super().__init__()
+        if not isinstance(transform, MeshTransform):
+            transform = MeshTransform.prepare(transform)
+        self.transform: MeshTransform = transform
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mesh_pool(x, self.transform)
+
+    def extra_repr(self) -> str:
+        rows, columns = self.transform.shape
+        return f"{columns} -> {rows}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MeshPool:
+        super()._apply(fn, recurse)
+        probe = fn(torch.empty(0, device=self.transform.device))
+        self.transform = self.transform.to(probe.device)
+        return self
+
+
+Rows = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class MeshTransform:
+    """A sparse matrix in the form that `mesh_pool` uses: itself and its transpose, by rows. Use `prepare`."""
+
+    shape: tuple[int, int]
+    """(M, N): vertices out, vertices in."""
+    forward: Rows
+    """The matrix in CSR: row_pointers (M + 1,) int64, columns (E,) int64, values (E,) float32 or float64."""
+    backward: Rows
+    """Its transpose in CSR."""
+
+    @staticmethod
+    def prepare(matrix: Any) -> MeshTransform:
+        """Take a scipy sparse matrix or array (any format), a torch COO (coalesced or not) or CSR tensor.
+
+        Entries may be in any order, any number a row, zero, or repeated (they add up). Values of float64 and
+        float32 stay so, others become float32. Raises TypeError, ValueError or IndexError as `mesh_pool` does.
+        """
+        shape, rows, columns, values = _entries(matrix)
+        for name, index, limit in (("row", rows, shape[0]), ("column", columns, shape[1])):
+            if index.numel() and (int(index.min()) < 0 or int(index.max()) >= limit):
+                raise IndexError(f"transform of shape {shape} has an entry outside its {limit} {name}s")
+        if values.dtype not in (torch.float32, torch.float64):
+            values = values.to(torch.float32)
+        return MeshTransform(
+            shape, _compress(shape[0], rows, columns, values), _compress(shape[1], columns, rows, values)
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.forward[0].device
+
+    def to(self, device: torch.device | str) -> MeshTransform:
+        """The same transform on another device."""
+        if self.device == torch.device(device):
+            return self
+        moved = [(p.to(device), c.to(device), v.to(device)) for p, c, v in (self.forward, self.backward)]
+        return MeshTransform(self.shape, *moved)
+
+
+def _entries(matrix: Any) -> tuple[tuple[int, int], Tensor, Tensor, Tensor]:
+    """Shape, rows, columns and values of a sparse matrix."""
+    if isinstance(matrix, Tensor):
+        if matrix.layout not in (torch.sparse_coo, torch.sparse_csr):
+            raise TypeError(f"transform must be a sparse COO or CSR tensor, got layout {matrix.layout}")
+        if matrix.requires_grad:
+            raise ValueError("transform must not require a gradient: mesh_pool takes it as a constant")
+        if matrix.dim() != 2 or matrix.dense_dim():
+            raise ValueError(f"transform must be a matrix (M, N), got shape {tuple(matrix.shape)}")
+        if matrix.layout == torch.sparse_coo:
+            rows, columns = matrix._indices().unbind(0)
+            values = matrix._values()
+        else:
+            counts = matrix.crow_indices().diff()
+            rows = torch.repeat_interleave(counts)
+            columns, values = matrix.col_indices(), matrix.values()
+        shape = (matrix.shape[0], matrix.shape[1])
+    elif hasattr(matrix, "tocoo"):
+        coo = matrix.tocoo()
+        if len(coo.shape) != 2:
+            raise ValueError(f"transform must be a matrix (M, N), got shape {coo.shape}")
+        shape = (int(coo.shape[0]), int(coo.shape[1]))
+        rows, columns, values = (torch.from_numpy(a.copy()) for a in (coo.row, coo.col, coo.data))
+    else:
+        raise TypeError(
+            "transform must be a MeshTransform, a scipy sparse matrix or a torch sparse tensor, "
+            f"got {type(matrix).__name__}"
+        )
+    if values.is_complex():
+        raise TypeError(f"transform must be real, got values of {values.dtype}")
+    return shape, rows.to(torch.int64), columns.to(torch.int64), values
+
+
+def _compress(height: int, rows: Tensor, columns: Tensor, values: Tensor) -> Rows:
+    """CSR of entries in any order; entries of a row keep theirs."""
+    order = torch.argsort(rows, stable=True)
+    pointers = torch.zeros(height + 1, dtype=torch.int64, device=rows.device)
+    pointers[1:] = torch.bincount(rows, minlength=height).cumsum(0)
+    return pointers, columns[order], values[order]
+
+
+def _check(x: Tensor, transform: MeshTransform) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x must be (B, N, C) or (N, C), got shape {tuple(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    if x.shape[-2] != transform.shape[1]:
+        raise ValueError(f"transform of shape {transform.shape} does not fit x of {x.shape[-2]} vertices")
+    if x.device != transform.device:
+        raise ValueError(f"transform must be on x's device {x.device}, got {transform.device}")
+
+
+class _MeshPool(Function):
+    """The gradient of a product with a matrix is the product with its transpose."""
+
+    @staticmethod
+    def forward(x: Tensor, *matrices: Tensor) -> Tensor:
+        return torch.ops.pahm_ops.mesh_pool(x, *matrices[:3])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        matrices = ctx.saved_tensors
+        return _MeshPool.apply(grad, *matrices[3:], *matrices[:3]), None, None, None, None, None, None
+
+
+def _fake_mesh_pool(x: Tensor, row_pointers: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], row_pointers.shape[0] - 1, x.shape[2])
+
+
+if _library.LOADED:
+    torch.library.register_fake("pahm_ops::mesh_pool", _fake_mesh_pool)

@@ -1,0 +1,1 @@
+"""Each op in plain PyTorch: what its kernels are held to, and what serves where none was compiled."""

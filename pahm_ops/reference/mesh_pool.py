@@ -1,0 +1,18 @@
+"""Mesh sampling of CoMA (Ranjan et al., arXiv:1807.10267): vertex features times a sparse matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def mesh_pool(x: Tensor, row_pointers: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """x (B, N, C); row_pointers (M + 1,), columns (E,), values (E,) of a CSR matrix (M, N) -> (B, M, C).
+
+    Half-precision input is summed in float32.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows = torch.repeat_interleave(row_pointers.diff(), output_size=columns.numel())
+    products = x.index_select(1, columns).to(dtype) * values.to(dtype)[:, None]
+    out = products.new_zeros(x.shape[0], row_pointers.numel() - 1, x.shape[2])
+    return out.index_add(1, rows, products).to(x.dtype)

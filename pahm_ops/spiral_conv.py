@@ -1,0 +1,224 @@
+"""Spiral convolution over the vertices of a mesh (SpiralNet++), without a gathered copy of the input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from pahm_ops import _library
+from pahm_ops.reference import spiral_conv as reference
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def spiral_conv(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Linear map of each vertex's spiral: ``out[b, m] = weight @ concat_l(x[b, indices[m, l]]) + bias``.
+
+    Args:
+        x: vertex features (B, N, C) or (N, C); float32, float64, bfloat16 or float16, any strides.
+        indices: int64 (M, L), the spiral of each output vertex, in [0, N). Usually M == N.
+        weight: (Cout, L * C) of x's dtype; column ``l * C + c`` multiplies channel c of the l-th vertex.
+        bias: (Cout,) of x's dtype, or None.
+
+    Returns:
+        (B, M, Cout) or (M, Cout), contiguous, of x's dtype; bfloat16 is summed in float32.
+
+    Differentiable twice with respect to x, weight and bias. On the CPU the result and the gradients to x and
+    weight have the same bits for any number of threads. float16 on the CPU, and devices without a compiled
+    kernel, run `pahm_ops.reference`. Under autocast floating-point arguments but float64 are cast as for a
+    linear layer.
+
+    Raises:
+        TypeError: an argument is not a tensor, or its dtype does not fit.
+        ValueError: a rank, a shape or a device does not fit.
+        IndexError: an index is negative or not below N.
+
+    Source: SpiralNet++, Gong et al., arXiv:1911.05856; section 3.3 of the paper uses it as mesh convolution.
+    """
+    _check(x, indices, weight, bias)
+    x, weight, bias = _autocast(x, weight, bias)
+    batched = x if x.dim() == 3 else x.unsqueeze(0)
+    if _library.compiled(x.device) and x.dtype != torch.float16:
+        out = _SpiralConv.apply(batched, indices, weight, bias)
+    else:
+        _check_range(indices, batched.shape[1])
+        out = reference.spiral_conv(batched, indices, weight, bias)
+    return out if x.dim() == 3 else out.squeeze(0)
+
+
+class SpiralConv(nn.Module):
+    """`spiral_conv` with parameters of its own; loads SpiralNet++'s checkpoints and writes such.
+
+    Args:
+        in_channels: C of the input.
+        out_channels: C of the output.
+        indices: int64 (M, L), checked when the module is called; a buffer outside the state_dict.
+        dim: the dimension of the vertices, 1 (as SpiralNet++ calls it) or -2.
+
+    Parameters: ``layer.weight`` (out_channels, L * in_channels), Xavier-uniform; ``layer.bias``, zero.
+    Forward: (B, N, in_channels) or (N, in_channels) to (B, M, out_channels) or (M, out_channels).
+    """
+
+    indices: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int, indices: Tensor, dim: int = 1) -> None:
+        super().__init__()
+        _check_indices(indices)
+        if dim not in (1, -2):
+            raise ValueError(f"dim must be 1 or -2, the dimension of the vertices, got {dim}")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.register_buffer("indices", indices, persistent=False)
+        self.layer = nn.Linear(in_channels * indices.shape[1], out_channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.layer.weight)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return spiral_conv(x, self.indices, self.layer.weight, self.layer.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, spirals={tuple(self.indices.shape)}"
+
+
+def _check(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for name, value in (("x", x), ("weight", weight), ("bias", bias)):
+        if not isinstance(value, Tensor) and (name != "bias" or value is not None):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    _check_indices(indices)
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x must be (B, N, C) or (N, C), got shape {tuple(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    width = indices.shape[1] * x.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != width:
+        raise ValueError(
+            f"weight must be (Cout, {width}) for spirals of {indices.shape[1]} vertices with {x.shape[-1]} "
+            f"channels, got shape {tuple(weight.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias must be ({weight.shape[0]},) as weight has it, got shape {tuple(bias.shape)}")
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for name, tensor in (("indices", indices), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+        if name != "indices" and tensor.dtype != x.dtype and not autocast:
+            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+
+
+def _check_indices(indices: Tensor) -> None:
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"indices must be a tensor, got {type(indices).__name__}")
+    if indices.dtype != torch.int64:
+        raise TypeError(f"indices must be int64, got {indices.dtype}")
+    if indices.dim() != 2:
+        raise ValueError(f"indices must be (M, L), got shape {tuple(indices.shape)}")
+
+
+def _check_range(indices: Tensor, vertices: int) -> None:
+    # The compiled kernels check this themselves; a traced graph cannot read values.
+    if indices.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = (int(bound) for bound in indices.aminmax())
+    if low < 0 or high >= vertices:
+        raise IndexError(f"indices must lie in [0, {vertices}), got {low if low < 0 else high}")
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    if torch.float64 in (x.dtype, weight.dtype):
+        dtype = torch.float64
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+# The op is linear in x and in weight, so that each of the three products is the gradient of the other two.
+
+
+class _SpiralConv(Function):
+    @staticmethod
+    def forward(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.pahm_ops.spiral_conv(x, indices, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, indices, weight = ctx.saved_tensors
+        need_x, _, need_weight, need_bias = ctx.needs_input_grad
+        return (
+            _InputGrad.apply(grad, indices, weight, x.shape[1]) if need_x else None,
+            None,
+            _WeightGrad.apply(grad, x, indices) if need_weight else None,
+            grad.sum((0, 1)) if need_bias else None,
+        )
+
+
+class _InputGrad(Function):
+    @staticmethod
+    def forward(grad: Tensor, indices: Tensor, weight: Tensor, vertices: int) -> Tensor:
+        return torch.ops.pahm_ops.spiral_conv_input_grad(grad, indices, weight, vertices)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad, indices, weight = ctx.saved_tensors
+        need_grad, _, need_weight, _ = ctx.needs_input_grad
+        return (
+            _SpiralConv.apply(grad_x, indices, weight, None) if need_grad else None,
+            None,
+            _WeightGrad.apply(grad, grad_x, indices) if need_weight else None,
+            None,
+        )
+
+
+class _WeightGrad(Function):
+    @staticmethod
+    def forward(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+        return torch.ops.pahm_ops.spiral_conv_weight_grad(grad, x, indices)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad, x, indices = ctx.saved_tensors
+        need_grad, need_x, _ = ctx.needs_input_grad
+        return (
+            _SpiralConv.apply(x, indices, grad_weight, None) if need_grad else None,
+            _InputGrad.apply(grad, indices, grad_weight, x.shape[1]) if need_x else None,
+            None,
+        )
+
+
+def _fake_spiral_conv(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], indices.shape[0], weight.shape[0])
+
+
+def _fake_input_grad(grad: Tensor, indices: Tensor, weight: Tensor, vertices: int) -> Tensor:
+    return grad.new_empty(grad.shape[0], vertices, weight.shape[1] // indices.shape[1])
+
+
+def _fake_weight_grad(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape[2], indices.shape[1] * x.shape[2])
+
+
+if _library.LOADED:
+    torch.library.register_fake("pahm_ops::spiral_conv", _fake_spiral_conv)
+    torch.library.register_fake("pahm_ops::spiral_conv_input_grad", _fake_input_grad)
+    torch.library.register_fake("pahm_ops::spiral_conv_weight_grad", _fake_weight_grad)
