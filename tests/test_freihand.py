@@ -69,13 +69,16 @@ def test_evaluation_without_labels_and_masks(tmp_path):
         tmp_path, "evaluation", np.random.default_rng(1), labels=False, masks=False, images=POSES
     )
     dataset = FreiHand(tmp_path, "evaluation")
+    assert not dataset.annotated
     assert set(dataset[1]) == {"image", "K", "scale", "index", "name"}
     assert dataset[1]["scale"] == pytest.approx(tables["scale"][1], abs=1e-7)
 
 
 def test_evaluation_labels_are_used_when_there(folder):
     root, _, tables = folder
-    item = FreiHand(root, "evaluation")[2]
+    dataset = FreiHand(root, "evaluation")
+    item = dataset[2]
+    assert dataset.annotated
     np.testing.assert_allclose(item["vertices"], tables["verts"][2], atol=1e-7)
     assert "mask" in item
 

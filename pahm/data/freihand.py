@@ -94,6 +94,11 @@ class FreiHand(Dataset[Sample]):
                 f"{split}_K.json"
             )
 
+    @property
+    def annotated(self) -> bool:
+        """Whether the split has joints and vertices."""
+        return "joints" in self.tables and "vertices" in self.tables
+
     def __len__(self) -> int:
         return self.images
 

@@ -1,0 +1,260 @@
+"""Scores of reconstructed hands, as FreiHAND's official script defines them, and its submission file.
+
+Points are `(B, N, 3)` tensors in metres; sums run in float64. Definitions: Zimmermann et al., "FreiHAND"
+(ICCV 2019) and the evaluation script published with it; scores of the paper: section 4.1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+F_THRESHOLDS = (0.005, 0.015)
+PCK_MAXIMUM, PCK_STEPS = 0.05, 100
+_PAIRS = 1 << 22  # distances held at once while looking for nearest neighbours
+
+
+def align_with_scale(predicted: Tensor, truth: Tensor, *, reflection: bool = True) -> Tensor:
+    """Bring predictions onto the truth by translation, rotation and scale (Procrustes analysis).
+
+    predicted, truth: (B, N, 3), metres. reflection: let the orthogonal matrix be a reflection where that
+    fits better, as the official script does; with False it is always a rotation (METRO, CMR).
+    Returns the aligned predictions (B, N, 3) in float64. Raises ValueError for other shapes or points that
+    are not finite.
+    """
+    predicted, truth = _points(predicted, truth)
+    truth_centre = truth.mean(1, keepdim=True)
+    source, target = predicted - predicted.mean(1, keepdim=True), truth - truth_centre
+    source_norm = torch.linalg.matrix_norm(source, keepdim=True) + 1e-8
+    target_norm = torch.linalg.matrix_norm(target, keepdim=True) + 1e-8
+    source, target = source / source_norm, target / target_norm
+    u, values, vt = torch.linalg.svd(source.mT @ target)
+    if not reflection:
+        sign = torch.sign(torch.linalg.det(u) * torch.linalg.det(vt))
+        values = torch.cat([values[:, :2], values[:, 2:] * sign[:, None]], dim=1)
+        u = torch.cat([u[:, :, :2], u[:, :, 2:] * sign[:, None, None]], dim=2)
+    return source @ (u @ vt) * values.sum(1)[:, None, None] * target_norm + truth_centre
+
+
+def point_errors(predicted: Tensor, truth: Tensor) -> Tensor:
+    """Euclidean distances (B, N) in metres, float64, between points (B, N, 3) of the same index."""
+    predicted, truth = _points(predicted, truth)
+    return torch.linalg.vector_norm(predicted - truth, dim=-1)
+
+
+def procrustes_errors(predicted: Tensor, truth: Tensor, *, reflection: bool = True) -> Tensor:
+    """Distances (B, N) in metres after `align_with_scale`: their mean is PA-MPJPE or PA-MPVPE."""
+    return point_errors(align_with_scale(predicted, truth, reflection=reflection), truth)
+
+
+def f_scores(predicted: Tensor, truth: Tensor, thresholds: Sequence[float] = F_THRESHOLDS) -> Tensor:
+    """F-scores (B, T) at T distances in metres: the harmonic mean of precision and recall.
+
+    Precision is the share of predicted points (B, N, 3) with a true point (B, M, 3) strictly nearer than the
+    threshold, recall the reverse; 0 where both are 0. Raises ValueError for other shapes.
+    """
+    predicted, truth = _points(predicted, truth, same_count=False)
+    centre = truth.mean(1, keepdim=True)
+    predicted, truth = predicted - centre, truth - centre
+    limits = torch.tensor(list(thresholds), dtype=torch.float64, device=truth.device) ** 2
+    step = max(1, _PAIRS // max(1, predicted.shape[1] * truth.shape[1]))
+    scores = [
+        _f_scores(*chunk, limits) for chunk in zip(predicted.split(step), truth.split(step), strict=True)
+    ]
+    return torch.cat(scores) if scores else truth.new_zeros(0, len(limits))
+
+
+def _f_scores(predicted: Tensor, truth: Tensor, limits: Tensor) -> Tensor:
+    # |p - t|^2 of all pairs as one matrix product; in float64 its cancellation is far below a micrometre.
+    one = torch.ones_like(predicted[..., :1]), torch.ones_like(truth[..., :1])
+    left = torch.cat([-2 * predicted, predicted.square().sum(-1, keepdim=True), one[0]], dim=-1)
+    right = torch.cat([truth, one[1], truth.square().sum(-1, keepdim=True)], dim=-1)
+    squares = left @ right.mT
+    precision = (squares.amin(2)[..., None] < limits).double().mean(1)
+    recall = (squares.amin(1)[..., None] < limits).double().mean(1)
+    return 2 * precision * recall / (precision + recall).clamp_min(1e-300)
+
+
+def pck_counts(errors: Tensor, maximum: float = PCK_MAXIMUM, steps: int = PCK_STEPS) -> Tensor:
+    """How many of the errors (any shape, metres) are at most each of `steps` thresholds from 0 to `maximum`.
+
+    Returns (steps,) int64.
+    """
+    limits = torch.linspace(0, maximum, steps, dtype=torch.float64, device=errors.device)
+    ordered = errors.flatten().double().sort().values
+    return torch.searchsorted(ordered, limits, right=True)
+
+
+def auc_of_pck(counts: Tensor, total: Tensor | int) -> Tensor:
+    """Area under the curve of correct points, by trapezoids, divided by the range: 0 to 1.
+
+    counts: (steps,) as from `pck_counts`; total: number of errors counted.
+    """
+    curve = counts.double() / total
+    return (curve.sum() - (curve[0] + curve[-1]) / 2) / (len(curve) - 1)
+
+
+class HandMetrics(Metric):
+    """FreiHAND's scores over all samples seen, in millimetres where they are lengths.
+
+    `update(joints, true_joints, vertices, true_vertices)` takes (B, 21, 3) and (B, 778, 3) tensors in
+    metres; predictions may be relative to any origin, since each set is aligned on its own.
+    `compute()` gives a dict of scalars: `pa_mpjpe`, `pa_mpvpe` (mean error in mm after alignment with scale),
+    `f5`, `f15` (F-scores of the aligned vertices at 5 and 15 mm), `auc_joints`, `auc_vertices` (of PCK from 0
+    to 50 mm, aligned), and `mpjpe` (mm, both relative to the root joint, not aligned); NaN before any sample.
+
+    reflection: see `align_with_scale`. root_joint: index of the joint that `mpjpe` is relative to.
+    Raises ValueError for other shapes, batches that differ and points that are not finite.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    def __init__(self, *, reflection: bool = True, root_joint: int = 9, **options: Any) -> None:
+        super().__init__(**options)
+        self.reflection = reflection
+        self.root_joint = root_joint
+        self.add_state("samples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        for name in ("joint_error", "vertex_error", "root_error"):
+            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("f_sums", torch.zeros(len(F_THRESHOLDS)), dist_reduce_fx="sum")
+        for name in ("joint", "vertex"):
+            counts = torch.zeros(PCK_STEPS, dtype=torch.int64)
+            self.add_state(f"{name}_pck", counts, dist_reduce_fx="sum")
+            self.add_state(f"{name}_count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    samples: Tensor
+    joint_error: Tensor
+    vertex_error: Tensor
+    root_error: Tensor
+    f_sums: Tensor
+    joint_pck: Tensor
+    vertex_pck: Tensor
+    joint_count: Tensor
+    vertex_count: Tensor
+
+    @torch.no_grad()
+    def update(self, joints: Tensor, true_joints: Tensor, vertices: Tensor, true_vertices: Tensor) -> None:
+        """Add a batch; see the class."""
+        if len(joints) != len(vertices):
+            raise ValueError(f"vertices: expected a batch of {len(joints)} as in joints, got {len(vertices)}")
+        joint_errors = procrustes_errors(joints, true_joints, reflection=self.reflection)
+        aligned = align_with_scale(vertices, true_vertices, reflection=self.reflection)
+        vertex_errors = point_errors(aligned, true_vertices)
+        root = slice(self.root_joint, self.root_joint + 1)
+        relative = point_errors(joints - joints[:, root], true_joints - true_joints[:, root])
+        self.samples += len(joints)
+        self.joint_error += joint_errors.mean(1).sum()
+        self.vertex_error += vertex_errors.mean(1).sum()
+        self.root_error += relative.mean(1).sum()
+        self.f_sums += f_scores(aligned, true_vertices).sum(0)
+        self.joint_pck += pck_counts(joint_errors)
+        self.vertex_pck += pck_counts(vertex_errors)
+        self.joint_count += joint_errors.numel()
+        self.vertex_count += vertex_errors.numel()
+
+    def compute(self) -> dict[str, Tensor]:
+        """The scores; see the class."""
+        f_mean = self.f_sums / self.samples
+        return {
+            "pa_mpjpe": 1000 * self.joint_error / self.samples,
+            "pa_mpvpe": 1000 * self.vertex_error / self.samples,
+            "f5": f_mean[0],
+            "f15": f_mean[1],
+            "auc_joints": auc_of_pck(self.joint_pck, self.joint_count).float(),
+            "auc_vertices": auc_of_pck(self.vertex_pck, self.vertex_count).float(),
+            "mpjpe": 1000 * self.root_error / self.samples,
+        }
+
+
+def write_submission(
+    path: str | os.PathLike[str], xyz: npt.ArrayLike | Tensor, verts: npt.ArrayLike | Tensor
+) -> None:
+    """Write FreiHAND's `pred.json`, the JSON array `[xyz, verts]`, whole or not at all.
+
+    xyz: (N, 21, 3) joints, verts: (N, 778, 3) vertices of the N evaluation images in order, metres, camera
+    space; written to a tenth of a micrometre. Raises ValueError for other shapes, for values that are not
+    finite and for coordinates beyond 10, which cannot be metres.
+    """
+    arrays = _submission(xyz, verts)
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.writelines(_submission_text(arrays))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_submission(
+    path: str | os.PathLike[str],
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Read a `pred.json`; returns joints (N, 21, 3) and vertices (N, 778, 3), float64.
+
+    Raises FileNotFoundError, or ValueError naming the file where it is not such a submission.
+    """
+    with open(path, encoding="utf-8") as stream:
+        try:
+            content = json.load(stream)
+            if not (isinstance(content, list) and len(content) == 2):
+                raise ValueError("expected a JSON array of two, [xyz, verts]")
+            xyz, verts = _submission(*content)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)} is not a FreiHAND submission: {error}") from error
+    return xyz, verts
+
+
+def _submission_text(arrays: Iterable[npt.NDArray[np.float64]]) -> Iterator[str]:
+    yield "["
+    for which, array in enumerate(arrays):
+        yield ",[" if which else "["
+        for index, points in enumerate(array):
+            yield ("," if index else "") + json.dumps(points.round(7).tolist(), separators=(",", ":"))
+        yield "]"
+    yield "]\n"
+
+
+def _submission(xyz: Any, verts: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    arrays = []
+    for name, values, count in (("xyz", xyz, 21), ("verts", verts, 778)):
+        array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, np.float64)
+        if array.ndim != 3 or array.shape[1:] != (count, 3) or len(array) == 0:
+            raise ValueError(f"{name}: expected shape (N, {count}, 3) with N > 0, got {array.shape}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name}: expected finite values, sample {_first_bad(array)} has others")
+        if np.abs(array).max() > 10:
+            raise ValueError(f"{name}: expected metres, got coordinates up to {np.abs(array).max():g}")
+        arrays.append(array)
+    if len(arrays[0]) != len(arrays[1]):
+        raise ValueError(f"verts: expected {len(arrays[0])} samples as in xyz, got {len(arrays[1])}")
+    return arrays[0], arrays[1]
+
+
+def _first_bad(array: npt.NDArray[np.float64]) -> int:
+    return int(np.argmin(np.isfinite(array).all(axis=(1, 2))))
+
+
+def _points(predicted: Tensor, truth: Tensor, *, same_count: bool = True) -> tuple[Tensor, Tensor]:
+    """Check two sets of points and return them in float64."""
+    if predicted.dim() != 3 or predicted.shape[2] != 3 or predicted.shape[1] == 0:
+        raise ValueError(f"predicted: expected shape (B, N, 3) with N > 0, got {tuple(predicted.shape)}")
+    if truth.dim() != 3 or truth.shape[2] != 3 or truth.shape[1] == 0 or len(truth) != len(predicted):
+        raise ValueError(
+            f"truth: expected shape ({len(predicted)}, N, 3) with N > 0, got {tuple(truth.shape)}"
+        )
+    if same_count and truth.shape != predicted.shape:
+        raise ValueError(f"truth: expected {predicted.shape[1]} points a sample, got {truth.shape[1]}")
+    for name, points in (("predicted", predicted), ("truth", truth)):
+        if not torch.isfinite(points).all():
+            raise ValueError(f"{name}: expected finite points, got NaN or infinity")
+    return predicted.detach().double(), truth.detach().double()
