@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
+from pahm_ops import _library
 from pahm_ops.reference import vertex_sample as reference
 
 PADDING_MODES = ("zeros", "border")
@@ -58,25 +62,47 @@ def vertex_sample(
 
     Source: section 3.2 of "Pixel-aligned non-parametric hand mesh reconstruction".
     """
-    maps = _check_features(features)
+    maps = _as_list(features)
+    if isinstance(vertices, Tensor) and torch.is_autocast_enabled(vertices.device.type):
+        maps, vertices, camera = _promote(maps, vertices, camera)
+    _check_features(maps)
     _check_geometry(maps[0], vertices, camera)
     size = _check_image_size(camera, image_size, align_corners)
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"padding_mode must be 'zeros' or 'border', got {padding_mode!r}")
+    if _library.compiled(maps[0].device) and maps[0].dtype != torch.float16:
+        height, width = size or (0, 0)
+        border = padding_mode == "border"
+        return _VertexSample.apply(vertices, camera, height, width, bool(align_corners), border, *maps)
     return reference.vertex_sample(maps, vertices, camera, size, bool(align_corners), padding_mode)
 
 
-def _check_features(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
+def _as_list(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if isinstance(features, Tensor):
-        features = [features]
-    elif not isinstance(features, (list, tuple)):
+        return [features]
+    if not isinstance(features, (list, tuple)):
         raise TypeError(f"features must be a tensor or a list of tensors, got {type(features).__name__}")
     if not features:
         raise ValueError("features must hold at least one map, got an empty list")
-    first = features[0]
     for i, feature in enumerate(features):
         if not isinstance(feature, Tensor):
             raise TypeError(f"features[{i}] must be a tensor, got {type(feature).__name__}")
+    return list(features)
+
+
+def _promote(
+    maps: list[Tensor], vertices: Tensor, camera: Tensor | None
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """Under autocast: maps to the widest dtype among them, vertices and camera to at least float32."""
+    dtype = reduce(torch.promote_types, [feature.dtype for feature in maps])
+    geometry = torch.promote_types(dtype, torch.float32)
+    camera = camera.to(geometry) if isinstance(camera, Tensor) else camera
+    return [feature.to(dtype) for feature in maps], vertices.to(geometry), camera
+
+
+def _check_features(features: list[Tensor]) -> None:
+    first = features[0]
+    for i, feature in enumerate(features):
         if feature.dim() != 4:
             raise ValueError(f"features[{i}] must have shape (B, C, H, W), got {tuple(feature.shape)}")
         if feature.dtype not in DTYPES:
@@ -99,8 +125,9 @@ def _check_features(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
                 f"{feature.shape[0]} in features[{i}]"
             )
         if feature.shape[2] == 0 or feature.shape[3] == 0:
-            raise ValueError(f"features[{i}] must not have an empty height or width, got {tuple(feature.shape)}")
-    return list(features)
+            raise ValueError(
+                f"features[{i}] must have a height and a width of at least 1, got {tuple(feature.shape)}"
+            )
 
 
 def _check_geometry(feature: Tensor, vertices: Tensor, camera: Tensor | None) -> None:
@@ -156,3 +183,136 @@ def _check_image_size(
             f"got {image_size!r}"
         )
     return height, width
+
+
+# Arguments of both functions end in the maps, so that autograd sees each of them.
+
+
+class _VertexSample(Function):
+    @staticmethod
+    def forward(
+        vertices: Tensor,
+        camera: Tensor | None,
+        height: int,
+        width: int,
+        align_corners: bool,
+        border: bool,
+        *maps: Tensor,
+    ) -> Tensor:
+        return torch.ops.pahm_ops.vertex_sample(
+            list(maps), vertices, camera, height, width, align_corners, border
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        vertices, camera, *options = inputs[:6]
+        ctx.options = options
+        ctx.save_for_backward(vertices, camera, *inputs[6:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        vertices, camera, *maps = ctx.saved_tensors
+        need_vertices, need_camera, *_ = ctx.needs_input_grad
+        need_maps = ctx.needs_input_grad[6:]
+        needs = (*need_maps, need_vertices, need_camera)
+        grads = _VertexSampleBackward.apply(grad, vertices, camera, *ctx.options, needs, *maps)
+        *map_grads, vertex_grad, camera_grad = (g if n else None for g, n in zip(grads, needs, strict=True))
+        return vertex_grad, camera_grad, None, None, None, None, *map_grads
+
+
+class _VertexSampleBackward(Function):
+    @staticmethod
+    def forward(
+        grad: Tensor,
+        vertices: Tensor,
+        camera: Tensor | None,
+        height: int,
+        width: int,
+        align_corners: bool,
+        border: bool,
+        needs: tuple[bool, ...],
+        *maps: Tensor,
+    ) -> tuple[Tensor, ...]:
+        map_grads, vertex_grad, camera_grad = torch.ops.pahm_ops.vertex_sample_backward(
+            grad, list(maps), vertices, camera, height, width, align_corners, border, list(needs)
+        )
+        return *map_grads, vertex_grad, camera_grad
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        grad, vertices, camera, *options, needs = inputs[:8]
+        ctx.options = options
+        ctx.needs = needs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad, vertices, camera, *inputs[8:])
+
+    @staticmethod
+    def backward(ctx: Any, *weights: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Differentiates <weights, gradients>, with the gradients written as those of the gather reference."""
+        saved = list(ctx.saved_tensors)
+        wanted = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[8:]]
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            inputs = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in saved]
+            grad, vertices, camera, *maps = inputs
+            height, width, align_corners, border = ctx.options
+            output = reference.vertex_sample_gather(
+                maps, vertices, camera, (height, width), align_corners, "border" if border else "zeros"
+            )
+            asked = [(t, w) for t, w in zip([*maps, vertices, camera], weights, strict=True) if w is not None]
+            firsts = torch.autograd.grad(output, [t for t, _ in asked], grad, create_graph=True)
+            seconds = torch.autograd.grad(
+                firsts,
+                [t for t, want in zip(inputs, wanted, strict=True) if want],
+                [w for _, w in asked],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        found = iter(seconds)
+        results = [next(found) if want else None for want in wanted]
+        return *results[:3], None, None, None, None, None, *results[3:]
+
+
+def _fake_vertex_sample(
+    features: list[Tensor],
+    vertices: Tensor,
+    camera: Tensor | None,
+    height: int,
+    width: int,
+    align_corners: bool,
+    border: bool,
+) -> Tensor:
+    channels = sum(feature.shape[1] for feature in features)
+    return features[0].new_empty(vertices.shape[0], vertices.shape[1], channels)
+
+
+def _fake_vertex_sample_backward(
+    grad: Tensor,
+    features: list[Tensor],
+    vertices: Tensor,
+    camera: Tensor | None,
+    height: int,
+    width: int,
+    align_corners: bool,
+    border: bool,
+    needs: list[bool],
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    *need_maps, need_vertices, need_camera = needs
+    need_camera = need_camera and camera is not None
+    map_grads = [
+        torch.empty_like(feature, memory_format=_grad_format(feature)) if need else feature.new_empty(0)
+        for feature, need in zip(features, need_maps, strict=True)
+    ]
+    vertex_grad = vertices.new_empty(vertices.shape if need_vertices or need_camera else 0)
+    camera_grad = vertices.new_empty(camera.shape if camera is not None and need_camera else 0)
+    return map_grads, vertex_grad, camera_grad
+
+
+def _grad_format(feature: Tensor) -> torch.memory_format:
+    last = not feature.is_contiguous() and feature.stride(1) == 1
+    return torch.channels_last if last else torch.contiguous_format
+
+
+if _library.LOADED:
+    torch.library.register_fake("pahm_ops::vertex_sample", _fake_vertex_sample)
+    torch.library.register_fake("pahm_ops::vertex_sample_backward", _fake_vertex_sample_backward)

@@ -1,0 +1,264 @@
+// Feature maps (B, C_s, H_s, W_s), any number and scale, sampled bilinearly at projected vertices:
+// vertices (B, N, 3 or 2), camera none, (B, 3) or (B, 3, 3)  ->  (B, N, C_1 + ... + C_S).
+//
+// Work is cut into units (a map's vertices or a map's channels) by shapes alone, never by the number of
+// threads, and every sum is made inside one unit, in vertex order: the same bits for any number of threads.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "common/checks.h"
+#include "common/dispatch.h"
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "cpu/projection.h"
+
+namespace pahm {
+
+constexpr int plane_block = 16;    // channels a unit has where channels lie a plane apart
+constexpr int row_block = 256;     // and where they lie side by side
+constexpr int vertex_block = 128;  // vertices a forward unit has where channels lie side by side
+
+struct SampleMap {
+  const void* data;
+  void* grad;  // dense, channels side by side or planes as `rows` says; or null
+  int64_t channels, height, width;
+  int64_t first_channel;                // in the output
+  int64_t batch, channel, row, column;  // strides of data, in elements
+  bool rows;                            // channels lie side by side
+};
+
+struct SampleUnit {
+  int64_t map, begin, end;
+};
+
+struct SampleJob {
+  const SampleMap* maps;
+  const SampleUnit* units;
+  int64_t unit_count, vertices, channels;  // channels of all maps together
+  const void* points;                      // (B, N, 2), normalised, NaN where a vertex is not valid
+  const void* zeros;                       // a run of zeros as long as the widest map has channels
+  void* output;                            // (B, N, channels)
+  const void* output_grad;                 // likewise
+  void* point_grads;                       // (B, units, N, 2) or null
+  bool align_corners, border;
+};
+
+}  // namespace pahm
+
+#define PAHM_KERNEL_FILE "cpu/vertex_sample.h"
+#include "common/foreach_isa.h"
+
+namespace pahm {
+namespace {
+
+using Maps = std::vector<Tensor>;
+
+View check_arguments(const Maps& features, const Tensor& vertices, const std::optional<Tensor>& camera,
+                     int64_t height, int64_t width, bool align_corners) {
+  check(!features.empty(), "features must hold at least one map");
+  for (const Tensor& map : features) {
+    check_cpu(map, "features");
+    check(map.dim() == 4 && map.size(0) == features[0].size(0),
+          "features must be (B, C, H, W) of one batch size");
+    check(map.size(2) > 0 && map.size(3) > 0, "features must have a height and a width");
+    check_same_type(features[0], map, "features");
+  }
+  check_cpu(vertices, "vertices");
+  check(
+      vertices.dim() == 3 && vertices.size(0) == features[0].size(0) && vertices.size(2) == (camera ? 3 : 2),
+      "vertices must be (B, N, 3) with a camera and (B, N, 2) without");
+  const ScalarType type = compute_type(features[0].scalar_type());
+  const auto prepare = [&](const Tensor& t, const char* name) {
+    check(t.scalar_type() == type || t.scalar_type() == features[0].scalar_type(),
+          std::string(name) + " must have the maps' dtype, or float32 with bfloat16 maps");
+    return torch::stable::contiguous(t.scalar_type() == type ? t : torch::stable::to(t, type));
+  };
+  View view{prepare(vertices, "vertices"), std::nullopt, height, width, align_corners};
+  if (camera) {
+    check_cpu(*camera, "camera");
+    const int64_t rank = camera->dim();
+    check((rank == 2 || rank == 3) && camera->size(0) == vertices.size(0) && camera->size(1) == 3 &&
+              camera->size(rank - 1) == 3,
+          "camera must be (B, 3) or (B, 3, 3)");
+    check(rank == 2 || std::min(height, width) > (align_corners ? 1 : 0), "image_size is too small");
+    view.camera = prepare(*camera, "camera");
+  }
+  return view;
+}
+
+// What a call needs besides its tensors.
+struct Plan {
+  std::vector<SampleMap> maps;
+  std::vector<SampleUnit> units;
+  std::vector<char> zeros;
+  SampleJob job{};
+
+  Plan(const Maps& features, const View& view, bool border, bool forward) {
+    job.vertices = view.vertices.size(1);
+    job.align_corners = view.align_corners;
+    job.border = border;
+    int64_t widest = 0;
+    for (const Tensor& f : features) {
+      const int64_t channels = f.size(1), index = static_cast<int64_t>(maps.size());
+      const bool rows = channels == 1 || f.stride(1) == 1;
+      maps.push_back({f.const_data_ptr(), nullptr, channels, f.size(2), f.size(3), job.channels, f.stride(0),
+                      f.stride(1), f.stride(2), f.stride(3), rows});
+      job.channels += channels;
+      widest = std::max(widest, channels);
+      const bool by_vertex = forward && rows;
+      const int64_t count = by_vertex ? job.vertices : channels;
+      const int64_t block = by_vertex ? vertex_block : rows ? row_block : plane_block;
+      for (int64_t begin = 0; begin < count; begin += block) {
+        units.push_back({index, begin, std::min(count, begin + block)});
+      }
+    }
+    zeros.resize(static_cast<size_t>(widest) * sizeof(double), 0);
+    job.zeros = zeros.data();
+    job.maps = maps.data();
+    job.units = units.data();
+    job.unit_count = static_cast<int64_t>(units.size());
+  }
+
+  Plan(const Plan&) = delete;
+
+  // Operations in one unit, about.
+  int64_t work() const { return 16 + 8 * job.vertices * job.channels / std::max<int64_t>(1, job.unit_count); }
+};
+
+Tensor vertex_sample(const Maps& features, const Tensor& vertices, const std::optional<Tensor>& camera,
+                     int64_t height, int64_t width, bool align_corners, bool border) {
+  const View view = check_arguments(features, vertices, camera, height, width, align_corners);
+  const int64_t batch = vertices.size(0);
+  Plan plan(features, view, border, true);
+  SampleJob& job = plan.job;
+  Tensor output = torch::stable::new_empty(features[0], {batch, job.vertices, job.channels});
+  dispatch_floating(features[0].scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
+    const std::vector<T> points = project<T>(view, true);
+    job.points = points.data();
+    job.output = output.mutable_data_ptr();
+    parallel_for(batch * job.unit_count, plan.work(),
+                 [&](int64_t begin, int64_t end) { PAHM_ISA_CALL(sample_units<S>, job, begin, end); });
+  });
+  return output;
+}
+
+// The memory format that a map's gradient takes: the map's own, or the nearest.
+bool wants_channels_last(const Tensor& map) { return !map.is_contiguous() && map.stride(1) == 1; }
+
+// Sums the units' shares of the point gradients and takes them back through the projection.
+template <typename T>
+void backward_projection(const View& view, const SampleJob& job, const std::vector<T>& points,
+                         T* vertex_grads, T* camera_grads) {
+  const int64_t count = job.vertices, width = view.vertices.size(2), camera_size = view.perspective() ? 9 : 3;
+  const T* vertices = view.vertices.const_data_ptr<T>();
+  const T* shares = static_cast<const T*>(job.point_grads);
+  parallel_for(view.vertices.size(0), count * (job.unit_count + 16), [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      const Projection<T> projection(view, b);
+      double camera_grad[9] = {};
+      for (int64_t n = 0; n < count; ++n) {
+        T g[2] = {0, 0};
+        for (int64_t unit = 0; unit < job.unit_count; ++unit) {
+          const T* share = shares + ((b * job.unit_count + unit) * count + n) * 2;
+          g[0] += share[0];
+          g[1] += share[1];
+        }
+        const int64_t i = b * count + n;
+        projection.backward(vertices + i * width, points.data() + i * 2, g, vertex_grads + i * width,
+                            camera_grad);
+      }
+      if (camera_grads != nullptr)
+        std::copy(camera_grad, camera_grad + camera_size, camera_grads + b * camera_size);
+    }
+  });
+}
+
+// Gradients of the maps, the vertices and the camera; `needs` says which, a map each, then vertices, then
+// camera. One that is not needed is an empty tensor.
+std::tuple<Maps, Tensor, Tensor> vertex_sample_backward(const Tensor& grad, const Maps& features,
+                                                        const Tensor& vertices,
+                                                        const std::optional<Tensor>& camera, int64_t height,
+                                                        int64_t width, bool align_corners, bool border,
+                                                        const std::vector<bool>& needs) {
+  const View view = check_arguments(features, vertices, camera, height, width, align_corners);
+  const int64_t batch = vertices.size(0);
+  Plan plan(features, view, border, false);
+  SampleJob& job = plan.job;
+  check(grad.dim() == 3 && grad.size(0) == batch && grad.size(1) == job.vertices &&
+            grad.size(2) == job.channels,
+        "grad must have the output's shape");
+  check_cpu(grad, "grad");
+  check_same_type(features[0], grad, "grad");
+  check(needs.size() == features.size() + 2, "needs must have an entry a map and two more");
+  const bool needs_camera = camera && needs[features.size() + 1];
+  const bool needs_points = needs[features.size()] || needs_camera;
+  const Tensor output_grad = torch::stable::contiguous(grad);
+  job.output_grad = output_grad.const_data_ptr();
+
+  Maps map_grads;
+  int64_t largest = 0;
+  for (size_t i = 0; i < features.size(); ++i) {
+    const Tensor& map = features[i];
+    if (!needs[i]) {
+      map_grads.push_back(torch::stable::new_empty(map, {0}));
+      continue;
+    }
+    map_grads.push_back(
+        torch::stable::empty(map.sizes(), map.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
+                             wants_channels_last(map) ? torch::headeronly::MemoryFormat::ChannelsLast
+                                                      : torch::headeronly::MemoryFormat::Contiguous));
+    plan.maps[i].grad = map_grads.back().mutable_data_ptr();
+    largest =
+        std::max(largest, map.size(2) * map.size(3) *
+                              std::min<int64_t>(map.size(1), plan.maps[i].rows ? row_block : plane_block));
+  }
+  const auto like = [&](const Tensor& t, bool needed) {
+    return needed ? torch::stable::new_empty(t, t.sizes()) : torch::stable::new_empty(t, {0});
+  };
+  Tensor vertex_grad = like(view.vertices, needs_points);
+  Tensor camera_grad = needs_camera ? like(*view.camera, true) : like(view.vertices, false);
+  dispatch_floating(features[0].scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
+    const std::vector<T> points = project<T>(view, false);
+    job.points = points.data();
+    std::unique_ptr<T[]> shares;
+    if (needs_points) {
+      shares =
+          std::make_unique_for_overwrite<T[]>(static_cast<size_t>(batch * job.unit_count * job.vertices * 2));
+      job.point_grads = shares.get();
+    }
+    parallel_for(batch * job.unit_count, plan.work(), [&](int64_t begin, int64_t end) {
+      std::vector<T> scratch(std::is_same_v<S, T> ? 0 : static_cast<size_t>(largest));
+      PAHM_ISA_CALL(backward_units<S>, job, begin, end, scratch.data());
+    });
+    if (needs_points) {
+      backward_projection(view, job, points, vertex_grad.mutable_data_ptr<T>(),
+                          needs_camera ? camera_grad.mutable_data_ptr<T>() : nullptr);
+    }
+  });
+  const auto in_type_of = [](const Tensor& t, const Tensor& given) {
+    return t.scalar_type() == given.scalar_type() ? t : torch::stable::to(t, given.scalar_type());
+  };
+  return {map_grads, in_type_of(vertex_grad, vertices), in_type_of(camera_grad, vertices)};
+}
+
+}  // namespace
+}  // namespace pahm
+
+STABLE_TORCH_LIBRARY_IMPL(pahm_ops, CPU, m) {
+  m.impl("vertex_sample", TORCH_BOX(&pahm::vertex_sample));
+  m.impl("vertex_sample_backward", TORCH_BOX(&pahm::vertex_sample_backward));
+}
