@@ -1,0 +1,170 @@
+"""Coarser levels of a mesh, and the transforms between them."""
+
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pahm_ops.mesh._checks import as_count, as_faces, as_vertices, compiled_tables
+from pahm_ops.mesh.files import load_mesh
+from pahm_ops.mesh.spirals import spiral_indices
+
+if TYPE_CHECKING:
+    import trimesh
+    from scipy.sparse import csr_matrix
+
+
+@dataclass(frozen=True)
+class MeshHierarchy:
+    """A mesh and its coarser levels, finest first, as in section 3 of the paper and in CoMA's mesh sampling.
+
+    Attributes:
+        vertices: for each level s, (N_s, 3) float64; every level's vertices are vertices of the finest.
+        faces: for each level, (F_s, 3) int64 into its vertices, oriented as the input.
+        down: for each level but the last, (N_{s+1}, N_s) float64: one 1 a row, a selection.
+        up: for each level but the last, (N_s, N_{s+1}) float64: a row holds the barycentric weights, at most 3, each in
+            (0, 1] and of sum 1, of the point of level s + 1's surface that is nearest to the vertex; so `up` commutes
+            with translation, and `down @ up` is the identity.
+    """
+
+    vertices: list[NDArray[np.float64]]
+    faces: list[NDArray[np.int64]]
+    down: list["csr_matrix"]
+    up: list["csr_matrix"]
+
+    @classmethod
+    def build(
+        cls, vertices: ArrayLike, faces: ArrayLike, sizes: Sequence[int] = (778, 389, 195, 98)
+    ) -> "MeshHierarchy":
+        """Coarsens a mesh by quadric edge collapse to exactly the numbers of vertices in `sizes`.
+
+        A collapse moves a vertex onto a neighbour, the one that adds the least quadric error (Garland and Heckbert,
+        1997, with planes that hold the boundary, and a slight pull that keeps flat regions evenly covered). Every
+        level is an oriented manifold with the boundary loops and the Euler characteristic of the input; boundary
+        vertices move along their loop; faces are not flipped where that can be avoided. The same input gives the
+        same levels.
+
+        Args:
+            vertices: (N, 3) real, finite, any unit; each belongs to a face.
+            faces: (F, 3) integers, counter-clockwise seen from outside.
+            sizes: vertices of each level, descending, the first of them N.
+
+        Raises:
+            ValueError: wrong shape; sizes that do not start at N, do not descend, or that the topology does not admit
+                (a closed component keeps 4 vertices or more, one with boundary 3 or more); a mesh that is not an
+                oriented manifold, naming face, edge or vertex; a vertex of no face.
+            IndexError: a face refers to no vertex.
+            TypeError: wrong dtype.
+            RuntimeError: the package was installed without a compiler.
+        """
+        points = as_vertices(vertices)
+        triangles = as_faces(faces, len(points))
+        counts = [as_count(size, "sizes") for size in sizes]
+        if not counts or counts[0] != len(points):
+            raise ValueError(f"sizes must start at the number of vertices, {len(points)}, got {tuple(counts)}")
+        if any(coarse >= fine for fine, coarse in zip(counts, counts[1:], strict=False)):
+            raise ValueError(f"sizes must descend, got {tuple(counts)}")
+        tables = compiled_tables()
+        if tables is None:
+            raise RuntimeError(
+                "MeshHierarchy.build needs the compiled module pahm_ops.mesh._tables, which this installation lacks: "
+                "install with a C++ compiler, or use MeshHierarchy.load"
+            )
+        levels = [(np.arange(len(points)), triangles), *tables.levels(points, triangles, counts[1:])]
+        selections = [selection for selection, _ in levels]
+        down, up = [], []
+        for (fine, _), (coarse, coarse_faces) in zip(levels, levels[1:], strict=False):
+            kept = np.searchsorted(fine, coarse)
+            removed = np.setdiff1d(np.arange(len(fine)), kept, assume_unique=True)
+            corners, weights = tables.closest(points[coarse], coarse_faces, points[fine[removed]])
+            rows = np.concatenate([kept, np.repeat(removed, 3)])
+            columns = np.concatenate([np.arange(len(coarse)), corners.reshape(-1)])
+            values = np.concatenate([np.ones(len(coarse)), weights.reshape(-1)])
+            used = values > 0
+            up.append(_sparse(rows[used], columns[used], values[used], (len(fine), len(coarse))))
+            down.append(_selection_matrix(kept, len(fine)))
+        return cls([points[s] for s in selections], [f for _, f in levels], down, up)
+
+    @classmethod
+    def from_file(
+        cls, source: "str | os.PathLike[str] | trimesh.Trimesh", sizes: Sequence[int] = (778, 389, 195, 98)
+    ) -> "MeshHierarchy":
+        """`build` from a mesh file or a trimesh object, read by `load_mesh`, which says what becomes of its vertices."""
+        return cls.build(*load_mesh(source), sizes=sizes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Vertices of each level, finest first."""
+        return tuple(len(level) for level in self.vertices)
+
+    def selection(self, level: int) -> NDArray[np.int64]:
+        """(N_level,) int64: where the level's vertices stand in the finest mesh, ascending; level 0 is the finest."""
+        if not 0 <= level < len(self.vertices):
+            raise IndexError(f"level must lie in [0, {len(self.vertices)}), got {level}")
+        selection = np.arange(len(self.vertices[0]), dtype=np.int64)
+        for down in self.down[:level]:
+            selection = selection[down.indices]
+        return selection
+
+    def spiral_indices(self, level: int, length: int, dilation: int = 1) -> NDArray[np.int64]:
+        """(N_level, length) int64: the level's table by `pahm_ops.mesh.spiral_indices`."""
+        if not 0 <= level < len(self.vertices):
+            raise IndexError(f"level must lie in [0, {len(self.vertices)}), got {level}")
+        return spiral_indices(self.faces[level], length, dilation, self.vertices[level])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one compressed .npz of plain arrays; the name is taken as given."""
+        arrays: dict[str, NDArray] = {"vertices": self.vertices[0]}
+        for s, faces in enumerate(self.faces):
+            arrays[f"faces_{s}"] = faces.astype(np.int32)
+        for s, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
+            arrays[f"down_{s}"] = down.indices.astype(np.int32)
+            arrays[f"up_{s}_indptr"] = up.indptr.astype(np.int32)
+            arrays[f"up_{s}_indices"] = up.indices.astype(np.int32)
+            arrays[f"up_{s}_data"] = up.data
+        with open(path, "wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "MeshHierarchy":
+        """Reads what `save` wrote, compiled module or not; ValueError says why another file is none."""
+        from scipy.sparse import csr_matrix
+
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = dict(archive)
+            vertices = [as_vertices(arrays["vertices"])]
+            faces = [as_faces(arrays["faces_0"], len(vertices[0]))]
+            down, up = [], []
+            for s in range(sum(name.startswith("down_") for name in arrays)):
+                kept = arrays[f"down_{s}"].astype(np.int64)
+                if kept.ndim != 1 or not ((kept >= 0) & (kept < len(vertices[s]))).all():
+                    raise ValueError(f"down_{s} does not select vertices of level {s}")
+                down.append(_selection_matrix(kept, len(vertices[s])))
+                vertices.append(vertices[s][kept])
+                faces.append(as_faces(arrays[f"faces_{s + 1}"], len(kept)))
+                parts = (arrays[f"up_{s}_data"], arrays[f"up_{s}_indices"], arrays[f"up_{s}_indptr"])
+                matrix = csr_matrix(parts, shape=(len(vertices[s]), len(kept)))
+                matrix.check_format(full_check=True)
+                up.append(matrix)
+        except (ValueError, IndexError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"path must be a file that MeshHierarchy.save wrote, got {path}: {error}") from error
+        return cls(vertices, faces, down, up)
+
+
+def _sparse(
+    rows: NDArray[np.int64], columns: NDArray[np.int64], values: NDArray[np.float64], shape: tuple[int, int]
+) -> "csr_matrix":
+    from scipy.sparse import csr_matrix
+
+    matrix = csr_matrix((values, (rows, columns)), shape=shape)
+    matrix.sort_indices()
+    return matrix
+
+
+def _selection_matrix(kept: NDArray[np.int64], width: int) -> "csr_matrix":
+    return _sparse(np.arange(len(kept)), kept, np.ones(len(kept)), (len(kept), width))
