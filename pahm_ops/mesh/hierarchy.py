@@ -2,7 +2,7 @@
 
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -116,8 +116,8 @@ class MeshHierarchy:
             raise IndexError(f"level must lie in [0, {len(self.vertices)}), got {level}")
         return spiral_indices(self.faces[level], length, dilation, self.vertices[level])
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one compressed .npz of plain arrays; the name is taken as given."""
+    def to_arrays(self) -> dict[str, NDArray]:
+        """The hierarchy as plain arrays by name, what `save` writes."""
         arrays: dict[str, NDArray] = {"vertices": self.vertices[0]}
         for s, faces in enumerate(self.faces):
             arrays[f"faces_{s}"] = faces.astype(np.int32)
@@ -126,34 +126,42 @@ class MeshHierarchy:
             arrays[f"up_{s}_indptr"] = up.indptr.astype(np.int32)
             arrays[f"up_{s}_indices"] = up.indices.astype(np.int32)
             arrays[f"up_{s}_data"] = up.data
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray]) -> "MeshHierarchy":
+        """The inverse of `to_arrays`; KeyError, ValueError or IndexError for arrays that are not such."""
+        from scipy.sparse import csr_matrix
+
+        vertices = [as_vertices(arrays["vertices"])]
+        faces = [as_faces(arrays["faces_0"], len(vertices[0]))]
+        down, up = [], []
+        for s in range(sum(name.startswith("down_") for name in arrays)):
+            kept = arrays[f"down_{s}"].astype(np.int64)
+            if kept.ndim != 1 or not ((kept >= 0) & (kept < len(vertices[s]))).all():
+                raise ValueError(f"down_{s} does not select vertices of level {s}")
+            down.append(_selection_matrix(kept, len(vertices[s])))
+            vertices.append(vertices[s][kept])
+            faces.append(as_faces(arrays[f"faces_{s + 1}"], len(kept)))
+            parts = (arrays[f"up_{s}_data"], arrays[f"up_{s}_indices"], arrays[f"up_{s}_indptr"])
+            matrix = csr_matrix(parts, shape=(len(vertices[s]), len(kept)))
+            matrix.check_format(full_check=True)
+            up.append(matrix)
+        return cls(vertices, faces, down, up)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one compressed .npz of plain arrays; the name is taken as given."""
         with open(path, "wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+            np.savez_compressed(file, allow_pickle=False, **self.to_arrays())  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "MeshHierarchy":
         """Reads what `save` wrote, compiled module or not; ValueError says why another file is none."""
-        from scipy.sparse import csr_matrix
-
         try:
             with np.load(path, allow_pickle=False) as archive:
-                arrays = dict(archive)
-            vertices = [as_vertices(arrays["vertices"])]
-            faces = [as_faces(arrays["faces_0"], len(vertices[0]))]
-            down, up = [], []
-            for s in range(sum(name.startswith("down_") for name in arrays)):
-                kept = arrays[f"down_{s}"].astype(np.int64)
-                if kept.ndim != 1 or not ((kept >= 0) & (kept < len(vertices[s]))).all():
-                    raise ValueError(f"down_{s} does not select vertices of level {s}")
-                down.append(_selection_matrix(kept, len(vertices[s])))
-                vertices.append(vertices[s][kept])
-                faces.append(as_faces(arrays[f"faces_{s + 1}"], len(kept)))
-                parts = (arrays[f"up_{s}_data"], arrays[f"up_{s}_indices"], arrays[f"up_{s}_indptr"])
-                matrix = csr_matrix(parts, shape=(len(vertices[s]), len(kept)))
-                matrix.check_format(full_check=True)
-                up.append(matrix)
+                return cls.from_arrays(dict(archive))
         except (ValueError, IndexError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"path must be a file that MeshHierarchy.save wrote, got {path}: {error}") from error
-        return cls(vertices, faces, down, up)
 
 
 def _sparse(
