@@ -20,7 +20,9 @@ Float = NDArray[np.float32]
 Int = NDArray[np.int32]
 
 _SUBPIXELS = np.array([[-0.125, -0.375], [0.375, -0.125], [0.125, 0.375], [-0.375, 0.125]], np.float32)
-_BIAS = 1e-3  # metres; shadow rays start this far off the surface, as its smooth normals do not fit its facets
+_BIAS = (
+    1e-3  # metres; shadow rays start this far off the surface, as its smooth normals do not fit its facets
+)
 _REACH = 0.06  # metres; how far the rays of ambient occlusion look for other surfaces
 
 
@@ -107,7 +109,9 @@ class Scene:
         count = len(directions)
         if not (count and len(self.faces)):
             return Hits(
-                np.full(count, -1, np.int32), np.full(count, np.inf, np.float32), np.zeros((count, 3), np.float32)
+                np.full(count, -1, np.int32),
+                np.full(count, np.inf, np.float32),
+                np.zeros((count, 3), np.float32),
             )
         found = self._embree.run(np.zeros_like(directions), directions, output=True)
         faces = found["primID"]
@@ -167,7 +171,13 @@ def _dot(a: Float, b: Float) -> Float:
 
 
 def _shade(
-    scene: Scene, hits: Hits, directions: Float, normals: Float, colours: Float, light: Light, openness: Float | None
+    scene: Scene,
+    hits: Hits,
+    directions: Float,
+    normals: Float,
+    colours: Float,
+    light: Light,
+    openness: Float | None,
 ) -> Float:
     """Linear colours (n, 3) of hits, all of which are on the mesh."""
     corners = scene.faces[hits.faces]
@@ -236,6 +246,54 @@ def _check_colours(colours: ArrayLike, count: int) -> Float:
     return np.broadcast_to(table, (count, 3))
 
 
+class _Window(NamedTuple):
+    """The part of the image that a mesh can touch, and what the rays through its pixels' centres hit."""
+
+    box: tuple[slice, slice]
+    inverse: NDArray[np.float64]
+    u: Float
+    v: Float
+    rays: Float
+    hits: Hits
+
+
+def _trace(scene: Scene, camera: NDArray[np.float64], size: tuple[int, int]) -> _Window | None:
+    """Cast one ray a pixel inside the mesh's projected box; None where that is outside the image."""
+    behind = int((scene.vertices[:, 2] <= 0).sum())
+    if behind:
+        raise ValueError(
+            f"vertices: {behind} of {len(scene.vertices)} have z <= 0, expected all in front of the camera"
+        )
+    if not len(scene.faces):
+        return None
+    projected = scene.vertices.astype(np.float64) @ camera.T
+    projected = projected[:, :2] / projected[:, 2:]
+    bounds = (size[1], size[0])
+    left, top = np.clip(np.floor(projected.min(axis=0)) - 1, 0, bounds).astype(int)
+    right, bottom = np.clip(np.ceil(projected.max(axis=0)) + 2, 0, bounds).astype(int)
+    if left >= right or top >= bottom:
+        return None
+    box = np.s_[top:bottom, left:right]
+    v, u = (axis.ravel() for axis in np.mgrid[box].astype(np.float32))
+    inverse = np.linalg.inv(camera)
+    rays = _pixel_rays(inverse, u, v)
+    return _Window(box, inverse, u, v, rays, scene.cast(rays))
+
+
+def trace(vertices: ArrayLike, faces: ArrayLike, K: ArrayLike, size: tuple[int, int]) -> tuple[Float, Int]:
+    """Depth (H, W) float32 and face ids (H, W) int32 at the pixels' centres, without shading.
+
+    Infinity and -1 where nothing is hit. Parameters and errors are those of `render_mesh`.
+    """
+    camera = _check_camera(K, size)
+    depth, ids = np.full(size, np.inf, np.float32), np.full(size, -1, np.int32)
+    window = _trace(Scene(vertices, faces), camera, size)
+    if window is not None:
+        depth[window.box] = window.hits.depth.reshape(depth[window.box].shape)
+        ids[window.box] = window.hits.faces.reshape(ids[window.box].shape)
+    return depth, ids
+
+
 def render_mesh(
     vertices: ArrayLike,
     faces: ArrayLike,
@@ -259,11 +317,6 @@ def render_mesh(
     camera = _check_camera(K, size)
     scene = Scene(vertices, faces)
     table = _check_colours(colours, len(scene.vertices))
-    behind = int((scene.vertices[:, 2] <= 0).sum())
-    if behind:
-        raise ValueError(
-            f"vertices: {behind} of {len(scene.vertices)} have z <= 0, expected all in front of the camera"
-        )
     height, width = size
     canvas = np.asarray(background, dtype=np.float32)
     if canvas.shape not in ((3,), (height, width, 3)):
@@ -273,40 +326,28 @@ def render_mesh(
     depth = np.full((height, width), np.inf, np.float32)
     ids = np.full((height, width), -1, np.int32)
     result = Rendering(rgb, alpha, np.zeros((height, width), bool), depth, ids)
-    if not len(scene.faces):
+    window = _trace(scene, camera, size)
+    if window is None:
         return result
-
-    projected = scene.vertices[np.unique(scene.faces)].astype(np.float64) @ camera.T
-    projected = projected[:, :2] / projected[:, 2:]
-    left, top = np.clip(np.floor(projected.min(axis=0)) - 1, 0, (width, height)).astype(int)
-    right, bottom = np.clip(np.ceil(projected.max(axis=0)) + 2, 0, (width, height)).astype(int)
-    if left >= right or top >= bottom:
-        return result
-    window = np.s_[top:bottom, left:right]
-    rows, columns = bottom - top, right - left
-    inverse = np.linalg.inv(camera)
-    v, u = (axis.ravel() for axis in np.mgrid[window].astype(np.float32))
-    rays = _pixel_rays(inverse, u, v)
-    hits = scene.cast(rays)
-    depth[window] = hits.depth.reshape(rows, columns)
-    ids[window] = hits.faces.reshape(rows, columns)
-    result.mask[window] = ids[window] >= 0
+    box, hits = window.box, window.hits
+    rows, columns = depth[box].shape
+    depth[box] = hits.depth.reshape(rows, columns)
+    ids[box] = hits.faces.reshape(rows, columns)
+    result.mask[box] = ids[box] >= 0
 
     edge = _edges(hits, rows, columns).ravel()
     inner = np.flatnonzero((hits.faces >= 0) & ~edge)
     edges = np.flatnonzero(edge)
-    finer_u = (u[edges, None] + _SUBPIXELS[:, 0]).ravel()
-    finer_v = (v[edges, None] + _SUBPIXELS[:, 1]).ravel()
-    finer_rays = _pixel_rays(inverse, finer_u, finer_v)
+    finer_u = (window.u[edges, None] + _SUBPIXELS[:, 0]).ravel()
+    finer_v = (window.v[edges, None] + _SUBPIXELS[:, 1]).ravel()
+    finer_rays = _pixel_rays(window.inverse, finer_u, finer_v)
     finer = scene.cast(finer_rays)
     struck = np.flatnonzero(finer.faces >= 0)
 
     normals = vertex_normals(scene.vertices, scene.faces)
     openness = ambient_occlusion(scene, normals, light.occlusion_rays) if light.occlusion_rays else None
-    every = Hits(
-        *(np.concatenate([a[inner], b[struck]]) for a, b in zip(hits, finer, strict=True))
-    )
-    directions = np.concatenate([rays[inner], finer_rays[struck]])
+    every = Hits(*(np.concatenate([a[inner], b[struck]]) for a, b in zip(hits, finer, strict=True)))
+    directions = np.concatenate([window.rays[inner], finer_rays[struck]])
     shaded = _shade(scene, every, directions, normals, table, light, openness)
 
     samples = np.zeros((len(finer_rays), 4), np.float32)
@@ -314,7 +355,7 @@ def render_mesh(
     blended = samples.reshape(len(edges), len(_SUBPIXELS), 4).mean(axis=1)
     inner_rows, inner_columns = np.divmod(inner, columns)
     edge_rows, edge_columns = np.divmod(edges, columns)
-    colour, cover = rgb[window], alpha[window]
+    colour, cover = rgb[box], alpha[box]
     colour[inner_rows, inner_columns] = shaded[: len(inner)]
     cover[inner_rows, inner_columns] = 1
     colour[edge_rows, edge_columns] *= 1 - blended[:, 3:]
