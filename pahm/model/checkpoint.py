@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -63,10 +64,16 @@ def read_metadata(path: str | os.PathLike[str]) -> tuple[Config, dict[str, float
     return from_json(metadata["config"]), json.loads(metadata["scores"])
 
 
-def load_checkpoint(path: str | os.PathLike[str], expect: Config | None = None) -> HandNet:
+def shipped_checkpoint() -> Path:
+    """The checkpoint that comes with the package: preset `tiny`, trained on the package's own data set."""
+    return Path(str(resources.files("pahm") / "assets" / "tiny.safetensors"))
+
+
+def load_checkpoint(path: str | os.PathLike[str] | None = None, expect: Config | None = None) -> HandNet:
     """The network of a checkpoint in evaluation mode, float32, on the CPU.
 
     Args:
+        path: a file of `save_checkpoint`; None is the shipped one.
         expect: a configuration that the checkpoint's network must have.
 
     Raises:
@@ -74,6 +81,7 @@ def load_checkpoint(path: str | os.PathLike[str], expect: Config | None = None) 
         ValueError: `expect` describes another network (the first value that differs is named), or the weights
             do not fit the recorded configuration.
     """
+    path = shipped_checkpoint() if path is None else path
     config, _ = read_metadata(path)
     if expect is not None:
         check_same_network(config, expect, os.fspath(path))
