@@ -11,10 +11,10 @@ Isa active_isa();
 
 }  // namespace pahm
 
-// Calls FUNCTION as it was compiled for the active instruction set (see foreach_isa.h).
+// Calls FUNCTION as it was compiled for the instruction set ISA (see foreach_isa.h).
 #if defined(__x86_64__)
-#define PAHM_ISA_CALL(FUNCTION, ...)              \
-  switch (::pahm::active_isa()) {                 \
+#define PAHM_ISA_CALL_AS(ISA, FUNCTION, ...)      \
+  switch (ISA) {                                  \
     case ::pahm::Isa::avx512:                     \
       ::pahm::isa_avx512::FUNCTION(__VA_ARGS__);  \
       break;                                      \
@@ -26,5 +26,10 @@ Isa active_isa();
       break;                                      \
   }
 #else
-#define PAHM_ISA_CALL(FUNCTION, ...) ::pahm::isa_plain::FUNCTION(__VA_ARGS__)
+#define PAHM_ISA_CALL_AS(ISA, FUNCTION, ...) \
+  static_cast<void>(ISA);                    \
+  ::pahm::isa_plain::FUNCTION(__VA_ARGS__)
 #endif
+
+// The same for the active one.
+#define PAHM_ISA_CALL(FUNCTION, ...) PAHM_ISA_CALL_AS(::pahm::active_isa(), FUNCTION, __VA_ARGS__)

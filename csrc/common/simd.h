@@ -28,7 +28,7 @@ using Compute = typename ComputeOf<S>::type;
 
 template <typename T>
 inline __attribute__((always_inline)) Vec<T> broadcast(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};
 }
 
 // Unaligned loads and stores of lanes<T> elements.

@@ -1,0 +1,222 @@
+// spiral_conv and its two gradients: x (B, N, C), indices (M, L), weight (Cout, L * C), bias (Cout,) -> (B, M, Cout).
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <type_traits>
+
+#include "common/checks.h"
+#include "common/dispatch.h"
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
+
+namespace pahm {
+
+template <typename S>
+using ComputeType = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+struct SpiralShape {
+  int64_t batch, vertices, rows, length, channels, out_channels;
+};
+
+template <typename S>
+struct SpiralForward {
+  SpiralShape shape;
+  const ComputeType<S>* x;
+  const int64_t* indices;
+  const ComputeType<S>* packed;  // panels, or the weight itself where few output channels need none
+  const ComputeType<S>* bias;    // or null
+  S* out;
+};
+
+template <typename S>
+struct SpiralInputGrad {
+  SpiralShape shape;
+  const ComputeType<S>* grad;
+  const int64_t* indices;
+  const ComputeType<S>* packed;
+  S* out;
+};
+
+template <typename T>
+struct SpiralWeightGrad {
+  SpiralShape shape;
+  const T* grad;
+  const T* x;  // (B, N, stride)
+  const int64_t* indices;
+  T* out;  // (Cout, L, stride), zero at first
+  int64_t stride;
+  int64_t block;
+};
+
+struct SpiralTiling {
+  int64_t rows, panel, lanes;
+};
+
+}  // namespace pahm
+
+#define PAHM_KERNEL_FILE "cpu/spiral_conv.h"
+#include "common/foreach_isa.h"
+
+namespace pahm {
+namespace {
+
+constexpr int64_t cache_bytes = 1 << 19;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Tensor compute_copy(const Tensor& t) {
+  return torch::stable::contiguous(torch::stable::to(t, compute_type(t.scalar_type())));
+}
+
+// Columns of a packed weight of `columns` real ones: whole panels.
+int64_t padded(int64_t columns, const SpiralTiling& tiling) {
+  return ceil_div(columns, tiling.panel) * tiling.panel;
+}
+
+template <typename T>
+SpiralTiling tiling_of(Isa isa) {
+  SpiralTiling tiling{};
+  PAHM_ISA_CALL_AS(isa, spiral_tiling<T>, tiling);
+  return tiling;
+}
+
+Tensor spiral_conv(const Tensor& x_, const Tensor& indices_, const Tensor& weight_, const std::optional<Tensor>& bias_) {
+  const Tensor indices = index_table(indices_, 2, "indices");
+  check_cpu(x_, "x");
+  check_cpu(weight_, "weight");
+  check(x_.dim() == 3 && weight_.dim() == 2, "x must be (B, N, C) and weight (Cout, L * C)");
+  check_same_type(x_, weight_, "weight");
+  const SpiralShape shape{x_.size(0),      x_.size(1), indices.size(0),
+                          indices.size(1), x_.size(2), weight_.size(0)};
+  check(weight_.size(1) == shape.length * shape.channels, "weight must be (Cout, L * C)");
+  check_range(indices, shape.vertices, "indices");
+  if (bias_.has_value()) {
+    check_cpu(*bias_, "bias");
+    check(bias_->dim() == 1 && bias_->size(0) == shape.out_channels, "bias must be (Cout,)");
+    check_same_type(x_, *bias_, "bias");
+  }
+  const Tensor x = compute_copy(x_), weight = compute_copy(weight_);
+  const Tensor bias = bias_.has_value() ? compute_copy(*bias_) : weight;
+  Tensor out = torch::stable::new_empty(x_, {shape.batch, shape.rows, shape.out_channels});
+  if (out.numel() == 0) return out;
+  const Isa isa = active_isa();
+  dispatch_floating(x_.scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    using T = ComputeType<S>;
+    const SpiralTiling tiling = tiling_of<T>(isa);
+    const int64_t K = shape.length * shape.channels, rows = shape.batch * shape.rows;
+    SpiralForward<S> arguments{shape,
+                               x.const_data_ptr<T>(),
+                               indices.const_data_ptr<int64_t>(),
+                               weight.const_data_ptr<T>(),
+                               bias_.has_value() ? bias.const_data_ptr<T>() : nullptr,
+                               out.mutable_data_ptr<S>()};
+    if (shape.out_channels <= 4 && shape.channels >= tiling.lanes) {
+      parallel_for(rows, K * shape.out_channels, [&](int64_t begin, int64_t end) {
+        PAHM_ISA_CALL_AS(isa, spiral_forward_thin<S>, arguments, begin, end);
+      });
+      return;
+    }
+    const Scratch<T> packed(padded(shape.out_channels, tiling) * K);
+    const int64_t panels = ceil_div(shape.out_channels, tiling.panel);
+    parallel_for(panels, K * tiling.panel, [&](int64_t begin, int64_t end) {
+      PAHM_ISA_CALL_AS(isa, spiral_pack_forward<T>, shape, weight.const_data_ptr<T>(), packed.get(), begin, end);
+    });
+    arguments.packed = packed.get();
+    const int64_t tiles = panels * ceil_div(rows, tiling.rows);
+    parallel_for(tiles, K * tiling.rows * tiling.panel, [&](int64_t begin, int64_t end) {
+      PAHM_ISA_CALL_AS(isa, spiral_forward<S>, arguments, begin, end);
+    });
+  });
+  return out;
+}
+
+Tensor spiral_conv_input_grad(const Tensor& grad_, const Tensor& indices_, const Tensor& weight_, int64_t vertices) {
+  const Tensor indices = index_table(indices_, 2, "indices");
+  check_cpu(grad_, "grad");
+  check_cpu(weight_, "weight");
+  check(grad_.dim() == 3 && weight_.dim() == 2, "grad must be (B, M, Cout) and weight (Cout, L * C)");
+  check_same_type(grad_, weight_, "weight");
+  const int64_t length = indices.size(1), width = weight_.size(1);
+  check(length > 0 ? width % length == 0 : width == 0, "weight must be (Cout, L * C)");
+  const SpiralShape shape{grad_.size(0), vertices,         indices.size(0), length, length > 0 ? width / length : 0,
+                          weight_.size(0)};
+  check(vertices >= 0 && grad_.size(1) == shape.rows && grad_.size(2) == shape.out_channels,
+        "grad must be (B, M, Cout)");
+  check_range(indices, vertices, "indices");
+  const Tensor grad = compute_copy(grad_), weight = compute_copy(weight_);
+  Tensor out = torch::stable::new_empty(grad_, {shape.batch, vertices, shape.channels});
+  if (out.numel() == 0) return out;
+  const Isa isa = active_isa();
+  dispatch_floating(grad_.scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    using T = ComputeType<S>;
+    const SpiralTiling tiling = tiling_of<T>(isa);
+    const int64_t panels = ceil_div(shape.channels, tiling.panel), K = shape.length * shape.out_channels;
+    const Scratch<T> packed(padded(shape.channels, tiling) * K);
+    parallel_for(panels, K * tiling.panel, [&](int64_t begin, int64_t end) {
+      PAHM_ISA_CALL_AS(isa, spiral_pack_input_grad<T>, shape, weight.const_data_ptr<T>(), packed.get(), begin, end);
+    });
+    const SpiralInputGrad<S> arguments{shape, grad.const_data_ptr<T>(), indices.const_data_ptr<int64_t>(),
+                                       packed.get(), out.mutable_data_ptr<S>()};
+    parallel_for(shape.batch * panels, shape.rows * K * tiling.panel, [&](int64_t begin, int64_t end) {
+      const Scratch<T> sums(shape.vertices * tiling.panel);
+      PAHM_ISA_CALL_AS(isa, spiral_input_grad<S>, arguments, sums.get(), begin, end);
+    });
+  });
+  return out;
+}
+
+Tensor spiral_conv_weight_grad(const Tensor& grad_, const Tensor& x_, const Tensor& indices_) {
+  const Tensor indices = index_table(indices_, 2, "indices");
+  check_cpu(grad_, "grad");
+  check_cpu(x_, "x");
+  check(grad_.dim() == 3 && x_.dim() == 3 && grad_.size(0) == x_.size(0) && grad_.size(1) == indices.size(0),
+        "grad must be (B, M, Cout) and x (B, N, C)");
+  check_same_type(grad_, x_, "x");
+  const SpiralShape shape{x_.size(0),      x_.size(1), indices.size(0),
+                          indices.size(1), x_.size(2), grad_.size(2)};
+  check_range(indices, shape.vertices, "indices");
+  const ScalarType type = compute_type(x_.scalar_type());
+  // Channels are padded to whole vectors of any instruction set, so that no load runs over the end of a row.
+  const int64_t vector = type == ScalarType::Double ? 8 : 16, stride = ceil_div(shape.channels, vector) * vector;
+  const Tensor grad = compute_copy(grad_);
+  Tensor x = compute_copy(x_);
+  if (stride != shape.channels) x = torch::stable::pad(x, {0, stride - shape.channels});
+  Tensor sums = torch::stable::new_zeros(x, {shape.out_channels, shape.length, stride});
+  if (sums.numel() > 0 && shape.batch * shape.rows > 0) {
+    const Isa isa = active_isa();
+    dispatch_floating(type, [&](auto zero) {
+      using T = ComputeType<decltype(zero)>;
+      const SpiralTiling tiling = tiling_of<T>(isa);
+      const int64_t row_bytes = (stride + shape.out_channels) * static_cast<int64_t>(sizeof(T));
+      const SpiralWeightGrad<T> arguments{shape,
+                                          grad.const_data_ptr<T>(),
+                                          x.const_data_ptr<T>(),
+                                          indices.const_data_ptr<int64_t>(),
+                                          sums.mutable_data_ptr<T>(),
+                                          stride,
+                                          std::max<int64_t>(64, cache_bytes / row_bytes)};
+      const int64_t tiles =
+          ceil_div(shape.out_channels, tiling.rows) * ceil_div(stride, tiling.panel) * shape.length;
+      const int64_t work = shape.batch * shape.rows * tiling.rows * tiling.panel;
+      parallel_for(tiles, work, [&](int64_t begin, int64_t end) {
+        PAHM_ISA_CALL_AS(isa, spiral_weight_grad<T>, arguments, begin, end);
+      });
+    });
+  }
+  Tensor cut = sums;
+  if (stride != shape.channels) cut = torch::stable::narrow(cut, 2, 0, shape.channels);
+  return torch::stable::to(torch::stable::reshape(cut, {shape.out_channels, shape.length * shape.channels}),
+                           x_.scalar_type());
+}
+
+}  // namespace
+}  // namespace pahm
+
+STABLE_TORCH_LIBRARY_IMPL(pahm_ops, CPU, m) {
+  m.impl("spiral_conv", TORCH_BOX(&pahm::spiral_conv));
+  m.impl("spiral_conv_input_grad", TORCH_BOX(&pahm::spiral_conv_input_grad));
+  m.impl("spiral_conv_weight_grad", TORCH_BOX(&pahm::spiral_conv_weight_grad));
+}

@@ -1,0 +1,325 @@
+// Kernels of spiral_conv. Compiled once an instruction set (common/foreach_isa.h): no include, no guard.
+//
+// All three products keep a tile of MR rows by NV vectors of their result in registers. The vectors come from
+// consecutive memory, the rows are broadcast one number at a time; at every step one of the two is read straight
+// from where the spiral table points, so that nothing is gathered (Dukhan, arXiv:1907.02129).
+namespace pahm::PAHM_ISA {
+
+// Rows of a tile: with its 2 vectors a row, and 3 more, it fills the register file.
+inline constexpr int tile_rows = PAHM_VECTOR_REGISTERS == 32 ? 14 : 6;
+
+template <typename T>
+inline constexpr int64_t panel_width = 2 * lanes<T>;
+
+// A panel's width in memory: its last vector is left out where no column needs it.
+template <typename T>
+inline int64_t stored_width(int64_t columns) {
+  return columns > lanes<T> ? panel_width<T> : lanes<T>;
+}
+
+// acc += rows (MR pointers, K numbers each) times panel (K, NV vectors).
+template <typename T, int MR, int NV>
+inline __attribute__((always_inline)) void multiply(Vec<T> (&acc)[MR][NV], const T* const (&rows)[MR],
+                                                    const T* panel, int64_t K) {
+  for (int64_t k = 0; k < K; ++k) {
+    Vec<T> column[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) column[v] = load(panel + v * lanes<T>);
+    panel += NV * lanes<T>;
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      const Vec<T> scalar = broadcast(rows[i][k]);
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) acc[i][v] += scalar * column[v];
+    }
+  }
+}
+
+// ---- forward ----
+
+// Lays out weight (Cout, K) as panels (K, width) of consecutive output channels, zero beyond Cout.
+template <typename T>
+void spiral_pack_forward(const SpiralShape& s, const T* weight, T* packed, int64_t begin, int64_t end) {
+  const int64_t K = s.length * s.channels;
+  for (int64_t p = begin; p < end; ++p) {
+    const int64_t first = p * panel_width<T>, width = stored_width<T>(s.out_channels - first);
+    T* panel = packed + first * K;
+    for (int64_t j = 0; j < width; ++j) {
+      const T* source = weight + (first + j) * K;
+      const bool real = first + j < s.out_channels;
+      for (int64_t k = 0; k < K; ++k) panel[k * width + j] = real ? source[k] : T(0);
+    }
+  }
+}
+
+template <typename S, int MR, int NV>
+void spiral_forward_tile(const SpiralForward<S>& a, int64_t first_row, int64_t count, int64_t column) {
+  using T = Compute<S>;
+  const SpiralShape& s = a.shape;
+  const T* base[MR];
+  const int64_t* spiral[MR];
+  for (int i = 0; i < MR; ++i) {
+    const int64_t r = first_row + (i < count ? i : count - 1);
+    base[i] = a.x + r / s.rows * s.vertices * s.channels;
+    spiral[i] = a.indices + r % s.rows * s.length;
+  }
+  const int64_t columns = s.out_channels - column < NV * lanes<T> ? s.out_channels - column : NV * lanes<T>;
+  Vec<T> acc[MR][NV] = {};
+  if (a.bias != nullptr) {
+    for (int v = 0; v < NV; ++v) {
+      const int64_t left = columns - v * lanes<T>;
+      const Vec<T> bias = left >= lanes<T> ? load(a.bias + column + v * lanes<T>)
+                                           : load_first(a.bias + column + v * lanes<T>, left);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) acc[i][v] = bias;
+    }
+  }
+  const T* panel = a.packed + column * s.length * s.channels;
+  for (int64_t l = 0; l < s.length; ++l) {
+    const T* rows[MR];
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) rows[i] = base[i] + spiral[i][l] * s.channels;
+    multiply<T, MR, NV>(acc, rows, panel + l * s.channels * NV * lanes<T>, s.channels);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    if (i >= count) break;
+    S* out = a.out + (first_row + i) * s.out_channels + column;
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+      const int64_t left = columns - v * lanes<T>;
+      if (left >= lanes<T>) {
+        store(out + v * lanes<T>, acc[i][v]);
+      } else {
+        store_first(out + v * lanes<T>, acc[i][v], left);
+      }
+    }
+  }
+}
+
+// Tiles begin to end, counted down the rows of the flattened (B, M) within a panel, then panel by panel.
+template <typename S>
+void spiral_forward(const SpiralForward<S>& a, int64_t begin, int64_t end) {
+  using T = Compute<S>;
+  const int64_t rows = a.shape.batch * a.shape.rows, tiles = (rows + tile_rows - 1) / tile_rows;
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t row = t % tiles * tile_rows, column = t / tiles * panel_width<T>;
+    const int64_t count = rows - row < tile_rows ? rows - row : tile_rows;
+    if (a.shape.out_channels - column > lanes<T>) {
+      spiral_forward_tile<S, tile_rows, 2>(a, row, count, column);
+    } else {
+      spiral_forward_tile<S, tile_rows, 1>(a, row, count, column);
+    }
+  }
+}
+
+// Few output channels would waste a wide tile: here the vectors run along the input channels, `thin_rows` rows
+// by `Outputs` channels at a time, and are summed at the end. The weight is not packed.
+inline constexpr int thin_rows = PAHM_VECTOR_REGISTERS == 32 ? 4 : 2;
+
+template <typename S, int Outputs>
+void spiral_forward_thin_tile(const SpiralForward<S>& a, int64_t first_row, int64_t count) {
+  using T = Compute<S>;
+  const SpiralShape& s = a.shape;
+  const int64_t K = s.length * s.channels, whole = s.channels / lanes<T> * lanes<T>;
+  Vec<T> acc[thin_rows][Outputs] = {};
+  T rest[thin_rows][Outputs] = {};
+  for (int64_t l = 0; l < s.length; ++l) {
+    const T* rows[thin_rows];
+    for (int i = 0; i < thin_rows; ++i) {
+      const int64_t r = first_row + (i < count ? i : count - 1);
+      rows[i] = a.x + (r / s.rows * s.vertices + a.indices[r % s.rows * s.length + l]) * s.channels;
+    }
+    const T* weight = a.packed + l * s.channels;
+    for (int64_t c = 0; c < whole; c += lanes<T>) {
+      Vec<T> x[thin_rows];
+#pragma GCC unroll 4
+      for (int i = 0; i < thin_rows; ++i) x[i] = load(rows[i] + c);
+#pragma GCC unroll 4
+      for (int o = 0; o < Outputs; ++o) {
+        const Vec<T> w = load(weight + o * K + c);
+#pragma GCC unroll 4
+        for (int i = 0; i < thin_rows; ++i) acc[i][o] += x[i] * w;
+      }
+    }
+    for (int64_t c = whole; c < s.channels; ++c) {
+      for (int i = 0; i < thin_rows; ++i) {
+        for (int o = 0; o < Outputs; ++o) rest[i][o] += rows[i][c] * weight[o * K + c];
+      }
+    }
+  }
+  for (int i = 0; i < count; ++i) {
+    for (int o = 0; o < Outputs; ++o) {
+      const T bias = a.bias == nullptr ? T(0) : a.bias[o];
+      a.out[(first_row + i) * Outputs + o] = static_cast<S>(sum_lanes<T>(acc[i][o]) + rest[i][o] + bias);
+    }
+  }
+}
+
+template <typename S>
+void spiral_forward_thin(const SpiralForward<S>& a, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; row += thin_rows) {
+    const int64_t count = end - row < thin_rows ? end - row : thin_rows;
+    switch (a.shape.out_channels) {
+      case 1:
+        spiral_forward_thin_tile<S, 1>(a, row, count);
+        break;
+      case 2:
+        spiral_forward_thin_tile<S, 2>(a, row, count);
+        break;
+      case 3:
+        spiral_forward_thin_tile<S, 3>(a, row, count);
+        break;
+      case 4:
+        spiral_forward_thin_tile<S, 4>(a, row, count);
+        break;
+    }
+  }
+}
+
+// ---- gradient to the input ----
+
+// Lays out weight (Cout, L, C) as panels (L, Cout, width) of consecutive input channels, zero beyond C.
+template <typename T>
+void spiral_pack_input_grad(const SpiralShape& s, const T* weight, T* packed, int64_t begin, int64_t end) {
+  for (int64_t p = begin; p < end; ++p) {
+    const int64_t first = p * panel_width<T>, width = stored_width<T>(s.channels - first);
+    T* panel = packed + first * s.length * s.out_channels;
+    for (int64_t l = 0; l < s.length; ++l) {
+      for (int64_t o = 0; o < s.out_channels; ++o) {
+        const T* source = weight + (o * s.length + l) * s.channels + first;
+        for (int64_t j = 0; j < width; ++j) *panel++ = first + j < s.channels ? source[j] : T(0);
+      }
+    }
+  }
+}
+
+// One mesh and one panel of input channels: each row's product is added where its spiral points, always in the
+// same order. `sums` is (N, NV vectors).
+template <typename S, int NV>
+void spiral_input_grad_panel(const SpiralInputGrad<S>& a, int64_t b, int64_t column, Compute<S>* sums) {
+  using T = Compute<S>;
+  const SpiralShape& s = a.shape;
+  const int64_t width = NV * lanes<T>;
+  std::memset(sums, 0, static_cast<size_t>(s.vertices * width) * sizeof(T));
+  const T* grad = a.grad + b * s.rows * s.out_channels;
+  const T* panel = a.packed + column * s.length * s.out_channels;
+  for (int64_t l = 0; l < s.length; ++l, panel += s.out_channels * width) {
+    for (int64_t m = 0; m < s.rows; m += tile_rows) {
+      const int64_t count = s.rows - m < tile_rows ? s.rows - m : tile_rows;
+      const T* rows[tile_rows];
+      for (int i = 0; i < tile_rows; ++i) rows[i] = grad + (m + (i < count ? i : count - 1)) * s.out_channels;
+      Vec<T> acc[tile_rows][NV] = {};
+      multiply<T, tile_rows, NV>(acc, rows, panel, s.out_channels);
+#pragma GCC unroll 16
+      for (int i = 0; i < tile_rows; ++i) {
+        if (i >= count) break;
+        T* target = sums + a.indices[(m + i) * s.length + l] * width;
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) store(target + v * lanes<T>, load(target + v * lanes<T>) + acc[i][v]);
+      }
+    }
+  }
+  const int64_t columns = s.channels - column < width ? s.channels - column : width;
+  for (int64_t n = 0; n < s.vertices; ++n) {
+    S* out = a.out + (b * s.vertices + n) * s.channels + column;
+    for (int64_t j = 0; j < columns; ++j) out[j] = static_cast<S>(sums[n * width + j]);
+  }
+}
+
+// Items begin to end of (B, panels).
+template <typename S>
+void spiral_input_grad(const SpiralInputGrad<S>& a, Compute<S>* sums, int64_t begin, int64_t end) {
+  using T = Compute<S>;
+  const int64_t panels = (a.shape.channels + panel_width<T> - 1) / panel_width<T>;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t column = item % panels * panel_width<T>;
+    if (a.shape.channels - column > lanes<T>) {
+      spiral_input_grad_panel<S, 2>(a, item / panels, column, sums);
+    } else {
+      spiral_input_grad_panel<S, 1>(a, item / panels, column, sums);
+    }
+  }
+}
+
+// ---- gradient to the weight ----
+
+// Adds the rows first to last of mesh b to one tile: MR output channels from `o`, columns from `column` of place l.
+template <typename T, int MR, int NV>
+void spiral_weight_grad_tile(const SpiralWeightGrad<T>& a, int64_t b, int64_t first, int64_t last, int64_t o,
+                             int64_t l, int64_t column) {
+  const SpiralShape& s = a.shape;
+  const T* x = a.x + b * s.vertices * a.stride + column;
+  const T* grad = a.grad + (b * s.rows + first) * s.out_channels + o;
+  Vec<T> acc[MR][NV] = {};
+  for (int64_t m = first; m < last; ++m, grad += s.out_channels) {
+    const T* source = x + a.indices[m * s.length + l] * a.stride;
+    Vec<T> row[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) row[v] = load(source + v * lanes<T>);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      const Vec<T> scalar = broadcast(grad[i]);
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) acc[i][v] += scalar * row[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    T* out = a.out + ((o + i) * s.length + l) * a.stride + column;
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) store(out + v * lanes<T>, load(out + v * lanes<T>) + acc[i][v]);
+  }
+}
+
+template <typename T, int NV>
+void spiral_weight_grad_rows(const SpiralWeightGrad<T>& a, int64_t b, int64_t first, int64_t last, int64_t o,
+                             int64_t count, int64_t l, int64_t column) {
+  for (const int64_t end = o + count; o < end;) {
+    const int64_t left = end - o;
+    if (left >= tile_rows) {
+      spiral_weight_grad_tile<T, tile_rows, NV>(a, b, first, last, o, l, column);
+      o += tile_rows;
+    } else if (left >= 8 && tile_rows > 8) {
+      spiral_weight_grad_tile<T, 8, NV>(a, b, first, last, o, l, column);
+      o += 8;
+    } else if (left >= 4) {
+      spiral_weight_grad_tile<T, 4, NV>(a, b, first, last, o, l, column);
+      o += 4;
+    } else {
+      spiral_weight_grad_tile<T, 1, NV>(a, b, first, last, o, l, column);
+      o += 1;
+    }
+  }
+}
+
+// Items begin to end of (tiles of output channels, panels, L). Each is summed over all meshes by one thread in
+// one order; all threads walk through the meshes in blocks of `a.block` rows, which stay in the cache.
+template <typename T>
+void spiral_weight_grad(const SpiralWeightGrad<T>& a, int64_t begin, int64_t end) {
+  const SpiralShape& s = a.shape;
+  const int64_t panels = (a.stride + panel_width<T> - 1) / panel_width<T>;
+  for (int64_t b = 0; b < s.batch; ++b) {
+    for (int64_t first = 0; first < s.rows; first += a.block) {
+      const int64_t last = first + a.block < s.rows ? first + a.block : s.rows;
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t l = item % s.length, column = item / s.length % panels * panel_width<T>;
+        const int64_t o = item / s.length / panels * tile_rows;
+        const int64_t count = s.out_channels - o < tile_rows ? s.out_channels - o : tile_rows;
+        if (a.stride - column > lanes<T>) {
+          spiral_weight_grad_rows<T, 2>(a, b, first, last, o, count, l, column);
+        } else {
+          spiral_weight_grad_rows<T, 1>(a, b, first, last, o, count, l, column);
+        }
+      }
+    }
+  }
+}
+
+// How the products are cut, for the caller who shares out the work.
+template <typename T>
+void spiral_tiling(SpiralTiling& tiling) {
+  tiling = {tile_rows, panel_width<T>, lanes<T>};
+}
+
+}  // namespace pahm::PAHM_ISA
