@@ -1,4 +1,4 @@
-"""What else is in a synthetic picture, as coloured triangles: the forearm, and objects that cover the hand."""
+"""What else a synthetic picture shows, as coloured triangles: the forearm and objects before the hand."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _wrist() -> tuple[NDArray[np.int64], Float]:
 def hand_and_forearm(rng: np.random.Generator, annotation: Annotation, skin: Float) -> Part:
     """The hand, its faces first, and a forearm that goes on from its open wrist, bare or in a sleeve.
 
-    `skin` (778, 3) are the hand's linear colours. The arm bends at the wrist by up to 25 degrees or so and ends
+    `skin` (778, 3) are the hand's linear colours. The arm bends at the wrist by some 15 degrees and ends
     before it comes near the camera. It is part of the picture only, neither of the mask nor of the mesh.
     """
     loop, rest_axis = _wrist()

@@ -94,7 +94,7 @@ class Scene:
             raise ValueError(f"faces: expected shape (F, 3), got {indices.shape}")
         if indices.dtype.kind not in "iu":
             raise TypeError(f"faces: expected integers, got {indices.dtype}")
-        if indices.size and not (0 <= indices.min() and indices.max() < len(points)):
+        if indices.size and not (indices.min() >= 0 and indices.max() < len(points)):
             raise ValueError(
                 f"faces: indices must lie in [0, {len(points)}), got {indices.min()} to {indices.max()}"
             )
@@ -275,7 +275,7 @@ def _trace(scene: Scene, camera: NDArray[np.float64], size: tuple[int, int]) -> 
         return None
     box = np.s_[top:bottom, left:right]
     v, u = (axis.ravel() for axis in np.mgrid[box].astype(np.float32))
-    inverse = np.linalg.inv(camera)
+    inverse: NDArray[np.float64] = np.linalg.inv(camera).astype(np.float64)
     rays = _pixel_rays(inverse, u, v)
     return _Window(box, inverse, u, v, rays, scene.cast(rays))
 
@@ -301,7 +301,7 @@ def render_mesh(
     size: tuple[int, int],
     *,
     colours: ArrayLike = (0.8, 0.8, 0.8),
-    light: Light = Light(),  # noqa: B008 - frozen
+    light: Light = Light(),
     background: ArrayLike = (0.0, 0.0, 0.0),
 ) -> Rendering:
     """Render a triangle mesh through an exact pinhole camera.

@@ -48,7 +48,7 @@ class Annotation(NamedTuple):
 
     @property
     def mano(self) -> list[list[float]]:
-        """FreiHAND's parameter record, `[[48 pose, 10 shape, 2 root pixel, 1 scale]]`, for this hand model."""
+        """FreiHAND's parameter record for this hand: `[[48 pose, 10 shape, 2 root pixel, 1 scale]]`."""
         u, v, w = self.K @ self.joints[ROOT]
         return [
             [*self.pose.ravel().tolist(), *self.shape.tolist(), round(u / w, 4), round(v / w, 4), self.scale]

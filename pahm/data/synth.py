@@ -8,14 +8,14 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import IO, Any, get_args
+from typing import Any, get_args
 
 import torch
 from PIL import Image
@@ -168,46 +168,39 @@ def _run(job: _Job, split: Split, count: int, workers: int) -> Iterator[_Chunk]:
             yield flight.popleft().result()
 
 
-class _AnnotationFiles:
-    """The JSON files of one split, written sample by sample beside their names and renamed when complete."""
+@contextmanager
+def _annotation_files(out: Path, split: Split) -> Iterator[Callable[[dict[str, str]], None]]:
+    """Give a function that appends one sample to the split's JSON files.
 
-    def __init__(self, out: Path, split: Split) -> None:
-        self.paths = {field: out / f"{split}_{field}.json" for field in _FIELDS[split]}
-        self._streams: dict[str, IO[str]] = {}
-        self._count = 0
+    They are written beside their names and take them when complete; what is incomplete is removed.
+    """
+    paths = {field: out / f"{split}_{field}.json" for field in _FIELDS[split]}
+    partials = {field: path.with_name(f"{path.name}.partial") for field, path in paths.items()}
+    try:
+        with ExitStack() as stack:
+            streams = {
+                field: stack.enter_context(path.open("w", encoding="ascii"))
+                for field, path in partials.items()
+            }
+            separator = "["
 
-    def __enter__(self) -> _AnnotationFiles:
-        for field, path in self.paths.items():
-            self._streams[field] = path.with_name(f"{path.name}.partial").open("w", encoding="ascii")
-            self._streams[field].write("[")
-        return self
+            def append(record: dict[str, str]) -> None:
+                nonlocal separator
+                for field, stream in streams.items():
+                    stream.write(separator + record[field])
+                separator = ","
 
-    def append(self, record: dict[str, str]) -> None:
-        for field, stream in self._streams.items():
-            stream.write(("," if self._count else "") + record[field])
-        self._count += 1
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        partials = {field: Path(stream.name) for field, stream in self._streams.items()}
-        complete = kind is None
-        try:
-            for stream in self._streams.values():
-                if complete:
-                    stream.write("]")
-                    stream.flush()
-                    os.fsync(stream.fileno())
-        except OSError:
-            complete = False
-            raise
-        finally:
-            for field, stream in self._streams.items():
-                try:
-                    stream.close()
-                finally:
-                    if not complete:
-                        partials[field].unlink(missing_ok=True)
-        for field, path in self.paths.items():
-            os.replace(partials[field], path)
+            yield append
+            for stream in streams.values():
+                stream.write("[]" if separator == "[" else "]")
+                stream.flush()
+                os.fsync(stream.fileno())
+    except BaseException:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+        raise
+    for field, path in paths.items():
+        os.replace(partials[field], path)
 
 
 def _manifest(out: Path, seed: int, size: int, folder: Path | None, images: list[Path] | None) -> None:
@@ -281,7 +274,7 @@ def generate(
     written when all images of their split are there. `training_mano.json` holds the parameters of the
     package's own hand in FreiHAND's arrangement, not MANO's.
 
-    With several workers, a script must call this under `if __name__ == "__main__":`, as processes are spawned.
+    Worker processes are spawned, so a script must call this under `if __name__ == "__main__":`.
 
     Raises ValueError for negative counts, seed, size or workers, and for a folder that holds something else
     or was begun with another seed, size or backgrounds; NotADirectoryError where `out` is a file;
@@ -300,9 +293,8 @@ def generate(
     folder = None if backgrounds is None else Path(backgrounds).resolve()
     images = None if folder is None else list_images(folder)
     counts: dict[Split, int] = {"training": train, "evaluation": eval}
-    workers = (
-        workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     job = _Job(target, seed, image_size, images)
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -322,8 +314,8 @@ def generate(
             raise
         raise OSError(
             error.errno,
-            f"The disk that holds {target} is full. What is finished stays; make room and run the same command "
-            "again to go on.",
+            f"the disk that holds {target} is full; what is finished stays, make room and run the same "
+            "command again to go on",
         ) from error
 
 
@@ -331,11 +323,11 @@ def _make_split(job: _Job, split: Split, count: int, workers: int, bar: Progress
     for path in image_paths(job.out, split, 0):
         path.parent.mkdir(parents=True, exist_ok=True)
     task = bar.add_task(split, total=count, rate="")
-    with _AnnotationFiles(job.out, split) as files:
+    with _annotation_files(job.out, split) as append:
         drawn, skipped = 0, 0
         for chunk in _run(job, split, count, workers):
             for record in chunk.records:
-                files.append(record)
+                append(record)
             drawn += chunk.drawn
             skipped += len(chunk.records) - chunk.drawn
             elapsed = bar.tasks[task].elapsed or 0.0
