@@ -203,7 +203,7 @@ def principal_components(population: Array) -> tuple[Array, Array]:
 
 
 def pose_meshes(rest: Array, bones: Array, weights: Array, rotations: Array) -> tuple[Array, Array]:
-    """Linear blend skinning of one mesh by (P, 16, 3, 3) rotations to (P, N, 3) vertices, (P, 16, 3) bones."""
+    """Skin one mesh linearly by (P, 16, 3, 3) rotations: (P, N, 3) vertices and (P, 16, 3) bones."""
     turn = rotations.copy()
     heads = np.repeat(bones[None], len(rotations), 0)
     for j in range(1, 16):
