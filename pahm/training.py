@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from pahm.config import Config, from_json
 from pahm.data.augment import CropTransform
 from pahm.data.freihand import FreiHand
+from pahm.evaluation import mean_hand
 from pahm.hand.topology import HandTopology
 from pahm.losses import Targets, total_loss
 from pahm.metrics import HandMetrics
@@ -203,6 +204,7 @@ def train(
     count = devices if isinstance(devices, int) and devices > 0 else 1
     training, held_out = loaders(config, data, count)
     module = HandTraining(config, topology, load_backbone=not last.exists())
+    module.network.mean_hand.copy_(mean_hand(training.dataset))
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
     callbacks: list[pl.Callback] = [

@@ -36,6 +36,8 @@ class HandNet(nn.Module):
     """
 
     joint_regressor: Tensor
+    mean_hand: Tensor
+    """`(778, 3)` metres: the mean of the training hands, the constant prediction that scores are compared with."""
 
     def __init__(self, config: ModelConfig, topology: HandTopology | None = None) -> None:
         super().__init__()
@@ -43,7 +45,9 @@ class HandNet(nn.Module):
         self.topology = topology or HandTopology.load()
         regressor = torch.as_tensor(self.topology.joint_regressor, dtype=torch.float32)
         self.register_buffer("joint_regressor", regressor, persistent=False)
-        root = self.topology.joint_regressor[config.root_joint] @ self.topology.hierarchy.vertices[0]
+        template = self.topology.hierarchy.vertices[0]
+        root = self.topology.joint_regressor[config.root_joint] @ template
+        self.register_buffer("mean_hand", torch.as_tensor(template - root, dtype=torch.float32))
         self.extractor = Hourglass(config)
         self.decoder = MeshDecoder(config, self.topology.hierarchy, root)
 
