@@ -1,5 +1,6 @@
-// The Python face of this folder: numpy arrays in, numpy arrays out. Dtypes, shapes and ranges are checked by the
-// Python callers in pahm_ops/mesh, which also word those errors; what is wrong with a topology is said here.
+// The Python face of this folder: numpy arrays in, numpy arrays out. Dtypes, shapes and ranges are checked by
+// the Python callers in pahm_ops/mesh, which also word those errors; what is wrong with a topology is said
+// here.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -125,8 +126,8 @@ void check_manifold(const IntArray& faces, std::int64_t vertex_count) {
 PYBIND11_MODULE(_tables, m) {
   using namespace pahm::mesh;
   m.doc() = "Index tables of triangle meshes, compiled; see pahm_ops.mesh.";
-  m.def("spirals", &spirals, py::arg("faces"), py::arg("vertex_count"), py::arg("length"), py::arg("dilation"),
-        py::arg("vertices"), "Spiral index table (vertex_count, length), int64.");
+  m.def("spirals", &spirals, py::arg("faces"), py::arg("vertex_count"), py::arg("length"),
+        py::arg("dilation"), py::arg("vertices"), "Spiral index table (vertex_count, length), int64.");
   m.def("levels", &levels, py::arg("vertices"), py::arg("faces"), py::arg("sizes"),
         "Quadric edge collapse: a (selection, faces) pair for each size.");
   m.def("closest", &closest, py::arg("vertices"), py::arg("faces"), py::arg("queries"),

@@ -79,7 +79,8 @@ SurfaceTree::SurfaceTree(const std::vector<Vec3>& points, const std::vector<Face
   build(0, 0, faces.size(), centers);
 }
 
-void SurfaceTree::build(std::size_t node, std::size_t first, std::size_t last, const std::vector<Vec3>& centers) {
+void SurfaceTree::build(std::size_t node, std::size_t first, std::size_t last,
+                        const std::vector<Vec3>& centers) {
   constexpr double inf = std::numeric_limits<double>::infinity();
   Box box{{inf, inf, inf}, {-inf, -inf, -inf}};
   for (std::size_t i = first; i < last; ++i) {
@@ -97,9 +98,10 @@ void SurfaceTree::build(std::size_t node, std::size_t first, std::size_t last, c
     if (box.high[k] - box.low[k] > box.high[axis] - box.low[axis]) axis = k;
   }
   const std::size_t middle = first + (last - first) / 2;
-  std::nth_element(order_.begin() + first, order_.begin() + middle, order_.begin() + last, [&](Index a, Index b) {
-    return centers[a][axis] != centers[b][axis] ? centers[a][axis] < centers[b][axis] : a < b;
-  });
+  std::nth_element(
+      order_.begin() + first, order_.begin() + middle, order_.begin() + last, [&](Index a, Index b) {
+        return centers[a][axis] != centers[b][axis] ? centers[a][axis] < centers[b][axis] : a < b;
+      });
   build(2 * node + 1, first, middle, centers);
   build(2 * node + 2, middle, last, centers);
 }

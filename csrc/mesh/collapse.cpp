@@ -12,12 +12,13 @@
 namespace pahm::mesh {
 namespace {
 
-// Weights relative to a face's own plane. The boundary's planes stand on its edges, at right angles to the face. The
-// pull towards the vertices that were merged spreads the remaining ones evenly where the surface is flat.
+// Weights relative to a face's own plane. The boundary's planes stand on its edges, at right angles to the
+// face. The pull towards the vertices that were merged spreads the remaining ones evenly where the surface is
+// flat.
 constexpr double kBoundaryWeight = 10;
 constexpr double kPointWeight = 1e-2;
-// A face may turn by at most acos(kMinTurn), and 2 * area / (sum of squared edges), 0.58 where equilateral, stay above
-// kMinShape.
+// A face may turn by at most acos(kMinTurn), and 2 * area / (sum of squared edges), 0.58 where equilateral,
+// stay above kMinShape.
 constexpr double kMinTurn = 0.2;
 constexpr double kMinShape = 0.05;
 
@@ -130,7 +131,9 @@ class Collapser {
     return count;
   }
 
-  bool contains(Index f, Index v) const { return faces_[f][0] == v || faces_[f][1] == v || faces_[f][2] == v; }
+  bool contains(Index f, Index v) const {
+    return faces_[f][0] == v || faces_[f][1] == v || faces_[f][2] == v;
+  }
 
   void gather_ring(Index v, std::vector<Index>& ring) {
     ring.clear();
@@ -145,7 +148,8 @@ class Collapser {
     }
   }
 
-  // Queues the cheapest collapse of u that comes after `previous`; after the last one of tier 0 follows tier 1.
+  // Queues the cheapest collapse of u that comes after `previous`; after the last one of tier 0 follows
+  // tier 1.
   void push_best(Index u, const Candidate* previous) {
     gather_ring(u, ring_);
     for (int tier = previous ? previous->tier : 0; tier < 2; ++tier) {
@@ -163,8 +167,8 @@ class Collapser {
     }
   }
 
-  // The link condition: u and v have no common neighbours but those across the edge, where the outside of every
-  // boundary loop counts as one more vertex, and they do not span a tetrahedron or a lone triangle.
+  // The link condition: u and v have no common neighbours but those across the edge, where the outside of
+  // every boundary loop counts as one more vertex, and they do not span a tetrahedron or a lone triangle.
   bool keeps_topology(Index u, Index v) {
     const int shared = shared_faces(u, v);
     if (shared == 2 && on_boundary_[u]) return false;
@@ -236,8 +240,8 @@ class Collapser {
 
 }  // namespace
 
-std::vector<Level> collapse(const std::vector<Vec3>& points, const std::vector<Face>& faces, const Adjacency& mesh,
-                            const std::vector<Index>& sizes) {
+std::vector<Level> collapse(const std::vector<Vec3>& points, const std::vector<Face>& faces,
+                            const Adjacency& mesh, const std::vector<Index>& sizes) {
   Collapser collapser(points, faces, mesh);
   std::vector<Level> levels;
   auto count = static_cast<Index>(points.size());

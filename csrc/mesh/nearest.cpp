@@ -33,9 +33,10 @@ void NearestVertices::split(std::size_t first, std::size_t last) {
     if (high[k] - low[k] > high[axis] - low[axis]) axis = k;
   }
   const std::size_t middle = first + (last - first) / 2;
-  std::nth_element(order_.begin() + first, order_.begin() + middle, order_.begin() + last, [&](Index a, Index b) {
-    return points_[a][axis] != points_[b][axis] ? points_[a][axis] < points_[b][axis] : a < b;
-  });
+  std::nth_element(
+      order_.begin() + first, order_.begin() + middle, order_.begin() + last, [&](Index a, Index b) {
+        return points_[a][axis] != points_[b][axis] ? points_[a][axis] < points_[b][axis] : a < b;
+      });
   axis_[middle] = static_cast<std::uint8_t>(axis);
   split(first, middle);
   split(middle + 1, last);

@@ -24,7 +24,8 @@ class NearestVertices {
   };
 
   void split(std::size_t first, std::size_t last);
-  void visit(std::size_t first, std::size_t last, Index query, std::size_t count, std::vector<Candidate>& heap) const;
+  void visit(std::size_t first, std::size_t last, Index query, std::size_t count,
+             std::vector<Candidate>& heap) const;
 
   const std::vector<Vec3>& points_;
   std::vector<Index> order_;

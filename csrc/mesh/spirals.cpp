@@ -9,13 +9,15 @@
 namespace pahm::mesh {
 namespace {
 
-// Grows the row of one vertex ring by ring. The marks hold a counter that only grows, so they are never cleared.
+// Grows the row of one vertex ring by ring. The marks hold a counter that only grows, so they are never
+// cleared.
 class RingWalk {
  public:
-  RingWalk(const Adjacency& mesh, std::size_t vertex_count) : mesh_(mesh), seen_(vertex_count), ring_(vertex_count) {}
+  RingWalk(const Adjacency& mesh, std::size_t vertex_count)
+      : mesh_(mesh), seen_(vertex_count), ring_(vertex_count) {}
 
-  // False when the rings ran out. As in SpiralNet++ that is so as soon as the ring after the last one taken is empty,
-  // even if the row is full by then.
+  // False when the rings ran out. As in SpiralNet++ that is so as soon as the ring after the last one taken
+  // is empty, even if the row is full by then.
   bool row(Index vertex, std::size_t wanted, std::vector<Index>& out) {
     ++row_id_;
     out.assign(1, vertex);
@@ -25,7 +27,8 @@ class RingWalk {
     for (Index u : last_) seen_[u] = row_id_;
     for (;;) {
       out.insert(out.end(), last_.begin(), last_.end());
-      // Of the ring that fills the row only the used part is walked, but whether there is one is always asked.
+      // Of the ring that fills the row only the used part is walked, but whether there is one is always
+      // asked.
       const std::size_t missing = out.size() < wanted ? wanted - out.size() : 1;
       next_ring(missing);
       if (next_.empty()) return false;
@@ -66,8 +69,8 @@ class RingWalk {
 
 }  // namespace
 
-void spiral_table(const Adjacency& mesh, std::size_t length, std::size_t dilation, const std::vector<Vec3>* points,
-                  std::int64_t* out) {
+void spiral_table(const Adjacency& mesh, std::size_t length, std::size_t dilation,
+                  const std::vector<Vec3>* points, std::int64_t* out) {
   const std::size_t vertex_count = mesh.on_boundary.size();
   const std::size_t wanted = length * dilation;
   RingWalk walk(mesh, vertex_count);
@@ -77,8 +80,8 @@ void spiral_table(const Adjacency& mesh, std::size_t length, std::size_t dilatio
     if (!walk.row(static_cast<Index>(v), wanted, row)) {
       if (points == nullptr) {
         throw std::invalid_argument("vertices are needed: the rings around vertex " + std::to_string(v) +
-                                    " run out before its row of length * dilation = " + std::to_string(wanted) +
-                                    " is full, and the nearest vertices fill it");
+                                    " run out before its row of length * dilation = " +
+                                    std::to_string(wanted) + " is full, and the nearest vertices fill it");
       }
       if (!nearest) nearest = std::make_unique<NearestVertices>(*points);
       nearest->query(static_cast<Index>(v), wanted, row);

@@ -1,6 +1,7 @@
 #include "topology.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -31,14 +32,15 @@ std::string edge_name(Index a, Index b) {
                                 std::to_string(owners.size()) + " faces (" + list +
                                 (owners.size() > 6 ? ", ..." : "") + "), expected at most 2");
   }
-  throw std::invalid_argument("faces are not consistently oriented: faces " + std::to_string(owners[0]) + " and " +
-                              std::to_string(owners[1]) + " run along " + edge_name(v, w) +
+  throw std::invalid_argument("faces are not consistently oriented: faces " + std::to_string(owners[0]) +
+                              " and " + std::to_string(owners[1]) + " run along " + edge_name(v, w) +
                               " in the same direction, expected opposite directions");
 }
 
 [[noreturn]] void refuse_vertex(Index v) {
-  throw std::invalid_argument("faces are not manifold: the faces around vertex " + std::to_string(v) +
-                              " form more than one fan, so that they meet in that vertex only, expected one fan");
+  throw std::invalid_argument(
+      "faces are not manifold: the faces around vertex " + std::to_string(v) +
+      " form more than one fan, so that they meet in that vertex only, expected one fan");
 }
 
 }  // namespace
@@ -48,8 +50,9 @@ Adjacency build_adjacency(const std::vector<Face>& faces, Index vertex_count) {
   for (std::size_t f = 0; f < faces.size(); ++f) {
     const auto [a, b, c] = faces[f];
     if (a == b || b == c || c == a) {
-      throw std::invalid_argument("faces must have three different vertices, got face " + std::to_string(f) + " = (" +
-                                  std::to_string(a) + ", " + std::to_string(b) + ", " + std::to_string(c) + ")");
+      throw std::invalid_argument("faces must have three different vertices, got face " + std::to_string(f) +
+                                  " = (" + std::to_string(a) + ", " + std::to_string(b) + ", " +
+                                  std::to_string(c) + ")");
     }
     for (Index v : faces[f]) ++starts[v + 1];
   }
@@ -84,11 +87,16 @@ Adjacency build_adjacency(const std::vector<Face>& faces, Index vertex_count) {
     nexts.clear();
     for (const Corner* c = first; c != last; ++c) nexts.push_back(c->next);
     std::sort(nexts.begin(), nexts.end());
+    const auto same_prev = [](const Corner& a, const Corner& b) { return a.prev == b.prev; };
     const auto shared_next = std::adjacent_find(nexts.begin(), nexts.end());
-    if (shared_next != nexts.end()) refuse_edge(v, *shared_next, first, last);
-    const auto shared_prev =
-        std::adjacent_find(first, last, [](const Corner& a, const Corner& b) { return a.prev == b.prev; });
-    if (shared_prev != last) refuse_edge(v, shared_prev->prev, first, last);
+    const Corner* shared_prev = std::adjacent_find(first, last, same_prev);
+    if (shared_next != nexts.end() || shared_prev != last) {
+      constexpr Index none = std::numeric_limits<Index>::max();
+      refuse_edge(v,
+                  std::min(shared_next != nexts.end() ? *shared_next : none,
+                           shared_prev != last ? shared_prev->prev : none),
+                  first, last);
+    }
 
     std::size_t open_ends = 0;
     for (const Corner* c = first; c != last; ++c) {

@@ -22,11 +22,13 @@ def load_mesh(
     """Reads the vertices and faces of a triangle mesh, in the order in which the file has them.
 
     Args:
-        source: a file in any format that trimesh reads (PLY, OBJ, OFF, STL, GLB, ...), or a trimesh.Trimesh. Several
-            meshes in one file are joined, each where the file's scene places it; faces of more corners are split.
-        merge: whether vertices at exactly the same position become one, the first of them; order is kept otherwise.
-            None merges for STL only, where faces share no vertices, and leaves every other file as it is: texture
-            seams that split vertices there (OBJ, GLB) are then boundaries of the mesh, and merge=True closes them.
+        source: a file in any format that trimesh reads (PLY, OBJ, OFF, STL, GLB, ...), or a trimesh.Trimesh.
+            Several meshes in one file are joined, each where the file's scene places it; faces of more than
+            three corners are split.
+        merge: whether vertices at exactly the same position become one, the first of them; order is kept
+            otherwise. None merges for STL only, where faces share no vertices, and leaves every other file as
+            it is: texture seams that split vertices there (OBJ, GLB) are then boundaries of the mesh, and
+            merge=True closes them.
 
     Returns:
         (N, 3) float64 vertices, in the file's unit, and (F, 3) int64 faces. Vertices of no face are kept.

@@ -4,6 +4,7 @@ import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,9 +27,9 @@ class MeshHierarchy:
         vertices: for each level s, (N_s, 3) float64; every level's vertices are vertices of the finest.
         faces: for each level, (F_s, 3) int64 into its vertices, oriented as the input.
         down: for each level but the last, (N_{s+1}, N_s) float64: one 1 a row, a selection.
-        up: for each level but the last, (N_s, N_{s+1}) float64: a row holds the barycentric weights, at most 3, each in
-            (0, 1] and of sum 1, of the point of level s + 1's surface that is nearest to the vertex; so `up` commutes
-            with translation, and `down @ up` is the identity.
+        up: for each level but the last, (N_s, N_{s+1}) float64: a row holds the barycentric weights, at most
+            3, each in (0, 1] and of sum 1, of the point of level s + 1's surface that is nearest to the
+            vertex; so `up` commutes with translation, and `down @ up` is the identity.
     """
 
     vertices: list[NDArray[np.float64]]
@@ -42,11 +43,11 @@ class MeshHierarchy:
     ) -> "MeshHierarchy":
         """Coarsens a mesh by quadric edge collapse to exactly the numbers of vertices in `sizes`.
 
-        A collapse moves a vertex onto a neighbour, the one that adds the least quadric error (Garland and Heckbert,
-        1997, with planes that hold the boundary, and a slight pull that keeps flat regions evenly covered). Every
-        level is an oriented manifold with the boundary loops and the Euler characteristic of the input; boundary
-        vertices move along their loop; faces are not flipped where that can be avoided. The same input gives the
-        same levels.
+        A collapse moves a vertex onto a neighbour, the one that adds the least quadric error (Garland and
+        Heckbert, 1997, with planes that hold the boundary, and a slight pull that keeps flat regions evenly
+        covered). Every level is an oriented manifold with the boundary loops and the Euler characteristic of
+        the input; boundary vertices move along their loop; faces are not flipped where that can be avoided.
+        The same input gives the same levels.
 
         Args:
             vertices: (N, 3) real, finite, any unit; each belongs to a face.
@@ -54,9 +55,9 @@ class MeshHierarchy:
             sizes: vertices of each level, descending, the first of them N.
 
         Raises:
-            ValueError: wrong shape; sizes that do not start at N, do not descend, or that the topology does not admit
-                (a closed component keeps 4 vertices or more, one with boundary 3 or more); a mesh that is not an
-                oriented manifold, naming face, edge or vertex; a vertex of no face.
+            ValueError: wrong shape; sizes that do not start at N, do not descend, or that the topology does
+                not admit (a closed component keeps 4 vertices or more, one with boundary 3 or more); a mesh
+                that is not an oriented manifold, naming face, edge or vertex; a vertex of no face.
             IndexError: a face refers to no vertex.
             TypeError: wrong dtype.
             RuntimeError: the package was installed without a compiler.
@@ -65,19 +66,21 @@ class MeshHierarchy:
         triangles = as_faces(faces, len(points))
         counts = [as_count(size, "sizes") for size in sizes]
         if not counts or counts[0] != len(points):
-            raise ValueError(f"sizes must start at the number of vertices, {len(points)}, got {tuple(counts)}")
-        if any(coarse >= fine for fine, coarse in zip(counts, counts[1:], strict=False)):
+            raise ValueError(
+                f"sizes must start at the number of vertices, {len(points)}, got {tuple(counts)}"
+            )
+        if any(coarse >= fine for fine, coarse in pairwise(counts)):
             raise ValueError(f"sizes must descend, got {tuple(counts)}")
         tables = compiled_tables()
         if tables is None:
             raise RuntimeError(
-                "MeshHierarchy.build needs the compiled module pahm_ops.mesh._tables, which this installation lacks: "
-                "install with a C++ compiler, or use MeshHierarchy.load"
+                "MeshHierarchy.build needs the compiled module pahm_ops.mesh._tables, which this "
+                "installation lacks: install with a C++ compiler, or use MeshHierarchy.load"
             )
         levels = [(np.arange(len(points)), triangles), *tables.levels(points, triangles, counts[1:])]
         selections = [selection for selection, _ in levels]
         down, up = [], []
-        for (fine, _), (coarse, coarse_faces) in zip(levels, levels[1:], strict=False):
+        for (fine, _), (coarse, coarse_faces) in pairwise(levels):
             kept = np.searchsorted(fine, coarse)
             removed = np.setdiff1d(np.arange(len(fine)), kept, assume_unique=True)
             corners, weights = tables.closest(points[coarse], coarse_faces, points[fine[removed]])
@@ -93,7 +96,7 @@ class MeshHierarchy:
     def from_file(
         cls, source: "str | os.PathLike[str] | trimesh.Trimesh", sizes: Sequence[int] = (778, 389, 195, 98)
     ) -> "MeshHierarchy":
-        """`build` from a mesh file or a trimesh object, read by `load_mesh`, which says what becomes of its vertices."""
+        """`build` from a mesh file or a trimesh object, as `load_mesh` reads it."""
         return cls.build(*load_mesh(source), sizes=sizes)
 
     @property
@@ -102,7 +105,7 @@ class MeshHierarchy:
         return tuple(len(level) for level in self.vertices)
 
     def selection(self, level: int) -> NDArray[np.int64]:
-        """(N_level,) int64: where the level's vertices stand in the finest mesh, ascending; level 0 is the finest."""
+        """(N_level,) int64, ascending: where the level's vertices stand in the finest mesh (level 0)."""
         if not 0 <= level < len(self.vertices):
             raise IndexError(f"level must lie in [0, {len(self.vertices)}), got {level}")
         selection = np.arange(len(self.vertices[0]), dtype=np.int64)
@@ -152,16 +155,23 @@ class MeshHierarchy:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one compressed .npz of plain arrays; the name is taken as given."""
         with open(path, "wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **self.to_arrays())  # type: ignore[arg-type]
+            np.savez_compressed(file, **self.to_arrays())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "MeshHierarchy":
         """Reads what `save` wrote, compiled module or not; ValueError says why another file is none."""
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                return cls.from_arrays(dict(archive))
-        except (ValueError, IndexError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"path must be a file that MeshHierarchy.save wrote, got {path}: {error}") from error
+        name = f"path must be a file that MeshHierarchy.save wrote, got {path}"
+        with open(path, "rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise ValueError(f"{name}, which is no .npz archive")
+            file.seek(0)
+            try:
+                with np.load(file, allow_pickle=False) as archive:
+                    return cls.from_arrays(dict(archive))
+            except KeyError as error:
+                raise ValueError(f"{name}, which holds no array {error}") from error
+            except (ValueError, IndexError, TypeError, EOFError, zipfile.BadZipFile) as error:
+                raise ValueError(f"{name}: {error}") from error
 
 
 def _sparse(

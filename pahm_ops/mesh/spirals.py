@@ -13,26 +13,27 @@ def spiral_indices(
     """The spiral around every vertex of a triangle mesh, the index table of `pahm_ops.spiral_conv`.
 
     Row v is v, then the rings around it, ring after ring, cut to length * dilation entries of which every
-    dilation-th is kept. The order within a ring is the one that SpiralNet++ takes from OpenMesh (clockwise from
-    outside), so that the tables, and with them its checkpoints, agree; OpenMesh is not needed. Where the rings around
-    v run out (a small mesh, a small component, a vertex of no face) the row holds the length * dilation vertices
-    nearest to v instead, v first, equal distances by index, again every dilation-th. As in SpiralNet++ the rings have
-    run out as soon as the ring that would come next is empty, even if the row is full by then.
+    dilation-th is kept. The order within a ring is the one that SpiralNet++ takes from OpenMesh (clockwise
+    from outside), so that the tables, and with them its checkpoints, agree; OpenMesh is not needed. Where the
+    rings around v run out (a small mesh, a small component, a vertex of no face) the row holds the length *
+    dilation vertices nearest to v instead, v first, equal distances by index, again every dilation-th. As in
+    SpiralNet++ the rings have run out as soon as the ring that would come next is empty, even if the row is
+    full by then.
 
     Args:
-        faces: (F, 3) integers, counter-clockwise seen from outside. Their order in the file decides where a ring
-            starts.
+        faces: (F, 3) integers, counter-clockwise seen from outside. Their order in the file decides where a
+            ring starts.
         length: entries of a row, L.
         dilation: step through the row.
-        vertices: (N, 3) real, any unit. Needed for their number where the last vertices belong to no face, and for
-            their positions where rings run out; without them N is the highest index in faces plus 1.
+        vertices: (N, 3) real, any unit. Needed for their number where the last vertices belong to no face,
+            and for their positions where rings run out; without them N is the highest index in faces plus 1.
 
     Returns:
         (N, L) int64, values in [0, N), column 0 counting from 0 to N - 1.
 
     Raises:
-        ValueError: wrong shape; vertices not finite; length * dilation > N; rings run out around a vertex and vertices
-            is None; the mesh is not an oriented manifold (the face, edge or vertex is named).
+        ValueError: wrong shape; vertices not finite; length * dilation > N; rings run out around a vertex and
+            vertices is None; the mesh is not an oriented manifold (the face, edge or vertex is named).
         IndexError: a face refers to no vertex.
         TypeError: wrong dtype.
 

@@ -1,11 +1,11 @@
-"""The definition of the spiral index table, in plain Python: half-edges in dictionaries, one vertex at a time."""
+"""The definition of the spiral index table, in plain Python: half-edges in dictionaries."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 def half_edges(faces: NDArray[np.int64]) -> dict[tuple[int, int], int]:
-    """The face on the left of each directed edge (a, b); refuses degenerate faces and edges that are not manifold."""
+    """The face left of each directed edge; refuses degenerate faces and edges that are not manifold."""
     left: dict[tuple[int, int], int] = {}
     repeated: list[tuple[int, int]] = []
     for face, (a, b, c) in enumerate(faces.tolist()):
@@ -25,8 +25,8 @@ def half_edges(faces: NDArray[np.int64]) -> dict[tuple[int, int], int]:
                 "expected at most 2"
             )
         raise ValueError(
-            f"faces are not consistently oriented: faces {owners[0]} and {owners[1]} run along edge ({v}, {w}) in "
-            "the same direction, expected opposite directions"
+            f"faces are not consistently oriented: faces {owners[0]} and {owners[1]} run along edge "
+            f"({v}, {w}) in the same direction, expected opposite directions"
         )
     return left
 
@@ -34,8 +34,8 @@ def half_edges(faces: NDArray[np.int64]) -> dict[tuple[int, int], int]:
 def ordered_neighbors(faces: NDArray[np.int64], vertex_count: int) -> list[list[int]]:
     """The neighbours of each vertex in OpenMesh's order: clockwise, b after a where (v, b, a) is a face.
 
-    An interior vertex starts at the vertex that follows it in the last face that contains it, a boundary vertex at the
-    neighbour w for which no face has the directed edge (v, w).
+    An interior vertex starts at the vertex that follows it in the last face that contains it, a boundary
+    vertex at the neighbour w for which no face has the directed edge (v, w).
     """
     left = half_edges(faces)
     start: list[int | None] = [None] * vertex_count
@@ -55,16 +55,18 @@ def ordered_neighbors(faces: NDArray[np.int64], vertex_count: int) -> list[list[
             at = turn.get(at)
         if len(open_starts) > 1 or len(ring) != len(turn) + len(open_starts):
             raise ValueError(
-                f"faces are not manifold: the faces around vertex {v} form more than one fan, so that they meet in "
-                "that vertex only, expected one fan"
+                f"faces are not manifold: the faces around vertex {v} form more than one fan, so that they "
+                "meet in that vertex only, expected one fan"
             )
         rings.append(ring)
     return rings
 
 
 def next_ring(neighbors: list[list[int]], last_ring: list[int], seen: set[int]) -> list[int]:
-    """The vertices around last_ring that are not in seen: each vertex's neighbours from the one after the first that
-    lies in last_ring, around to that one."""
+    """The vertices around last_ring that are not in seen.
+
+    Each of its vertices gives its neighbours from the one after the first that lies in last_ring around to it.
+    """
     inside = set(last_ring)
     ring: list[int] = []
     for u in last_ring:
@@ -97,8 +99,8 @@ def spiral_indices(
         if not ring and wanted > 1:
             if vertices is None:
                 raise ValueError(
-                    f"vertices are needed: the rings around vertex {v} run out before its row of length * dilation = "
-                    f"{wanted} is full, and the nearest vertices fill it"
+                    f"vertices are needed: the rings around vertex {v} run out before its row of "
+                    f"length * dilation = {wanted} is full, and the nearest vertices fill it"
                 )
             offsets = vertices - vertices[v]
             distances = offsets[:, 0] ** 2 + offsets[:, 1] ** 2 + offsets[:, 2] ** 2
