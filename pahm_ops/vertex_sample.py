@@ -210,7 +210,7 @@ class _VertexSample(Function):
         ctx.save_for_backward(vertices, camera, *inputs[6:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         vertices, camera, *maps = ctx.saved_tensors
         need_vertices, need_camera, *_ = ctx.needs_input_grad
         need_maps = ctx.needs_input_grad[6:]
@@ -247,8 +247,10 @@ class _VertexSampleBackward(Function):
         ctx.save_for_backward(grad, vertices, camera, *inputs[8:])
 
     @staticmethod
-    def backward(ctx: Any, *weights: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Differentiates <weights, gradients>, with the gradients written as those of the gather reference."""
+    def backward(ctx: Any, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Differentiates <weights, gradients>, taking the gradients of the gather reference."""
+        if all(weight is None for weight in weights):
+            return (None,) * len(ctx.needs_input_grad)
         saved = list(ctx.saved_tensors)
         wanted = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[8:]]
         create_graph = torch.is_grad_enabled()

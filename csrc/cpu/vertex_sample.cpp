@@ -14,6 +14,7 @@
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "common/checks.h"
@@ -24,17 +25,23 @@
 
 namespace pahm {
 
-constexpr int plane_block = 16;    // channels a unit has where channels lie a plane apart
-constexpr int row_block = 256;     // and where they lie side by side
-constexpr int vertex_block = 128;  // vertices a forward unit has where channels lie side by side
+constexpr int plane_block = 16;        // channels a unit has at most in sparse planes,
+constexpr int row_block = 256;         // elsewhere,
+constexpr int vertex_block = 128;      // vertices a forward unit has where channels lie side by side
+constexpr int64_t cached = 64 * 1024;  // pixels x channels that a block of dense planes has, about
+
+// How a map lies in memory and is read: channels side by side; channels a plane apart, with so many vertices
+// that a block of planes is first copied side by side; or a plane apart with few vertices, read where they
+// touch it.
+enum class Layout { rows, dense_planes, planes };
 
 struct SampleMap {
   const void* data;
-  void* grad;  // dense, channels side by side or planes as `rows` says; or null
+  void* grad;  // dense, channels side by side or planes as the map has them; or null
   int64_t channels, height, width;
   int64_t first_channel;                // in the output
   int64_t batch, channel, row, column;  // strides of data, in elements
-  bool rows;                            // channels lie side by side
+  Layout layout;
 };
 
 struct SampleUnit {
@@ -96,31 +103,45 @@ View check_arguments(const Maps& features, const Tensor& vertices, const std::op
   return view;
 }
 
+int64_t dense_block(int64_t pixels) {
+  return std::clamp<int64_t>(cached / pixels / plane_block * plane_block, plane_block, row_block);
+}
+
 // What a call needs besides its tensors.
 struct Plan {
   std::vector<SampleMap> maps;
   std::vector<SampleUnit> units;
   std::vector<char> zeros;
+  int64_t scratch = 0;  // elements that a thread needs
   SampleJob job{};
 
   Plan(const Maps& features, const View& view, bool border, bool forward) {
     job.vertices = view.vertices.size(1);
     job.align_corners = view.align_corners;
     job.border = border;
+    const bool narrow = features[0].scalar_type() == ScalarType::BFloat16;
     int64_t widest = 0;
     for (const Tensor& f : features) {
-      const int64_t channels = f.size(1), index = static_cast<int64_t>(maps.size());
-      const bool rows = channels == 1 || f.stride(1) == 1;
-      maps.push_back({f.const_data_ptr(), nullptr, channels, f.size(2), f.size(3), job.channels, f.stride(0),
-                      f.stride(1), f.stride(2), f.stride(3), rows});
-      job.channels += channels;
-      widest = std::max(widest, channels);
-      const bool by_vertex = forward && rows;
-      const int64_t count = by_vertex ? job.vertices : channels;
-      const int64_t block = by_vertex ? vertex_block : rows ? row_block : plane_block;
+      const int64_t channels = f.size(1), pixels = f.size(2) * f.size(3);
+      const Layout layout = channels == 1 || f.stride(1) == 1 ? Layout::rows
+                            : pixels <= 8 * job.vertices      ? Layout::dense_planes
+                                                              : Layout::planes;
+      const bool by_vertex = forward && layout == Layout::rows;
+      const int64_t block = by_vertex                        ? vertex_block
+                            : layout == Layout::rows         ? row_block
+                            : layout == Layout::dense_planes ? dense_block(pixels)
+                                                             : plane_block;
+      const int64_t count = by_vertex ? job.vertices : channels, index = static_cast<int64_t>(maps.size());
       for (int64_t begin = 0; begin < count; begin += block) {
         units.push_back({index, begin, std::min(count, begin + block)});
       }
+      maps.push_back({f.const_data_ptr(), nullptr, channels, f.size(2), f.size(3), job.channels, f.stride(0),
+                      f.stride(1), f.stride(2), f.stride(3), layout});
+      job.channels += channels;
+      widest = std::max(widest, channels);
+      const int64_t copies = (layout == Layout::dense_planes ? 1 : 0) +
+                             (!forward && (narrow || layout == Layout::dense_planes) ? 1 : 0);
+      scratch = std::max(scratch, copies * pixels * std::min(channels, block));
     }
     zeros.resize(static_cast<size_t>(widest) * sizeof(double), 0);
     job.zeros = zeros.data();
@@ -148,8 +169,10 @@ Tensor vertex_sample(const Maps& features, const Tensor& vertices, const std::op
     const std::vector<T> points = project<T>(view, true);
     job.points = points.data();
     job.output = output.mutable_data_ptr();
-    parallel_for(batch * job.unit_count, plan.work(),
-                 [&](int64_t begin, int64_t end) { PAHM_ISA_CALL(sample_units<S>, job, begin, end); });
+    parallel_for(batch * job.unit_count, plan.work(), [&](int64_t begin, int64_t end) {
+      const auto scratch = std::make_unique_for_overwrite<T[]>(static_cast<size_t>(plan.scratch));
+      PAHM_ISA_CALL(sample_units<S>, job, begin, end, scratch.get());
+    });
   });
   return output;
 }
@@ -208,7 +231,6 @@ std::tuple<Maps, Tensor, Tensor> vertex_sample_backward(const Tensor& grad, cons
   job.output_grad = output_grad.const_data_ptr();
 
   Maps map_grads;
-  int64_t largest = 0;
   for (size_t i = 0; i < features.size(); ++i) {
     const Tensor& map = features[i];
     if (!needs[i]) {
@@ -220,9 +242,6 @@ std::tuple<Maps, Tensor, Tensor> vertex_sample_backward(const Tensor& grad, cons
                              wants_channels_last(map) ? torch::headeronly::MemoryFormat::ChannelsLast
                                                       : torch::headeronly::MemoryFormat::Contiguous));
     plan.maps[i].grad = map_grads.back().mutable_data_ptr();
-    largest =
-        std::max(largest, map.size(2) * map.size(3) *
-                              std::min<int64_t>(map.size(1), plan.maps[i].rows ? row_block : plane_block));
   }
   const auto like = [&](const Tensor& t, bool needed) {
     return needed ? torch::stable::new_empty(t, t.sizes()) : torch::stable::new_empty(t, {0});
@@ -241,8 +260,8 @@ std::tuple<Maps, Tensor, Tensor> vertex_sample_backward(const Tensor& grad, cons
       job.point_grads = shares.get();
     }
     parallel_for(batch * job.unit_count, plan.work(), [&](int64_t begin, int64_t end) {
-      std::vector<T> scratch(std::is_same_v<S, T> ? 0 : static_cast<size_t>(largest));
-      PAHM_ISA_CALL(backward_units<S>, job, begin, end, scratch.data());
+      const auto scratch = std::make_unique_for_overwrite<T[]>(static_cast<size_t>(plan.scratch));
+      PAHM_ISA_CALL(backward_units<S>, job, begin, end, scratch.get());
     });
     if (needs_points) {
       backward_projection(view, job, points, vertex_grad.mutable_data_ptr<T>(),

@@ -74,23 +74,106 @@ inline __attribute__((always_inline)) void point_gradient(const Corners<T>& c, c
   gradient[1] = c.dy * ((product[2] - product[0]) * (1 - c.fx) + (product[3] - product[1]) * c.fx);
 }
 
-// Channels side by side (channels_last): vertices [begin, end), every channel.
+// The sums of the lanes of four vectors, in a fixed order.
+template <typename T>
+inline __attribute__((always_inline)) void sum_lanes_of_four(const Vec<T>* v, T* sums) {
+  for (int k = 0; k < 4; ++k) sums[k] = sum_lanes<T>(v[k]);
+}
+
+// out[i * out_stride + j] = in[j * in_stride + i] for i < width, j < height, between S and what it is
+// computed in.
+template <typename In, typename Out, size_t... K>
+inline __attribute__((always_inline)) void transpose_tile(const In* in, int64_t in_stride, Out* out,
+                                                          int64_t out_stride, std::index_sequence<K...>) {
+  using T = Compute<In>;
+  constexpr int n = lanes<T>;
+  Vec<T> r[n];
+  for (int j = 0; j < n; ++j) r[j] = load(in + j * in_stride);
+  const auto stage = [&]<int W>(std::integral_constant<int, W>) __attribute__((always_inline)) {
+    for (int i = 0; i < n; ++i) {
+      if (i & W) continue;
+      const Vec<T> a = r[i], b = r[i + W];
+      r[i] = __builtin_shufflevector(a, b, ((K & W) ? static_cast<int>(K) - W + n : static_cast<int>(K))...);
+      r[i + W] =
+          __builtin_shufflevector(a, b, ((K & W) ? static_cast<int>(K) + n : static_cast<int>(K) + W)...);
+    }
+  };
+  if constexpr (n > 8) stage(std::integral_constant<int, 8>{});
+  if constexpr (n > 4) stage(std::integral_constant<int, 4>{});
+  if constexpr (n > 2) stage(std::integral_constant<int, 2>{});
+  stage(std::integral_constant<int, 1>{});
+  for (int i = 0; i < n; ++i) store(out + i * out_stride, r[i]);
+}
+
+template <typename In, typename Out>
+void transpose(const In* in, int64_t in_stride, int64_t height, int64_t width, Out* out, int64_t out_stride) {
+  constexpr int n = lanes<Compute<In>>;
+  if (height < n || width < n) {
+    for (int64_t j = 0; j < height; ++j) {
+      for (int64_t i = 0; i < width; ++i) out[i * out_stride + j] = static_cast<Out>(in[j * in_stride + i]);
+    }
+    return;
+  }
+  // The last tile of a row or a column overlaps the one before it.
+  for (int64_t j = 0; j < height; j += n) {
+    const int64_t y = std::min(j, height - n);
+    for (int64_t i = 0; i < width; i += n) {
+      const int64_t x = std::min(i, width - n);
+      transpose_tile(in + y * in_stride + x, in_stride, out + x * out_stride + y, out_stride,
+                     std::make_index_sequence<n>{});
+    }
+  }
+}
+
+// A block of channels of one map of one batch item as the loops over vertices read it.
+template <typename D>
+struct Source {
+  const D* data;
+  int64_t row, column, channel;
+};
+
+// Copies channels [begin, end) of planes side by side.
 template <typename S>
-void sample_rows(const SampleJob& job, const SampleMap& map, int64_t item, int64_t begin, int64_t end) {
+Source<Compute<S>> side_by_side(const SampleMap& map, int64_t item, const SampleUnit& unit,
+                                Compute<S>* scratch) {
+  const int64_t channels = unit.end - unit.begin;
+  const S* data = static_cast<const S*>(map.data) + item * map.batch + unit.begin * map.channel;
+  if (map.column == 1 && (map.row == map.width || map.height == 1)) {
+    transpose(data, map.channel, channels, map.height * map.width, scratch, channels);
+  } else if (map.column == 1) {
+    for (int64_t y = 0; y < map.height; ++y) {
+      transpose(data + y * map.row, map.channel, channels, map.width, scratch + y * map.width * channels,
+                channels);
+    }
+  } else {
+    for (int64_t y = 0; y < map.height; ++y) {
+      for (int64_t x = 0; x < map.width; ++x) {
+        const S* pixel = data + y * map.row + x * map.column;
+        Compute<S>* out = scratch + (y * map.width + x) * channels;
+        for (int64_t c = 0; c < channels; ++c) out[c] = static_cast<Compute<S>>(pixel[c * map.channel]);
+      }
+    }
+  }
+  return {scratch, map.width * channels, channels, 1};
+}
+
+// Channels side by side: vertices [begin, end), channels [unit_begin, unit_begin + channels).
+template <typename S, typename D>
+void sample_rows(const SampleJob& job, const SampleMap& map, int64_t item, int64_t begin, int64_t end,
+                 const Source<D>& source, int64_t first_channel, int64_t channels) {
   using T = Compute<S>;
-  const S* data = static_cast<const S*>(map.data) + item * map.batch;
-  const S* zeros = static_cast<const S*>(job.zeros);
-  const int64_t channels = map.channels;
+  const D* zeros = static_cast<const D*>(job.zeros);
   for (int64_t n = begin; n < end; ++n) {
     const int64_t vertex = item * job.vertices + n;
-    S* out = static_cast<S*>(job.output) + vertex * job.channels + map.first_channel;
+    S* out = static_cast<S*>(job.output) + vertex * job.channels + map.first_channel + first_channel;
     Corners<T> c;
     if (!locate(job, map, vertex, c)) {
       std::memset(static_cast<void*>(out), 0, static_cast<size_t>(channels) * sizeof(S));
       continue;
     }
-    const S* p[4];
-    for (int k = 0; k < 4; ++k) p[k] = c.inside[k] ? data + c.offset(k, map.row, map.column) : zeros;
+    const D* p[4];
+    for (int k = 0; k < 4; ++k)
+      p[k] = c.inside[k] ? source.data + c.offset(k, source.row, source.column) : zeros;
     int64_t i = 0;
     for (; i + lanes<T> <= channels; i += lanes<T>) {
       store(out + i, c.weight[0] * load(p[0] + i) + c.weight[1] * load(p[1] + i) +
@@ -103,56 +186,48 @@ void sample_rows(const SampleJob& job, const SampleMap& map, int64_t item, int64
   }
 }
 
-// Channels a plane apart: channels [begin, end), at most plane_block of them, every vertex.
+// Channels a plane apart, and few vertices: reads only the pixels that they touch.
 template <typename S>
-void sample_planes(const SampleJob& job, const SampleMap& map, int64_t item, int64_t begin, int64_t end) {
+void sample_planes(const SampleJob& job, const SampleMap& map, int64_t item, const SampleUnit& unit) {
   using T = Compute<S>;
-  const S* data = static_cast<const S*>(map.data) + item * map.batch + begin * map.channel;
-  const int count = static_cast<int>(end - begin);
+  const S* data = static_cast<const S*>(map.data) + item * map.batch + unit.begin * map.channel;
+  const int64_t count = unit.end - unit.begin;
   for (int64_t n = 0; n < job.vertices; ++n) {
     const int64_t vertex = item * job.vertices + n;
-    S* out = static_cast<S*>(job.output) + vertex * job.channels + map.first_channel + begin;
-    Corners<T> c;
-    if (!locate(job, map, vertex, c)) {
-      std::memset(static_cast<void*>(out), 0, static_cast<size_t>(count) * sizeof(S));
-      continue;
-    }
-    if (c.all_inside) {
-      const S* top = data + c.offset(0, map.row, map.column);
-      const S* bottom = top + map.row;
-      for (int j = 0; j < count; ++j, top += map.channel, bottom += map.channel) {
-        out[j] = static_cast<S>(
-            c.weight[0] * static_cast<T>(top[0]) + c.weight[1] * static_cast<T>(top[map.column]) +
-            c.weight[2] * static_cast<T>(bottom[0]) + c.weight[3] * static_cast<T>(bottom[map.column]));
-      }
-      continue;
-    }
+    S* out = static_cast<S*>(job.output) + vertex * job.channels + map.first_channel + unit.begin;
     T sum[plane_block] = {};
-    for (int k = 0; k < 4; ++k) {
-      if (!c.inside[k]) continue;
-      const S* p = data + c.offset(k, map.row, map.column);
-      for (int j = 0; j < count; ++j) sum[j] += c.weight[k] * static_cast<T>(p[j * map.channel]);
+    Corners<T> c;
+    if (locate(job, map, vertex, c)) {
+      for (int k = 0; k < 4; ++k) {
+        if (!c.inside[k]) continue;
+        const S* p = data + c.offset(k, map.row, map.column);
+        for (int64_t j = 0; j < count; ++j) sum[j] += c.weight[k] * static_cast<T>(p[j * map.channel]);
+      }
     }
-    for (int j = 0; j < count; ++j) out[j] = static_cast<S>(sum[j]);
+    for (int64_t j = 0; j < count; ++j) out[j] = static_cast<S>(sum[j]);
   }
 }
 
 // Units [begin, end) of all batch items' units, one item after the other.
 template <typename S>
-void sample_units(const SampleJob& job, int64_t begin, int64_t end) {
+void sample_units(const SampleJob& job, int64_t begin, int64_t end, Compute<S>* scratch) {
   for (int64_t i = begin; i < end; ++i) {
     const int64_t item = i / job.unit_count;
     const SampleUnit& unit = job.units[i % job.unit_count];
     const SampleMap& map = job.maps[unit.map];
-    if (map.rows) {
-      sample_rows<S>(job, map, item, unit.begin, unit.end);
+    if (map.layout == Layout::rows) {
+      const Source<S> source{static_cast<const S*>(map.data) + item * map.batch, map.row, map.column, 1};
+      sample_rows<S>(job, map, item, unit.begin, unit.end, source, 0, map.channels);
+    } else if (map.layout == Layout::dense_planes) {
+      const auto source = side_by_side<S>(map, item, unit, scratch);
+      sample_rows<S>(job, map, item, 0, job.vertices, source, unit.begin, unit.end - unit.begin);
     } else {
-      sample_planes<S>(job, map, item, unit.begin, unit.end);
+      sample_planes<S>(job, map, item, unit);
     }
   }
 }
 
-// Where the gradient of a block of channels is summed: the gradient itself, or scratch in a wider type.
+// Where the gradient of a block of channels is summed: the gradient itself, or scratch.
 template <typename T>
 struct Target {
   T* data;
@@ -160,12 +235,11 @@ struct Target {
 };
 
 // Channels side by side: adds the block's products with the output gradient to map and points.
-template <typename S, bool ToMap, bool ToPoints>
+template <typename S, bool ToMap, bool ToPoints, typename D>
 void backward_rows(const SampleJob& job, const SampleMap& map, int64_t item, const SampleUnit& unit,
-                   const Target<Compute<S>>& target, Compute<S>* point_grads) {
+                   const Source<D>& source, const Target<Compute<S>>& target, Compute<S>* point_grads) {
   using T = Compute<S>;
-  const S* data = static_cast<const S*>(map.data) + item * map.batch + unit.begin;
-  const S* zeros = static_cast<const S*>(job.zeros);
+  const D* zeros = static_cast<const D*>(job.zeros);
   const int64_t channels = unit.end - unit.begin;
   T unused[row_block];
   if constexpr (ToMap) std::memset(unused, 0, sizeof unused);
@@ -178,11 +252,12 @@ void backward_rows(const SampleJob& job, const SampleMap& map, int64_t item, con
     }
     const S* grad =
         static_cast<const S*>(job.output_grad) + vertex * job.channels + map.first_channel + unit.begin;
-    const S* p[4];
+    const D* p[4];
     T* g[4];
     Vec<T> dot[4] = {};
     for (int k = 0; k < 4; ++k) {
-      if constexpr (ToPoints) p[k] = c.inside[k] ? data + c.offset(k, map.row, map.column) : zeros;
+      if constexpr (ToPoints)
+        p[k] = c.inside[k] ? source.data + c.offset(k, source.row, source.column) : zeros;
       if constexpr (ToMap) g[k] = c.inside[k] ? target.data + c.offset(k, target.row, target.column) : unused;
     }
     int64_t i = 0;
@@ -193,8 +268,8 @@ void backward_rows(const SampleJob& job, const SampleMap& map, int64_t item, con
         if constexpr (ToPoints) dot[k] += v * load(p[k] + i);
       }
     }
-    T product[4];
-    for (int k = 0; k < 4; ++k) product[k] = sum_lanes<T>(dot[k]);
+    T product[4] = {};
+    if constexpr (ToPoints) sum_lanes_of_four<T>(dot, product);
     for (; i < channels; ++i) {
       const T v = static_cast<T>(grad[i]);
       for (int k = 0; k < 4; ++k) {
@@ -206,13 +281,12 @@ void backward_rows(const SampleJob& job, const SampleMap& map, int64_t item, con
   }
 }
 
-// Channels a plane apart.
+// Channels a plane apart, and few vertices.
 template <typename S, bool ToMap, bool ToPoints>
 void backward_planes(const SampleJob& job, const SampleMap& map, int64_t item, const SampleUnit& unit,
-                     const Target<Compute<S>>& target, Compute<S>* point_grads) {
+                     const Source<S>& source, const Target<Compute<S>>& target, Compute<S>* point_grads) {
   using T = Compute<S>;
-  const S* data = static_cast<const S*>(map.data) + item * map.batch + unit.begin * map.channel;
-  const int count = static_cast<int>(unit.end - unit.begin);
+  const int64_t count = unit.end - unit.begin;
   for (int64_t n = 0; n < job.vertices; ++n) {
     const int64_t vertex = item * job.vertices + n;
     Corners<T> c;
@@ -225,26 +299,16 @@ void backward_planes(const SampleJob& job, const SampleMap& map, int64_t item, c
     T product[4] = {};
     for (int k = 0; k < 4; ++k) {
       if (!c.inside[k]) continue;
-      const S* p = data + c.offset(k, map.row, map.column);
+      const S* p = source.data + c.offset(k, source.row, source.column);
       T* g = nullptr;
       if constexpr (ToMap) g = target.data + c.offset(k, target.row, target.column);
-      for (int j = 0; j < count; ++j) {
+      for (int64_t j = 0; j < count; ++j) {
         const T v = static_cast<T>(grad[j]);
         if constexpr (ToMap) g[j * target.channel] += c.weight[k] * v;
-        if constexpr (ToPoints) product[k] += v * static_cast<T>(p[j * map.channel]);
+        if constexpr (ToPoints) product[k] += v * static_cast<T>(p[j * source.channel]);
       }
     }
     if constexpr (ToPoints) point_gradient(c, product, point_grads + 2 * n);
-  }
-}
-
-template <typename S, bool ToMap, bool ToPoints>
-void backward_block(const SampleJob& job, const SampleMap& map, int64_t item, const SampleUnit& unit,
-                    const Target<Compute<S>>& target, Compute<S>* point_grads) {
-  if (map.rows) {
-    backward_rows<S, ToMap, ToPoints>(job, map, item, unit, target, point_grads);
-  } else {
-    backward_planes<S, ToMap, ToPoints>(job, map, item, unit, target, point_grads);
   }
 }
 
@@ -256,60 +320,66 @@ void round_to(S* out, const T* sums, int64_t count) {
   for (; i < count; ++i) out[i] = static_cast<S>(sums[i]);
 }
 
-// One block of channels of one map of one batch item: its map gradient, and its share of the point gradients.
-// `scratch` holds height * width * block sums where the map's dtype is not the one that sums are kept in.
-template <typename S>
+// One block of channels of one map of one batch item: its map gradient (ToMap), its share of the point
+// gradients (ToPoints).
+template <typename S, bool ToMap, bool ToPoints>
 void backward_unit(const SampleJob& job, int64_t item, int64_t index, Compute<S>* scratch) {
   using T = Compute<S>;
   const SampleUnit& unit = job.units[index];
   const SampleMap& map = job.maps[unit.map];
-  T* point_grads = job.point_grads == nullptr ? nullptr
-                                              : static_cast<T*>(job.point_grads) +
-                                                    (item * job.unit_count + index) * job.vertices * 2;
-  if (map.grad == nullptr) {
-    backward_block<S, false, true>(job, map, item, unit, {}, point_grads);
-    return;
+  T* point_grads = nullptr;
+  if constexpr (ToPoints) {
+    point_grads = static_cast<T*>(job.point_grads) + (item * job.unit_count + index) * job.vertices * 2;
   }
   const int64_t channels = unit.end - unit.begin, pixels = map.height * map.width;
-  const bool whole = !map.rows || channels == map.channels;  // the block is one run of memory
-  S* grad = static_cast<S*>(map.grad) + item * map.channels * pixels + unit.begin * (map.rows ? 1 : pixels);
-  Target<T> target;
-  constexpr bool direct = std::is_same_v<S, T>;
-  if constexpr (direct) {
-    target.data = grad;
-    if (whole) {
-      std::memset(grad, 0, static_cast<size_t>(pixels * channels) * sizeof(T));
-    } else {
-      for (int64_t i = 0; i < pixels; ++i) {
-        std::memset(grad + i * map.channels, 0, static_cast<size_t>(channels) * sizeof(T));
-      }
+  const bool rows = map.layout == Layout::rows, whole = !rows || channels == map.channels;
+  const bool direct = std::is_same_v<S, T> && map.layout != Layout::dense_planes;
+  S* grad = static_cast<S*>(map.grad) + item * map.channels * pixels + unit.begin * (rows ? 1 : pixels);
+  Target<T> target{};
+  if constexpr (ToMap) {
+    const int64_t column = map.layout == Layout::planes ? 1 : direct ? map.channels : channels;
+    target = {scratch, map.width * column, column, map.layout == Layout::planes ? pixels : 1};
+    if constexpr (std::is_same_v<S, T>) {
+      if (direct) target.data = grad;
     }
-  } else {
-    target.data = scratch;
-    std::memset(scratch, 0, static_cast<size_t>(pixels * channels) * sizeof(T));
-  }
-  target.channel = map.rows ? 1 : pixels;
-  target.column = !map.rows ? 1 : direct ? map.channels : channels;
-  target.row = map.width * target.column;
-  if (point_grads == nullptr) {
-    backward_block<S, true, false>(job, map, item, unit, target, nullptr);
-  } else {
-    backward_block<S, true, true>(job, map, item, unit, target, point_grads);
-  }
-  if constexpr (!direct) {
-    if (whole) {
-      round_to(grad, scratch, pixels * channels);
-    } else {
-      for (int64_t i = 0; i < pixels; ++i)
-        round_to(grad + i * map.channels, scratch + i * channels, channels);
+    const bool one_run = !direct || whole;
+    const int64_t runs = one_run ? 1 : pixels, run = one_run ? pixels * channels : channels;
+    for (int64_t i = 0; i < runs; ++i) {
+      std::memset(target.data + i * map.channels, 0, static_cast<size_t>(run) * sizeof(T));
     }
+  }
+  const S* data = static_cast<const S*>(map.data) + item * map.batch + unit.begin * map.channel;
+  if (map.layout == Layout::dense_planes) {
+    Source<T> source{};
+    if constexpr (ToPoints) source = side_by_side<S>(map, item, unit, scratch + pixels * channels);
+    backward_rows<S, ToMap, ToPoints>(job, map, item, unit, source, target, point_grads);
+    if constexpr (ToMap) transpose(scratch, channels, pixels, channels, grad, pixels);
+    return;
+  }
+  const Source<S> source{data, map.row, map.column, map.channel};
+  if (rows) {
+    backward_rows<S, ToMap, ToPoints>(job, map, item, unit, source, target, point_grads);
+  } else {
+    backward_planes<S, ToMap, ToPoints>(job, map, item, unit, source, target, point_grads);
+  }
+  if (ToMap && !direct) {
+    const int64_t runs = whole ? 1 : pixels, run = whole ? pixels * channels : channels;
+    for (int64_t i = 0; i < runs; ++i) round_to(grad + i * map.channels, scratch + i * channels, run);
   }
 }
 
 template <typename S>
 void backward_units(const SampleJob& job, int64_t begin, int64_t end, Compute<S>* scratch) {
-  for (int64_t i = begin; i < end; ++i)
-    backward_unit<S>(job, i / job.unit_count, i % job.unit_count, scratch);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t item = i / job.unit_count, index = i % job.unit_count;
+    if (job.maps[job.units[index].map].grad == nullptr) {
+      if (job.point_grads != nullptr) backward_unit<S, false, true>(job, item, index, scratch);
+    } else if (job.point_grads == nullptr) {
+      backward_unit<S, true, false>(job, item, index, scratch);
+    } else {
+      backward_unit<S, true, true>(job, item, index, scratch);
+    }
+  }
 }
 
 }  // namespace pahm::PAHM_ISA

@@ -66,7 +66,7 @@ def vertex_sample(
     align_corners: bool,
     padding_mode: str,
 ) -> Tensor:
-    """Project, sample every map with grid_sample, concatenate; float16 and bfloat16 are computed in float32."""
+    """Project, sample every map with grid_sample, concatenate; half precision is computed in float32."""
     dtype = features[0].dtype
     work = torch.float64 if dtype == torch.float64 else torch.float32
     camera = None if camera is None else camera.to(work)
@@ -96,7 +96,7 @@ def vertex_sample_gather(
     align_corners: bool,
     padding_mode: str,
 ) -> Tensor:
-    """The same with four gathers a map: slower, but differentiable any number of times, as grid_sample is not."""
+    """The same with four gathers a map: slower, but differentiable any number of times."""
     dtype = features[0].dtype
     work = torch.float64 if dtype == torch.float64 else torch.float32
     camera = None if camera is None else camera.to(work)
