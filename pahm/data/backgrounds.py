@@ -48,7 +48,7 @@ def crop_background(rng: np.random.Generator, path: Path, size: int) -> Float:
     left, top = (int(rng.integers(0, extent - side + 1)) for extent in image.size)
     box = (left, top, left + side, top + side)
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=2)
-    pixels = np.asarray(image, np.float32) / 255
+    pixels: Float = np.asarray(image, np.float32) / np.float32(255)
     return pixels[:, ::-1] if rng.random() < 0.5 else pixels
 
 
@@ -157,8 +157,9 @@ def procedural_background(rng: np.random.Generator, size: int) -> Float:
     if rng.random() < 0.6:
         _draw_shapes(rng, image)
     if rng.random() < 0.5:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 5)))
-    pixels = np.asarray(image, np.float32) / 255
+        image = image.reduce(2).filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 2.5)))
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image, np.float32) / np.float32(255)
     if rng.random() < 0.5:  # uneven light and surface grain
         strength = np.float32(rng.uniform(0.1, 0.6))
         shade = 1 + strength * (smooth_noise(rng, size, int(rng.choice((2, 3, 60, 110)))) - 0.5)

@@ -53,7 +53,7 @@ def sample_light(rng: np.random.Generator) -> Light:
         specular=rng.uniform(0, 0.12),
         shininess=rng.uniform(6, 30),
         shadow=rng.uniform(0.3, 0.9),
-        occlusion_rays=20,
+        occlusion_rays=18,
     )
 
 

@@ -163,7 +163,9 @@ def _object(rng: np.random.Generator, centre: NDArray[np.float64], radius: float
 def occluder(rng: np.random.Generator, annotation: Annotation, size: int) -> Part | None:
     """An object before or against the hand that hides at most 35 % of it; None where none was found."""
     faces = shipped_hand().faces.numpy()
-    hand_depth, hand_faces = trace(annotation.vertices, faces, annotation.K, (size, size))
+    half = (size // 2, size // 2)  # a quarter of the pixels is enough to judge by
+    K = np.array([[0.5, 0, -0.25], [0, 0.5, -0.25], [0, 0, 1]]) @ annotation.K
+    hand_depth, hand_faces = trace(annotation.vertices, faces, K, half)
     hand = hand_faces >= 0
     middle = annotation.vertices.mean(axis=0)
     for widen in (0.9, 1.2, 1.5, 1.9):
@@ -172,7 +174,7 @@ def occluder(rng: np.random.Generator, annotation: Annotation, size: int) -> Par
         centre = middle + widen * (target - middle)
         centre[2] = target[2] + rng.uniform(-0.05 - radius, 0.01)
         part = _object(rng, centre, radius)
-        depth, _ = trace(part.vertices, part.faces, annotation.K, (size, size))
+        depth, _ = trace(part.vertices, part.faces, K, half)
         cover = float((depth < hand_depth)[hand].mean()) if hand.any() else 1.0
         if cover <= MAX_COVER:
             return part

@@ -15,6 +15,7 @@ from embreex.mesh_construction import TriangleMesh
 from embreex.rtcore import EmbreeDevice
 from embreex.rtcore_scene import EmbreeScene
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import csr_matrix
 
 Float = NDArray[np.float32]
 Int = NDArray[np.int32]
@@ -44,6 +45,11 @@ class Light:
     shininess: float = 20.0
     shadow: float = 0.0
     occlusion_rays: int = 0
+
+    def __post_init__(self) -> None:
+        length = float(np.linalg.norm(self.direction))
+        if len(self.direction) != 3 or not np.isfinite(length) or length == 0:
+            raise ValueError(f"direction: expected three finite numbers, not all 0, got {self.direction}")
 
 
 class Rendering(NamedTuple):
@@ -147,10 +153,14 @@ def sphere_directions(count: int) -> Float:
 
 
 def ambient_occlusion(scene: Scene, normals: Float, rays: int) -> Float:
-    """The cosine-weighted share (N,) of each vertex's hemisphere without a surface within 6 cm."""
+    """The cosine-weighted share (N,) of each vertex's hemisphere without a surface within 6 cm.
+
+    It is 1 at vertices that face away from the camera so far that no pixel can show them.
+    """
     directions = sphere_directions(rays)
     cosine = normals @ directions.T
-    vertex, ray = np.nonzero(cosine > 0.05)
+    visible = _dot(_unit(scene.vertices), normals) < 0.4
+    vertex, ray = np.nonzero((cosine > 0.05) & visible[:, None])
     origins = (scene.vertices + _BIAS * normals)[vertex]
     weight = cosine[vertex, ray]
     free = weight * ~scene.blocked(origins, directions[ray], _REACH)
@@ -170,6 +180,18 @@ def _dot(a: Float, b: Float) -> Float:
     return np.einsum("ni,ni->n", a, b)
 
 
+def _unit(vectors: Float) -> Float:
+    lengths: Float = np.sqrt(_dot(vectors, vectors))
+    return vectors / np.maximum(lengths, np.float32(1e-12))[:, None]
+
+
+def _interpolate(table: Float, corners: Int, weights: Float) -> Float:
+    """Rows of `table` (N, C) mixed with barycentric `weights` (n, 3) of `corners` (n, 3): (n, C)."""
+    starts = np.arange(0, 3 * len(corners) + 1, 3, dtype=np.int32)
+    shape = (len(corners), len(table))
+    return np.asarray(csr_matrix((weights.ravel(), corners.ravel(), starts), shape=shape) @ table)
+
+
 def _shade(
     scene: Scene,
     hits: Hits,
@@ -180,12 +202,10 @@ def _shade(
     openness: Float | None,
 ) -> Float:
     """Linear colours (n, 3) of hits, all of which are on the mesh."""
-    corners = scene.faces[hits.faces]
     table = colours if openness is None else np.concatenate([colours, openness[:, None]], axis=1)
     table = np.concatenate([normals, table], axis=1)
-    values = np.einsum("nk,nkc->nc", hits.weights, table[corners])
-    normal, albedo = values[:, :3], values[:, 3:6]
-    normal = normal / np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-12)
+    values = _interpolate(table, scene.faces[hits.faces], hits.weights)
+    normal, albedo = _unit(values[:, :3]), values[:, 3:6]
     back = _dot(normal, directions) > 0
     normal[back] *= -1
 
@@ -193,11 +213,9 @@ def _shade(
     towards = towards / np.linalg.norm(towards)
     cosine = normal @ towards
     lit = np.clip((cosine + light.wrap) / (1 + light.wrap), 0, None)
-    view = -directions / np.linalg.norm(directions, axis=1, keepdims=True)
     gloss = np.zeros_like(lit)
     if light.specular > 0:
-        half = view + towards
-        half /= np.maximum(np.linalg.norm(half, axis=1, keepdims=True), 1e-6)
+        half = _unit(towards - _unit(directions))
         gloss = light.specular * np.clip(_dot(normal, half), 0, 1) ** light.shininess * (cosine > 0)
     if light.shadow > 0:
         exposed = np.flatnonzero(lit > 0)

@@ -130,7 +130,7 @@ def sample_annotation(seed: int, split: Split, index: int, image_size: int = 224
     hand = shipped_hand()
     rng, _ = generators(seed, split, index)
     pose = np.array(sample_pose(rng, 1, hand=hand)[0], dtype=np.float64)
-    shape = np.round(np.asarray(sample_shape(rng, 1)[0], dtype=np.float64), _DECIMALS)
+    shape: Float = np.round(sample_shape(rng, 1)[0], _DECIMALS)
     rest = (hand.joint_regressor @ hand.template).numpy()
     fingers = rest[ROOT] - rest[0]
     pose[0] = _view(rng, fingers / np.linalg.norm(fingers))
