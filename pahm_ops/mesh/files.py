@@ -27,8 +27,8 @@ def load_mesh(
             three corners are split.
         merge: whether vertices at exactly the same position become one, the first of them; order is kept
             otherwise. None merges for STL only, where faces share no vertices, and leaves every other file as
-            it is: texture seams that split vertices there (OBJ, GLB) are then boundaries of the mesh, and
-            merge=True closes them.
+            it is: seams at which a file splits vertices (GLB) are then boundaries of the mesh, and merge=True
+            closes them.
 
     Returns:
         (N, 3) float64 vertices, in the file's unit, and (F, 3) int64 faces. Vertices of no face are kept.

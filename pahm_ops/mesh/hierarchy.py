@@ -5,7 +5,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -154,8 +154,9 @@ class MeshHierarchy:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one compressed .npz of plain arrays; the name is taken as given."""
+        arrays: dict[str, Any] = {**self.to_arrays()}
         with open(path, "wb") as file:
-            np.savez_compressed(file, **self.to_arrays())
+            np.savez_compressed(file, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "MeshHierarchy":

@@ -65,7 +65,7 @@ def ordered_neighbors(faces: NDArray[np.int64], vertex_count: int) -> list[list[
 def next_ring(neighbors: list[list[int]], last_ring: list[int], seen: set[int]) -> list[int]:
     """The vertices around last_ring that are not in seen.
 
-    Each of its vertices gives its neighbours from the one after the first that lies in last_ring around to it.
+    Each of its vertices gives its neighbours from the one after the first in last_ring around to that one.
     """
     inside = set(last_ring)
     ring: list[int] = []
