@@ -5,20 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, get_args
+from time import perf_counter
+from typing import Any
 
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -33,15 +34,19 @@ from pahm.data.backgrounds import list_images
 from pahm.data.freihand import Split
 from pahm.data.picture import draw
 from pahm.data.sampling import sample_annotation
+from pahm.data.synth_folder import (
+    Manifest,
+    annotation_files,
+    check_count,
+    image_paths,
+    is_finished,
+    save_image,
+)
 
 VERSION = 1
 """Raised whenever the same seed would give other annotations or pictures."""
-MANIFEST = "synth.json"
-_FIELDS: dict[Split, tuple[str, ...]] = {
-    "training": ("K", "scale", "xyz", "verts", "mano"),
-    "evaluation": ("K", "scale", "xyz", "verts"),
-}
 _CHUNK = 16  # samples a task
+_IN_FLIGHT = 64  # tasks
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -64,30 +69,6 @@ class _Chunk:
     drawn: int
 
 
-def image_paths(out: Path, split: Split, index: int) -> tuple[Path, Path]:
-    """Where picture and mask of a sample lie."""
-    name = f"{index:08d}.jpg"
-    return out / split / "rgb" / name, out / split / "mask" / name
-
-
-def _finished(path: Path) -> bool:
-    try:
-        return path.stat().st_size > 0
-    except FileNotFoundError:
-        return False
-
-
-def _save(image: Image.Image, path: Path, quality: int) -> None:
-    """Write a JPEG under a temporary name and rename it, so that what has its name is whole."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        image.save(partial, format="JPEG", quality=quality)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    os.replace(partial, path)
-
-
 def _numbers(values: Any) -> str:
     return json.dumps(values, separators=(",", ":"))
 
@@ -107,19 +88,17 @@ def make_samples(job: _Job, split: Split, indices: range) -> _Chunk:
             }
         )
         rgb, mask = image_paths(job.out, split, index)
-        if _finished(rgb) and _finished(mask):
+        if is_finished(rgb) and is_finished(mask):
             continue
         picture = draw(job.seed, split, index, job.size, job.backgrounds, annotation)
-        _save(picture.mask, mask, 95)
-        _save(picture.image, rgb, picture.quality)
+        save_image(picture.mask, mask, 95)
+        save_image(picture.image, rgb, picture.quality)
         drawn += 1
     return _Chunk(records, drawn)
 
 
 def _start_worker() -> None:
     """One thread a worker; end at once when the parent does, however it ends."""
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     parent = parent_process()
@@ -149,96 +128,32 @@ def _single_threaded_children() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _run(job: _Job, split: Split, count: int, workers: int) -> Iterator[_Chunk]:
-    """Chunks of `count` samples in order, with a few in flight."""
+@contextmanager
+def _workers(count: int) -> Iterator[Executor | None]:
+    """Processes that draw; None for one worker, which is the calling process."""
+    if count == 1:
+        yield None
+        return
+    with _single_threaded_children(), ExitStack() as stack:
+        pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_start_worker)
+        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+        yield pool
+
+
+def _run(job: _Job, split: Split, count: int, pool: Executor | None) -> Iterator[_Chunk]:
+    """The split's chunks in order, a few of them in flight."""
     tasks = (range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
-    if workers == 1:
+    if pool is None:
         for task in tasks:
             yield make_samples(job, split, task)
         return
-    with _single_threaded_children(), ExitStack() as stack:
-        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
-        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-        flight: deque[Future[_Chunk]] = deque()
-        for task in tasks:
-            flight.append(pool.submit(make_samples, job, split, task))
-            if len(flight) >= 4 * workers:
-                yield flight.popleft().result()
-        while flight:
+    flight: deque[Future[_Chunk]] = deque()
+    for task in tasks:
+        flight.append(pool.submit(make_samples, job, split, task))
+        if len(flight) >= _IN_FLIGHT:
             yield flight.popleft().result()
-
-
-@contextmanager
-def _annotation_files(out: Path, split: Split) -> Iterator[Callable[[dict[str, str]], None]]:
-    """Give a function that appends one sample to the split's JSON files.
-
-    They are written beside their names and take them when complete; what is incomplete is removed.
-    """
-    paths = {field: out / f"{split}_{field}.json" for field in _FIELDS[split]}
-    partials = {field: path.with_name(f"{path.name}.partial") for field, path in paths.items()}
-    try:
-        with ExitStack() as stack:
-            streams = {
-                field: stack.enter_context(path.open("w", encoding="ascii"))
-                for field, path in partials.items()
-            }
-            separator = "["
-
-            def append(record: dict[str, str]) -> None:
-                nonlocal separator
-                for field, stream in streams.items():
-                    stream.write(separator + record[field])
-                separator = ","
-
-            yield append
-            for stream in streams.values():
-                stream.write("[]" if separator == "[" else "]")
-                stream.flush()
-                os.fsync(stream.fileno())
-    except BaseException:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
-        raise
-    for field, path in paths.items():
-        os.replace(partials[field], path)
-
-
-def _manifest(out: Path, seed: int, size: int, folder: Path | None, images: list[Path] | None) -> None:
-    """Record what the folder is made of, or refuse to go on with something else."""
-    now: dict[str, Any] = {"generator": "pahm synth", "version": VERSION, "seed": seed, "image_size": size}
-    now["backgrounds"] = None if folder is None or images is None else f"{folder} ({len(images)} images)"
-    path = out / MANIFEST
-    if path.exists():
-        try:
-            before = json.loads(path.read_text())
-            differing = [name for name in now if before.get(name) != now[name]]
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"out: {path} is not a manifest of pahm synth ({error})") from error
-        if differing:
-            name = differing[0]
-            raise ValueError(
-                f"{name}: {out} was begun with {name} {before.get(name)}, got {now[name]}; "
-                "go on with that or choose another folder"
-            )
-        return
-    if any(out.iterdir()):
-        raise ValueError(f"out: {out} is not empty and was not made by pahm synth; choose a new folder")
-    partial = path.with_name(f"{MANIFEST}.partial")
-    partial.write_text(json.dumps(now, indent=1) + "\n")
-    os.replace(partial, path)
-
-
-def _check_counts(out: Path, counts: dict[Split, int]) -> None:
-    for split, count in counts.items():
-        folder = out / split / "rgb"
-        names = [path.stem for path in folder.glob("*.jpg")] if folder.is_dir() else []
-        beyond = [name for name in names if not name.isdigit() or int(name) >= count]
-        if beyond:
-            argument = "train" if split == "training" else "eval"
-            raise ValueError(
-                f"{argument}: {folder} already has image {max(beyond)}, so at least "
-                f"{int(max(beyond)) + 1 if max(beyond).isdigit() else count} are needed, got {count}"
-            )
+    while flight:
+        yield flight.popleft().result()
 
 
 def _progress(enabled: bool) -> Progress:
@@ -296,13 +211,25 @@ def generate(
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     job = _Job(target, seed, image_size, images)
+    options: dict[str, Any] = {
+        "generator": "pahm synth",
+        "version": VERSION,
+        "seed": seed,
+        "image_size": image_size,
+        "backgrounds": None if images is None else f"{folder} ({len(images)} images)",
+    }
     try:
         target.mkdir(parents=True, exist_ok=True)
-        _manifest(target, seed, image_size, folder, images)
-        _check_counts(target, counts)
-        with _progress(progress) as bar:
-            for split in get_args(Split):
-                _make_split(job, split, counts[split], workers, bar)
+        manifest = Manifest(target, options)
+        for split, count in counts.items():
+            check_count(target, split, count)
+        missing = [split for split, count in counts.items() if not manifest.is_complete(split, count)]
+        if not missing:
+            return
+        with _workers(workers) as pool, _progress(progress) as bar:
+            for split in missing:
+                _make_split(job, split, counts[split], pool, bar)
+                manifest.finish(split, counts[split])
     except KeyboardInterrupt:
         print(
             f"Stopped. What is finished stays in {target}; run the same command again to go on.",
@@ -319,17 +246,16 @@ def generate(
         ) from error
 
 
-def _make_split(job: _Job, split: Split, count: int, workers: int, bar: Progress) -> None:
+def _make_split(job: _Job, split: Split, count: int, pool: Executor | None, bar: Progress) -> None:
     for path in image_paths(job.out, split, 0):
         path.parent.mkdir(parents=True, exist_ok=True)
     task = bar.add_task(split, total=count, rate="")
-    with _annotation_files(job.out, split) as append:
-        drawn, skipped = 0, 0
-        for chunk in _run(job, split, count, workers):
+    drawn, kept, start = 0, 0, perf_counter()
+    with annotation_files(job.out, split) as append:
+        for chunk in _run(job, split, count, pool):
             for record in chunk.records:
                 append(record)
             drawn += chunk.drawn
-            skipped += len(chunk.records) - chunk.drawn
-            elapsed = bar.tasks[task].elapsed or 0.0
-            rate = f"{drawn / elapsed:.0f} images/s" if elapsed > 0 else ""
-            bar.update(task, advance=len(chunk.records), rate=f"{rate}, {skipped} kept" if skipped else rate)
+            kept += len(chunk.records) - chunk.drawn
+            rate = f"{drawn / (perf_counter() - start):.0f} images/s" + (f", {kept} kept" if kept else "")
+            bar.update(task, advance=len(chunk.records), rate=rate)

@@ -1,0 +1,152 @@
+"""The folder that `pahm synth` fills: FreiHAND's layout, written so that a stop leaves nothing half done."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pahm.data.freihand import Split
+
+MANIFEST = "synth.json"
+FIELDS: dict[Split, tuple[str, ...]] = {
+    "training": ("K", "scale", "xyz", "verts", "mano"),
+    "evaluation": ("K", "scale", "xyz", "verts"),
+}
+"""The annotation files of each split, `<split>_<field>.json`."""
+
+
+def image_paths(out: Path, split: Split, index: int) -> tuple[Path, Path]:
+    """Where picture and mask of a sample lie."""
+    name = f"{index:08d}.jpg"
+    return out / split / "rgb" / name, out / split / "mask" / name
+
+
+def is_finished(path: Path) -> bool:
+    """Whether an image is there; only whole ones ever have their name."""
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
+
+
+def save_image(image: Image.Image, path: Path, quality: int) -> None:
+    """Write a JPEG under a temporary name, then rename it."""
+    try:
+        image.save(_partial(path), format="JPEG", quality=quality)
+    except OSError:
+        _partial(path).unlink(missing_ok=True)
+        raise
+    os.replace(_partial(path), path)
+
+
+@contextmanager
+def annotation_files(out: Path, split: Split) -> Iterator[Callable[[dict[str, str]], None]]:
+    """Give a function that appends one sample, its fields as JSON text, to the split's annotation files.
+
+    They are written beside their names and take them when complete; what is incomplete is removed.
+    """
+    paths = [out / f"{split}_{field}.json" for field in FIELDS[split]]
+    try:
+        with ExitStack() as stack:
+            streams = [stack.enter_context(_partial(path).open("w", encoding="ascii")) for path in paths]
+            separator = "["
+
+            def append(record: dict[str, str]) -> None:
+                nonlocal separator
+                for field, stream in zip(FIELDS[split], streams, strict=True):
+                    stream.write(separator + record[field])
+                separator = ","
+
+            yield append
+            for stream in streams:
+                stream.write("[]" if separator == "[" else "]")
+                stream.flush()
+                os.fsync(stream.fileno())
+    except BaseException:
+        for path in paths:
+            _partial(path).unlink(missing_ok=True)
+        raise
+    for path in paths:
+        os.replace(_partial(path), path)
+
+
+class Manifest:
+    """`synth.json`: what a folder is made of, and how many samples of each split were finished."""
+
+    def __init__(self, out: Path, options: dict[str, Any]) -> None:
+        """Take up the folder `out`, or begin it, with options that decide what its samples look like.
+
+        Raises ValueError where the folder was begun with other options or holds something else.
+        """
+        self.path = out / MANIFEST
+        self._options = options
+        self._finished: dict[str, int] = {}
+        if not self.path.exists():
+            if any(path != _partial(self.path) for path in out.iterdir()):
+                raise ValueError(
+                    f"out: {out} is not empty and was not made by pahm synth; choose a new folder"
+                )
+            self._write()
+            return
+        try:
+            before = json.loads(self.path.read_text(encoding="utf-8"))
+            begun = {name: before[name] for name in options}
+            self._finished = dict(before["finished"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"out: {self.path} is not a manifest of pahm synth ({error!r})") from error
+        for name, value in options.items():
+            if begun[name] != value:
+                raise ValueError(
+                    f"{name}: {out} was begun with {name} {begun[name]}, got {value}; "
+                    "go on with that or choose another folder"
+                )
+
+    def finish(self, split: Split, count: int) -> None:
+        """Record that the split is complete with `count` samples."""
+        self._finished[split] = count
+        self._write()
+
+    def is_complete(self, split: Split, count: int) -> bool:
+        """Whether the split was finished with `count` samples and no file has been removed since."""
+        out = self.path.parent
+        return self._finished.get(split) == count and all(
+            [
+                *(
+                    len(list(image_paths(out, split, 0)[kind].parent.glob("*.jpg"))) == count
+                    for kind in (0, 1)
+                ),
+                *((out / f"{split}_{field}.json").is_file() for field in FIELDS[split]),
+            ]
+        )
+
+    def _write(self) -> None:
+        text = json.dumps({**self._options, "finished": self._finished}, indent=1)
+        _partial(self.path).write_text(text + "\n", encoding="utf-8")
+        os.replace(_partial(self.path), self.path)
+
+
+def check_count(out: Path, split: Split, count: int) -> None:
+    """Refuse a count that would leave images of an earlier run without annotation.
+
+    Raises ValueError.
+    """
+    folder = out / split / "rgb"
+    indices = (
+        [int(path.stem) for path in folder.glob("*.jpg") if path.stem.isdecimal()] if folder.is_dir() else []
+    )
+    least = max(indices, default=-1) + 1
+    if count < least:
+        argument = "train" if split == "training" else "eval"
+        raise ValueError(
+            f"{argument}: {folder} already has image {least - 1}, expected at least {least}, got {count}"
+        )
