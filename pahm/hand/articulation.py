@@ -26,8 +26,9 @@ THUMB_LIMITS: Array = np.array([(5.0, 70.0), (0.0, 60.0), (-25.0, 35.0), (-10.0,
 middle metacarpal towards the thumb's side) and palmar abduction (out of that plane); pronation about it;
 flexion at MCP and IP."""
 
-TOLERANCE = 0.72
-"""Two capsules collide where their axes are nearer than this part of the sum of their radii: flesh gives."""
+TOLERANCE, PALM_TOLERANCE = 0.7, 0.55
+"""Two capsules collide where their axes are nearer than this part of the sum of their radii, the second where
+one is the palm's: flesh gives."""
 
 
 class Articulation:
@@ -68,6 +69,9 @@ class Articulation:
             self.rest_abduction[i] = np.arctan2(proximal @ self.radial, proximal @ self.along)
         straight = self.rest_abduction[1:3].mean()
         self.neutral_abduction = straight + np.radians(ABDUCTION_NEUTRAL)
+        # The knuckle bends in the plane of the finger's neutral direction, not of its rest pose's.
+        to_neutral = (self.neutral_abduction - self.rest_abduction)[:, None] * self.abduction_axes
+        self.knuckle_axes: Array = Rotation.from_rotvec(to_neutral).apply(self.flexion_axes)
 
         base, knuckle, joint = FINGERS["thumb"]
         self.metacarpal = _unit(bones[knuckle] - bones[base])
@@ -96,7 +100,7 @@ class Articulation:
         spread = np.radians(abduction) + self.neutral_abduction - self.rest_abduction
         for i, finger in enumerate(LONG_FINGERS):
             first, second, third = FINGERS[finger]
-            flex = Rotation.from_rotvec(bend[:, i, :1] * self.flexion_axes[i])
+            flex = Rotation.from_rotvec(bend[:, i, :1] * self.knuckle_axes[i])
             abduct = Rotation.from_rotvec(spread[:, i, None] * self.abduction_axes[i])
             pose[:, first] = (flex * abduct).as_rotvec()
             pose[:, second] = bend[:, i, 1:2] * self.flexion_axes[i]
@@ -146,7 +150,8 @@ class Articulation:
         pairs = [(a, b) for a, b in pairs if not (a % 3 == 0 and b % 3 == 0) and 12 not in (a, b)]
         pairs += [(a, b) for a in range(15) if a % 3 != 0 for b in range(15, 19)]
         self._pairs = np.array(pairs)
-        self._gaps = TOLERANCE * (radii[self._pairs[:, 0]] + radii[self._pairs[:, 1]])
+        part = np.where(self._pairs[:, 1] < 15, TOLERANCE, PALM_TOLERANCE)
+        self._gaps = part * (radii[self._pairs[:, 0]] + radii[self._pairs[:, 1]])
         self._of_thumb = np.isin(self._pairs, (12, 13, 14)).any(1)
 
     def _segments(self, bones: Array, tips: Array) -> tuple[Array, Array]:

@@ -26,16 +26,16 @@ class Posture(NamedTuple):
     weight: float = 1.0
 
 
-_TUCKED = (28.0, 45.0, 10.0, 30.0, 45.0)
+_TUCKED = (26.0, 48.0, 8.0, 32.0, 52.0)
 POSTURES: dict[str, Posture] = {
     "open": Posture((0, 0, 0, 0), (4, 4, 4, 4), 1.0, (55, 20, 0, 5, 0), 1.5),
     "flat": Posture((0, 0, 0, 0), (4, 4, 4, 4), 0.1, (32, 12, 0, 8, 8)),
     "relaxed": Posture((20, 25, 30, 32), (25, 32, 35, 35), 0.3, (42, 30, 5, 15, 15), 2.0),
-    "fist": Posture((78, 82, 84, 84), (95, 96, 96, 94), 0.0, _TUCKED),
-    "thumb up": Posture((78, 82, 84, 84), (95, 96, 96, 94), 0.0, (55, 5, -10, -5, -8), 0.5),
-    "point": Posture((5, 75, 80, 82), (6, 92, 95, 92), 0.0, _TUCKED),
-    "pistol": Posture((5, 75, 80, 82), (6, 92, 95, 92), 0.0, (58, 15, -5, 0, 0), 0.5),
-    "two": Posture((2, 2, 75, 80), (5, 5, 92, 92), 0.8, _TUCKED),
+    "fist": Posture((78, 80, 78, 74), (92, 94, 92, 88), 0.0, (38, 54, 5, 34, 58), 1.5),
+    "thumb up": Posture((78, 80, 78, 74), (92, 94, 92, 88), 0.0, (55, 5, -10, -5, -8), 0.5),
+    "point": Posture((5, 75, 77, 74), (6, 92, 92, 88), 0.0, _TUCKED),
+    "pistol": Posture((5, 75, 77, 74), (6, 92, 92, 88), 0.0, (58, 15, -5, 0, 0), 0.5),
+    "two": Posture((2, 2, 75, 74), (5, 5, 92, 88), 0.8, _TUCKED),
     "three": Posture((2, 2, 5, 72), (5, 5, 8, 90), 0.7, _TUCKED, 0.5),
     "four": Posture((2, 2, 2, 2), (5, 5, 5, 5), 0.7, (22, 40, 15, 40, 50), 0.5),
     "horns": Posture((2, 72, 75, 5), (5, 92, 92, 10), 0.5, _TUCKED, 0.5),
@@ -51,7 +51,7 @@ POSTURES: dict[str, Posture] = {
 }
 """What `sample_pose` mixes."""
 
-_SPREAD: Array = np.array([[-4.0, 0.0, 4.0, 8.0], [13.0, 2.0, -6.0, -13.0]])
+_SPREAD: Array = np.array([[-2.0, 0.0, 3.0, 6.0], [13.0, 2.0, -6.0, -13.0]])
 """Abduction of the four fingers closed and spread."""
 _REST_FLEXION: Array = np.array([[10.0, 15.0, 9.0]] * 4)
 _REST_THUMB: Array = np.array([58.0, 25.0, 0.0, 8.0, 8.0])

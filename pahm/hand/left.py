@@ -1,0 +1,41 @@
+"""Left hands: everything here is a right hand, and a left one is its mirror image."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Points = TypeVar("Points", Tensor, NDArray[np.floating])
+Faces = TypeVar("Faces", Tensor, NDArray[np.integer])
+
+
+def mirror(points: Points) -> Points:
+    """Points `(..., 3)` with x negated: a right hand's vertices or joints become a left hand's, and back.
+
+    In camera space this is the hand in the image flipped left to right. Returns a new array of the same
+    kind. Raises ValueError for another last dimension.
+    """
+    if points.ndim == 0 or points.shape[-1] != 3:
+        raise ValueError(f"points must have shape (..., 3), got {tuple(points.shape)}")
+    flipped = points.clone() if isinstance(points, Tensor) else points.copy()
+    flipped[..., 0] = -flipped[..., 0]
+    return flipped
+
+
+def mirror_faces(faces: Faces) -> Faces:
+    """Faces `(F, 3)` in the opposite order, so that the normals of a mirrored mesh point outward again."""
+    if faces.ndim != 2 or faces.shape[-1] != 3:
+        raise ValueError(f"faces must have shape (F, 3), got {tuple(faces.shape)}")
+    return faces[:, [0, 2, 1]]
+
+
+def mirror_pose(pose: Points) -> Points:
+    """Axis-angle vectors `(..., 3)` of a right hand to those of the mirrored one: y and z negated."""
+    if pose.ndim == 0 or pose.shape[-1] != 3:
+        raise ValueError(f"pose must have shape (..., 3), got {tuple(pose.shape)}")
+    flipped = pose.clone() if isinstance(pose, Tensor) else pose.copy()
+    flipped[..., 1:] = -flipped[..., 1:]
+    return flipped
