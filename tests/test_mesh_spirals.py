@@ -251,6 +251,7 @@ TOPOLOGY = {
         [[3, 1, 2], [3, 2, 0], [3, 0, 1], [3, 4, 5]],
         r"the faces around vertex 3 form more than one fan",
     ),
+    "edge before vertex": ([[0, 1, 2], [1, 2, 3], [0, 3, 4]], r"faces 0 and 1 run along edge \(1, 2\)"),
     "repeated vertex": ([[0, 1, 2], [2, 1, 1]], r"three different vertices, got face 1 = \(2, 1, 1\)"),
 }
 

@@ -74,6 +74,7 @@ Adjacency build_adjacency(const std::vector<Face>& faces, Index vertex_count) {
   out.neighbors.reserve(corners.size() + corners.size() / 8);
   out.on_boundary.assign(vertex_count, 0);
   std::vector<Index> nexts;
+  Index pinched = -1;  // told only if every edge is right
   for (Index v = 0; v < vertex_count; ++v) {
     Corner* first = corners.data() + starts[v];
     Corner* last = corners.data() + starts[v + 1];
@@ -116,10 +117,11 @@ Adjacency build_adjacency(const std::vector<Face>& faces, Index vertex_count) {
       at = c->next;
       ++steps;
     } while (at != start);
-    if (open_ends > 1 || steps != count) refuse_vertex(v);
+    if (pinched < 0 && (open_ends > 1 || steps != count)) pinched = v;
     out.on_boundary[v] = open_ends == 1;
     out.offsets.push_back(out.neighbors.size());
   }
+  if (pinched >= 0) refuse_vertex(pinched);
   return out;
 }
 
