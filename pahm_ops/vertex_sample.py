@@ -63,7 +63,7 @@ def vertex_sample(
     Source: section 3.2 of "Pixel-aligned non-parametric hand mesh reconstruction".
     """
     maps = _as_list(features)
-    if isinstance(vertices, Tensor) and torch.is_autocast_enabled(vertices.device.type):
+    if isinstance(vertices, Tensor) and torch.is_autocast_enabled(maps[0].device.type):
         maps, vertices, camera = _promote(maps, vertices, camera)
     _check_features(maps)
     _check_geometry(maps[0], vertices, camera)
@@ -73,7 +73,10 @@ def vertex_sample(
     if _library.compiled(maps[0].device) and maps[0].dtype != torch.float16:
         height, width = size or (0, 0)
         border = padding_mode == "border"
-        return _VertexSample.apply(vertices, camera, height, width, bool(align_corners), border, *maps)
+        options = (height, width, bool(align_corners), border)
+        if _wants_grad(vertices, camera, *maps):
+            return _VertexSample.apply(vertices, camera, *options, *maps)
+        return torch.ops.pahm_ops.vertex_sample(maps, vertices, camera, *options)
     return reference.vertex_sample(maps, vertices, camera, size, bool(align_corners), padding_mode)
 
 
@@ -185,7 +188,13 @@ def _check_image_size(
     return height, width
 
 
-# Arguments of both functions end in the maps, so that autograd sees each of them.
+# Arguments of both functions end in the maps, so that autograd sees each of them. torch.compile cannot trace
+# such a function where nothing wants a gradient; the op is called directly there. `flags` has a bit for each
+# gradient that is needed, the maps' first.
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class _VertexSample(Function):
@@ -212,10 +221,15 @@ class _VertexSample(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         vertices, camera, *maps = ctx.saved_tensors
-        need_vertices, need_camera, *_ = ctx.needs_input_grad
-        need_maps = ctx.needs_input_grad[6:]
-        needs = (*need_maps, need_vertices, need_camera)
-        grads = _VertexSampleBackward.apply(grad, vertices, camera, *ctx.options, needs, *maps)
+        needs = [*ctx.needs_input_grad[6:], *ctx.needs_input_grad[:2]]
+        if _wants_grad(grad, vertices, camera, *maps):
+            flags = sum(1 << i for i, need in enumerate(needs) if need)
+            grads = _VertexSampleBackward.apply(grad, vertices, camera, *ctx.options, flags, *maps)
+        else:
+            map_grads, *others = torch.ops.pahm_ops.vertex_sample_backward(
+                grad, maps, vertices, camera, *ctx.options, needs
+            )
+            grads = (*map_grads, *others)
         *map_grads, vertex_grad, camera_grad = (g if n else None for g, n in zip(grads, needs, strict=True))
         return vertex_grad, camera_grad, None, None, None, None, *map_grads
 
@@ -230,19 +244,19 @@ class _VertexSampleBackward(Function):
         width: int,
         align_corners: bool,
         border: bool,
-        needs: tuple[bool, ...],
+        flags: int,
         *maps: Tensor,
     ) -> tuple[Tensor, ...]:
+        needs = [bool(flags >> i & 1) for i in range(len(maps) + 2)]
         map_grads, vertex_grad, camera_grad = torch.ops.pahm_ops.vertex_sample_backward(
-            grad, list(maps), vertices, camera, height, width, align_corners, border, list(needs)
+            grad, list(maps), vertices, camera, height, width, align_corners, border, needs
         )
         return *map_grads, vertex_grad, camera_grad
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        grad, vertices, camera, *options, needs = inputs[:8]
+        grad, vertices, camera, *options = inputs[:7]
         ctx.options = options
-        ctx.needs = needs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad, vertices, camera, *inputs[8:])
 

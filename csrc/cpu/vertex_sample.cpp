@@ -159,6 +159,7 @@ struct Plan {
 Tensor vertex_sample(const Maps& features, const Tensor& vertices, const std::optional<Tensor>& camera,
                      int64_t height, int64_t width, bool align_corners, bool border) {
   const View view = check_arguments(features, vertices, camera, height, width, align_corners);
+  const Isa isa = active_isa();
   const int64_t batch = vertices.size(0);
   Plan plan(features, view, border, true);
   SampleJob& job = plan.job;
@@ -171,7 +172,7 @@ Tensor vertex_sample(const Maps& features, const Tensor& vertices, const std::op
     job.output = output.mutable_data_ptr();
     parallel_for(batch * job.unit_count, plan.work(), [&](int64_t begin, int64_t end) {
       const auto scratch = std::make_unique_for_overwrite<T[]>(static_cast<size_t>(plan.scratch));
-      PAHM_ISA_CALL(sample_units<S>, job, begin, end, scratch.get());
+      PAHM_ISA_CALL_AS(isa, sample_units<S>, job, begin, end, scratch.get());
     });
   });
   return output;
@@ -216,6 +217,7 @@ std::tuple<Maps, Tensor, Tensor> vertex_sample_backward(const Tensor& grad, cons
                                                         int64_t width, bool align_corners, bool border,
                                                         const std::vector<bool>& needs) {
   const View view = check_arguments(features, vertices, camera, height, width, align_corners);
+  const Isa isa = active_isa();
   const int64_t batch = vertices.size(0);
   Plan plan(features, view, border, false);
   SampleJob& job = plan.job;
@@ -261,7 +263,7 @@ std::tuple<Maps, Tensor, Tensor> vertex_sample_backward(const Tensor& grad, cons
     }
     parallel_for(batch * job.unit_count, plan.work(), [&](int64_t begin, int64_t end) {
       const auto scratch = std::make_unique_for_overwrite<T[]>(static_cast<size_t>(plan.scratch));
-      PAHM_ISA_CALL(backward_units<S>, job, begin, end, scratch.get());
+      PAHM_ISA_CALL_AS(isa, backward_units<S>, job, begin, end, scratch.get());
     });
     if (needs_points) {
       backward_projection(view, job, points, vertex_grad.mutable_data_ptr<T>(),
