@@ -9,6 +9,6 @@ STABLE_TORCH_LIBRARY(pahm_ops, m) {
   m.def("spiral_conv(Tensor x, Tensor indices, Tensor weight, Tensor? bias) -> Tensor");
   m.def("spiral_conv_input_grad(Tensor grad, Tensor indices, Tensor weight, SymInt vertices) -> Tensor");
   m.def("spiral_conv_weight_grad(Tensor grad, Tensor x, Tensor indices) -> Tensor");
-  m.def("mesh_pool(Tensor x, Tensor row_pointers, Tensor columns, Tensor values) -> Tensor");
+  m.def("mesh_pool(Tensor x, Tensor row_pointers, Tensor columns, Tensor values, Tensor t_row_pointers, Tensor t_columns, Tensor t_values) -> Tensor");
 }
 // clang-format on

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.machinery
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 OPS = ("vertex_sample", "spiral_conv", "mesh_pool")
 _ISAS = ("plain", "avx2", "avx512")
+
+
+_IMPLEMENTATIONS = torch.library.Library("pahm_ops", "IMPL")
 
 
 def _find() -> Path | None:
@@ -35,6 +40,23 @@ LOADED = _load()
 def compiled(device: torch.device) -> bool:
     """Whether tensors on `device` are served by compiled kernels."""
     return LOADED and device.type == "cpu"
+
+
+def below_autograd(op: Any, *arguments: Any) -> Any:
+    """Calls an op's kernel from inside its autograd function."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+def register(name: str, fake: Callable[..., Any], function: type[torch.autograd.Function]) -> None:
+    """Gives a compiled op its fake kernel and its derivatives; does nothing where nothing was compiled.
+
+    The function goes to the dispatcher's Autograd key itself: `torch.library.register_autograd` would have no
+    forward mode (its tangents are silently zero).
+    """
+    if LOADED:
+        torch.library.register_fake(f"pahm_ops::{name}", fake)
+        _IMPLEMENTATIONS.impl(name, function.apply, "Autograd")
 
 
 def backends() -> dict[str, dict[str, str]]:

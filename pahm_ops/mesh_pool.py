@@ -12,6 +12,8 @@ from torch.autograd import Function
 from pahm_ops import _library
 from pahm_ops.reference import mesh_pool as reference
 
+_ops = torch.ops.pahm_ops
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -26,7 +28,8 @@ def mesh_pool(x: Tensor, transform: Any) -> Tensor:
     Returns:
         (B, M, C) or (M, C), contiguous, of x's dtype; half precision is summed in float32.
 
-    Differentiable any number of times with respect to x; the transform is a constant and gets no gradient.
+    Differentiable any number of times with respect to x, and in forward mode; the transform is a constant and
+    gets no gradient.
     On the CPU the result and the gradient have the same bits for any number of threads. float16 on the CPU,
     and devices without a compiled kernel, run `pahm_ops.reference`.
 
@@ -43,7 +46,7 @@ def mesh_pool(x: Tensor, transform: Any) -> Tensor:
     forward, backward = transform.forward, transform.backward
     batched = x if x.dim() == 3 else x.unsqueeze(0)
     if _library.compiled(x.device) and x.dtype != torch.float16:
-        out = _MeshPool.apply(batched, *forward, *backward)
+        out = _ops.mesh_pool(batched, *forward, *backward)
     else:
         out = reference.mesh_pool(batched, *forward)
     return out if x.dim() == 3 else out.squeeze(0)
@@ -95,7 +98,7 @@ class MeshTransform:
         """Take a scipy sparse matrix or array (any format), a torch COO (coalesced or not) or CSR tensor.
 
         Entries may be in any order, any number a row, zero, or repeated (they add up). Values of float64 and
-        float32 stay so, others become float32. Raises TypeError, ValueError or IndexError as `mesh_pool` does.
+        float32 stay so, others become float32. Raises as `mesh_pool` does.
         """
         shape, rows, columns, values = _entries(matrix)
         for name, index, limit in (("row", rows, shape[0]), ("column", columns, shape[1])):
@@ -174,25 +177,29 @@ def _check(x: Tensor, transform: MeshTransform) -> None:
 
 
 class _MeshPool(Function):
-    """The gradient of a product with a matrix is the product with its transpose."""
+    """The gradient of a product with a matrix is the product with its transpose: the op takes both."""
 
     @staticmethod
     def forward(x: Tensor, *matrices: Tensor) -> Tensor:
-        return torch.ops.pahm_ops.mesh_pool(x, *matrices[:3])
+        return _library.below_autograd(_ops.mesh_pool, x, *matrices)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         matrices = ctx.saved_tensors
-        return _MeshPool.apply(grad, *matrices[3:], *matrices[:3]), None, None, None, None, None, None
+        return _ops.mesh_pool(grad, *matrices[3:], *matrices[:3]), None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, *constants: None) -> Tensor:
+        return _ops.mesh_pool(dx, *ctx.saved_tensors)
 
 
-def _fake_mesh_pool(x: Tensor, row_pointers: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+def _fake_mesh_pool(x: Tensor, row_pointers: Tensor, *rest: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], row_pointers.shape[0] - 1, x.shape[2])
 
 
-if _library.LOADED:
-    torch.library.register_fake("pahm_ops::mesh_pool", _fake_mesh_pool)
+_library.register("mesh_pool", _fake_mesh_pool, _MeshPool)

@@ -11,6 +11,8 @@ from torch.autograd import Function
 from pahm_ops import _library
 from pahm_ops.reference import spiral_conv as reference
 
+_ops = torch.ops.pahm_ops
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -19,17 +21,17 @@ def spiral_conv(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None 
 
     Args:
         x: vertex features (B, N, C) or (N, C); float32, float64, bfloat16 or float16, any strides.
-        indices: int64 (M, L), the spiral of each output vertex, in [0, N). Usually M == N.
+        indices: int64 (M, L), L >= 1, the spiral of each output vertex, in [0, N). Usually M == N.
         weight: (Cout, L * C) of x's dtype; column ``l * C + c`` multiplies channel c of the l-th vertex.
         bias: (Cout,) of x's dtype, or None.
 
     Returns:
         (B, M, Cout) or (M, Cout), contiguous, of x's dtype; bfloat16 is summed in float32.
 
-    Differentiable twice with respect to x, weight and bias. On the CPU the result and the gradients to x and
-    weight have the same bits for any number of threads. float16 on the CPU, and devices without a compiled
-    kernel, run `pahm_ops.reference`. Under autocast floating-point arguments but float64 are cast as for a
-    linear layer.
+    Differentiable any number of times, and in forward mode, by x, weight and bias. On the CPU the
+    result and the gradients to x and weight have the same bits for any number of threads. float16 on the CPU,
+    and devices without a compiled kernel, run `pahm_ops.reference`. Under autocast floating-point arguments
+    but float64 are cast as for a linear layer.
 
     Raises:
         TypeError: an argument is not a tensor, or its dtype does not fit.
@@ -42,7 +44,7 @@ def spiral_conv(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None 
     x, weight, bias = _autocast(x, weight, bias)
     batched = x if x.dim() == 3 else x.unsqueeze(0)
     if _library.compiled(x.device) and x.dtype != torch.float16:
-        out = _SpiralConv.apply(batched, indices, weight, bias)
+        out = _ops.spiral_conv(batched, indices, weight, bias)
     else:
         _check_range(indices, batched.shape[1])
         out = reference.spiral_conv(batched, indices, weight, bias)
@@ -120,6 +122,8 @@ def _check_indices(indices: Tensor) -> None:
         raise TypeError(f"indices must be int64, got {indices.dtype}")
     if indices.dim() != 2:
         raise ValueError(f"indices must be (M, L), got shape {tuple(indices.shape)}")
+    if indices.shape[1] == 0:
+        raise ValueError(f"indices must name at least one vertex a row, got shape {tuple(indices.shape)}")
 
 
 def _check_range(indices: Tensor, vertices: int) -> None:
@@ -141,34 +145,46 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-# The op is linear in x and in weight, so that each of the three products is the gradient of the other two.
+# The op is linear in x and in weight, so that each of these three products is the gradient of the other two.
 
 
 class _SpiralConv(Function):
     @staticmethod
     def forward(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.pahm_ops.spiral_conv(x, indices, weight, bias)
+        return _library.below_autograd(_ops.spiral_conv, x, indices, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:3])
+        ctx.save_for_forward(*inputs[:3])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, indices, weight = ctx.saved_tensors
         need_x, _, need_weight, need_bias = ctx.needs_input_grad
         return (
-            _InputGrad.apply(grad, indices, weight, x.shape[1]) if need_x else None,
+            _ops.spiral_conv_input_grad(grad, indices, weight, x.shape[1]) if need_x else None,
             None,
-            _WeightGrad.apply(grad, x, indices) if need_weight else None,
+            _ops.spiral_conv_weight_grad(grad, x, indices) if need_weight else None,
             grad.sum((0, 1)) if need_bias else None,
         )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        x, indices, weight = ctx.saved_tensors
+        dx, _, dweight, dbias = tangents
+        out = x.new_zeros(x.shape[0], indices.shape[0], weight.shape[0])
+        if dx is not None:
+            out = out + _ops.spiral_conv(dx, indices, weight, None)
+        if dweight is not None:
+            out = out + _ops.spiral_conv(x, indices, dweight, None)
+        return out if dbias is None else out + dbias
 
 
 class _InputGrad(Function):
     @staticmethod
     def forward(grad: Tensor, indices: Tensor, weight: Tensor, vertices: int) -> Tensor:
-        return torch.ops.pahm_ops.spiral_conv_input_grad(grad, indices, weight, vertices)
+        return _library.below_autograd(_ops.spiral_conv_input_grad, grad, indices, weight, vertices)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -179,9 +195,9 @@ class _InputGrad(Function):
         grad, indices, weight = ctx.saved_tensors
         need_grad, _, need_weight, _ = ctx.needs_input_grad
         return (
-            _SpiralConv.apply(grad_x, indices, weight, None) if need_grad else None,
+            _ops.spiral_conv(grad_x, indices, weight, None) if need_grad else None,
             None,
-            _WeightGrad.apply(grad, grad_x, indices) if need_weight else None,
+            _ops.spiral_conv_weight_grad(grad, grad_x, indices) if need_weight else None,
             None,
         )
 
@@ -189,7 +205,7 @@ class _InputGrad(Function):
 class _WeightGrad(Function):
     @staticmethod
     def forward(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-        return torch.ops.pahm_ops.spiral_conv_weight_grad(grad, x, indices)
+        return _library.below_autograd(_ops.spiral_conv_weight_grad, grad, x, indices)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -200,8 +216,8 @@ class _WeightGrad(Function):
         grad, x, indices = ctx.saved_tensors
         need_grad, need_x, _ = ctx.needs_input_grad
         return (
-            _SpiralConv.apply(x, indices, grad_weight, None) if need_grad else None,
-            _InputGrad.apply(grad, indices, grad_weight, x.shape[1]) if need_x else None,
+            _ops.spiral_conv(x, indices, grad_weight, None) if need_grad else None,
+            _ops.spiral_conv_input_grad(grad, indices, grad_weight, x.shape[1]) if need_x else None,
             None,
         )
 
@@ -218,7 +234,6 @@ def _fake_weight_grad(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     return grad.new_empty(grad.shape[2], indices.shape[1] * x.shape[2])
 
 
-if _library.LOADED:
-    torch.library.register_fake("pahm_ops::spiral_conv", _fake_spiral_conv)
-    torch.library.register_fake("pahm_ops::spiral_conv_input_grad", _fake_input_grad)
-    torch.library.register_fake("pahm_ops::spiral_conv_weight_grad", _fake_weight_grad)
+_library.register("spiral_conv", _fake_spiral_conv, _SpiralConv)
+_library.register("spiral_conv_input_grad", _fake_input_grad, _InputGrad)
+_library.register("spiral_conv_weight_grad", _fake_weight_grad, _WeightGrad)

@@ -37,7 +37,9 @@ inline void check_same_type(const Tensor& a, const Tensor& b, const char* name) 
   check(a.scalar_type() == b.scalar_type(), std::string(name) + " has another dtype than the first tensor");
 }
 
-inline void check_cpu(const Tensor& t, const char* name) { check(t.is_cpu(), std::string(name) + " must be on the CPU"); }
+inline void check_cpu(const Tensor& t, const char* name) {
+  check(t.is_cpu(), std::string(name) + " must be on the CPU");
+}
 
 // An int64 table on the CPU, contiguous.
 inline Tensor index_table(const Tensor& t, int64_t dims, const char* name) {

@@ -25,6 +25,8 @@ void dispatch_floating(ScalarType type, const F& f) {
 }
 
 // What a dtype is computed in: bfloat16 in float32.
-inline ScalarType compute_type(ScalarType type) { return type == ScalarType::BFloat16 ? ScalarType::Float : type; }
+inline ScalarType compute_type(ScalarType type) {
+  return type == ScalarType::BFloat16 ? ScalarType::Float : type;
+}
 
 }  // namespace pahm

@@ -3,11 +3,11 @@
 //   #define PAHM_KERNEL_FILE "cpu/some_op.h"
 //   #include "common/foreach_isa.h"
 //
-// makes pahm::isa_plain::f, and on x86-64 also pahm::isa_avx2::f and pahm::isa_avx512::f, of each function f that
-// the file defines inside `namespace pahm::PAHM_ISA { ... }`. PAHM_ISA_CALL(f, arguments) calls the right one.
-// The file must include no header and have no include guard: what it needs from the standard library or from
-// torch is included before this one, so that those inline functions keep the baseline instruction set.
-// No include guard here either.
+// makes pahm::isa_plain::f, and on x86-64 also pahm::isa_avx2::f and pahm::isa_avx512::f, of each function f
+// that the file defines inside `namespace pahm::PAHM_ISA { ... }`. PAHM_ISA_CALL(f, arguments) calls the
+// right one. The file must include no header and have no include guard: what it needs from the standard
+// library or from torch is included before this one, so that those inline functions keep the baseline
+// instruction set. No include guard here either.
 
 #include <cstdint>
 #include <cstring>
@@ -50,7 +50,8 @@
 #endif
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")

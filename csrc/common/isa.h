@@ -13,17 +13,17 @@ Isa active_isa();
 
 // Calls FUNCTION as it was compiled for the instruction set ISA (see foreach_isa.h).
 #if defined(__x86_64__)
-#define PAHM_ISA_CALL_AS(ISA, FUNCTION, ...)      \
-  switch (ISA) {                                  \
-    case ::pahm::Isa::avx512:                     \
-      ::pahm::isa_avx512::FUNCTION(__VA_ARGS__);  \
-      break;                                      \
-    case ::pahm::Isa::avx2:                       \
-      ::pahm::isa_avx2::FUNCTION(__VA_ARGS__);    \
-      break;                                      \
-    case ::pahm::Isa::plain:                      \
-      ::pahm::isa_plain::FUNCTION(__VA_ARGS__);   \
-      break;                                      \
+#define PAHM_ISA_CALL_AS(ISA, FUNCTION, ...)     \
+  switch (ISA) {                                 \
+    case ::pahm::Isa::avx512:                    \
+      ::pahm::isa_avx512::FUNCTION(__VA_ARGS__); \
+      break;                                     \
+    case ::pahm::Isa::avx2:                      \
+      ::pahm::isa_avx2::FUNCTION(__VA_ARGS__);   \
+      break;                                     \
+    case ::pahm::Isa::plain:                     \
+      ::pahm::isa_plain::FUNCTION(__VA_ARGS__);  \
+      break;                                     \
   }
 #else
 #define PAHM_ISA_CALL_AS(ISA, FUNCTION, ...) \

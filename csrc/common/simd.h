@@ -60,7 +60,8 @@ inline __attribute__((always_inline)) void store(c10::BFloat16* p, Vec<float> v)
   const Vec<uint32_t> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Vec<uint32_t> is_nan = reinterpret_cast<Vec<uint32_t>>(v != v);
   const Vec<uint32_t> chosen = (rounded & ~is_nan) | (is_nan & 0x7fc0u);
-  const auto narrow = __builtin_convertvector(chosen, typename VectorOf<uint16_t, PAHM_VECTOR_BYTES / 2>::type);
+  const auto narrow =
+      __builtin_convertvector(chosen, typename VectorOf<uint16_t, PAHM_VECTOR_BYTES / 2>::type);
   std::memcpy(p, &narrow, sizeof narrow);
 }
 

@@ -15,7 +15,8 @@ Isa best_isa() {
   static const Isa best = [] {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("fma")) {
       return Isa::avx512;
     }
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Isa::avx2 : Isa::plain;
@@ -42,11 +43,14 @@ Isa active_isa() {
   if (name == nullptr || *name == '\0') return best_isa();
   const Isa isa = named_isa(name);
   if (isa > best_isa()) {
-    throw std::invalid_argument(std::string("PAHM_CPU_ISA asks for ") + name + ", which this CPU does not have");
+    throw std::invalid_argument(std::string("PAHM_CPU_ISA asks for ") + name +
+                                ", which this CPU does not have");
   }
   return isa;
 }
 
 }  // namespace pahm
 
-STABLE_TORCH_LIBRARY_IMPL(pahm_ops, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&pahm::cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(pahm_ops, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&pahm::cpu_isa));
+}

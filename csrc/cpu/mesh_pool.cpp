@@ -1,4 +1,5 @@
-// mesh_pool: x (B, N, C), a CSR matrix (M, N) -> (B, M, C). Its gradient is the same op with the transpose.
+// mesh_pool: x (B, N, C), a CSR matrix (M, N) -> (B, M, C). Its gradient is the same op with the matrix and
+// its transpose exchanged; that is why the op is given both.
 #include <torch/csrc/stable/library.h>
 
 #include "common/checks.h"
@@ -34,15 +35,19 @@ void check_row_pointers(const Tensor& pointers, int64_t entries) {
   check(ordered, "row_pointers must rise from 0 to the number of entries");
 }
 
-Tensor mesh_pool(const Tensor& x_, const Tensor& row_pointers_, const Tensor& columns_, const Tensor& values_) {
+Tensor mesh_pool(const Tensor& x_, const Tensor& row_pointers_, const Tensor& columns_, const Tensor& values_,
+                 const Tensor& t_row_pointers, const Tensor&, const Tensor&) {
   check_cpu(x_, "x");
   check_cpu(values_, "values");
   check(x_.dim() == 3, "x must be (B, N, C)");
   const Tensor row_pointers = index_table(row_pointers_, 1, "row_pointers");
   const Tensor columns = index_table(columns_, 1, "columns");
-  check(values_.dim() == 1 && values_.numel() == columns.numel(), "values must have one number a column index");
+  check(values_.dim() == 1 && values_.numel() == columns.numel(),
+        "values must have one number a column index");
   check_row_pointers(row_pointers, columns.numel());
   check_range(columns, x_.size(1), "columns");
+  check(t_row_pointers.dim() == 1 && t_row_pointers.numel() == x_.size(1) + 1,
+        "the transpose must be (N, M)");
 
   const Tensor x = torch::stable::contiguous(x_);
   const Tensor values = torch::stable::contiguous(torch::stable::to(values_, compute_type(x.scalar_type())));

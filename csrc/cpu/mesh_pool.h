@@ -3,8 +3,8 @@ namespace pahm::PAHM_ISA {
 
 // `Vectors` vectors of channels of one output row, x and out pointing at the first of them.
 template <int Vectors, typename S>
-inline __attribute__((always_inline)) void mesh_pool_channels(const MeshPoolArguments<S>& a, const S* x, S* out,
-                                                              int64_t first, int64_t last) {
+inline __attribute__((always_inline)) void mesh_pool_channels(const MeshPoolArguments<S>& a, const S* x,
+                                                              S* out, int64_t first, int64_t last) {
   using T = Compute<S>;
   Vec<T> sum[Vectors] = {};
   for (int64_t e = first; e < last; ++e) {

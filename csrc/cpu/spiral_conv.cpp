@@ -1,4 +1,5 @@
-// spiral_conv and its two gradients: x (B, N, C), indices (M, L), weight (Cout, L * C), bias (Cout,) -> (B, M, Cout).
+// spiral_conv and its two gradients: x (B, N, C), indices (M, L), weight (Cout, L * C), bias (Cout,) -> (B,
+// M, Cout).
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -81,7 +82,8 @@ SpiralTiling tiling_of(Isa isa) {
   return tiling;
 }
 
-Tensor spiral_conv(const Tensor& x_, const Tensor& indices_, const Tensor& weight_, const std::optional<Tensor>& bias_) {
+Tensor spiral_conv(const Tensor& x_, const Tensor& indices_, const Tensor& weight_,
+                   const std::optional<Tensor>& bias_) {
   const Tensor indices = index_table(indices_, 2, "indices");
   check_cpu(x_, "x");
   check_cpu(weight_, "weight");
@@ -121,7 +123,8 @@ Tensor spiral_conv(const Tensor& x_, const Tensor& indices_, const Tensor& weigh
     const Scratch<T> packed(padded(shape.out_channels, tiling) * K);
     const int64_t panels = ceil_div(shape.out_channels, tiling.panel);
     parallel_for(panels, K * tiling.panel, [&](int64_t begin, int64_t end) {
-      PAHM_ISA_CALL_AS(isa, spiral_pack_forward<T>, shape, weight.const_data_ptr<T>(), packed.get(), begin, end);
+      PAHM_ISA_CALL_AS(isa, spiral_pack_forward<T>, shape, weight.const_data_ptr<T>(), packed.get(), begin,
+                       end);
     });
     arguments.packed = packed.get();
     const int64_t tiles = panels * ceil_div(rows, tiling.rows);
@@ -132,7 +135,8 @@ Tensor spiral_conv(const Tensor& x_, const Tensor& indices_, const Tensor& weigh
   return out;
 }
 
-Tensor spiral_conv_input_grad(const Tensor& grad_, const Tensor& indices_, const Tensor& weight_, int64_t vertices) {
+Tensor spiral_conv_input_grad(const Tensor& grad_, const Tensor& indices_, const Tensor& weight_,
+                              int64_t vertices) {
   const Tensor indices = index_table(indices_, 2, "indices");
   check_cpu(grad_, "grad");
   check_cpu(weight_, "weight");
@@ -140,7 +144,7 @@ Tensor spiral_conv_input_grad(const Tensor& grad_, const Tensor& indices_, const
   check_same_type(grad_, weight_, "weight");
   const int64_t length = indices.size(1), width = weight_.size(1);
   check(length > 0 ? width % length == 0 : width == 0, "weight must be (Cout, L * C)");
-  const SpiralShape shape{grad_.size(0), vertices,         indices.size(0), length, length > 0 ? width / length : 0,
+  const SpiralShape shape{grad_.size(0),  vertices, indices.size(0), length, length > 0 ? width / length : 0,
                           weight_.size(0)};
   check(vertices >= 0 && grad_.size(1) == shape.rows && grad_.size(2) == shape.out_channels,
         "grad must be (B, M, Cout)");
@@ -156,7 +160,8 @@ Tensor spiral_conv_input_grad(const Tensor& grad_, const Tensor& indices_, const
     const int64_t panels = ceil_div(shape.channels, tiling.panel), K = shape.length * shape.out_channels;
     const Scratch<T> packed(padded(shape.channels, tiling) * K);
     parallel_for(panels, K * tiling.panel, [&](int64_t begin, int64_t end) {
-      PAHM_ISA_CALL_AS(isa, spiral_pack_input_grad<T>, shape, weight.const_data_ptr<T>(), packed.get(), begin, end);
+      PAHM_ISA_CALL_AS(isa, spiral_pack_input_grad<T>, shape, weight.const_data_ptr<T>(), packed.get(), begin,
+                       end);
     });
     const SpiralInputGrad<S> arguments{shape, grad.const_data_ptr<T>(), indices.const_data_ptr<int64_t>(),
                                        packed.get(), out.mutable_data_ptr<S>()};
@@ -180,7 +185,8 @@ Tensor spiral_conv_weight_grad(const Tensor& grad_, const Tensor& x_, const Tens
   check_range(indices, shape.vertices, "indices");
   const ScalarType type = compute_type(x_.scalar_type());
   // Channels are padded to whole vectors of any instruction set, so that no load runs over the end of a row.
-  const int64_t vector = type == ScalarType::Double ? 8 : 16, stride = ceil_div(shape.channels, vector) * vector;
+  const int64_t vector = type == ScalarType::Double ? 8 : 16,
+                stride = ceil_div(shape.channels, vector) * vector;
   const Tensor grad = compute_copy(grad_);
   Tensor x = compute_copy(x_);
   if (stride != shape.channels) x = torch::stable::pad(x, {0, stride - shape.channels});

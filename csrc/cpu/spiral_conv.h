@@ -1,8 +1,8 @@
 // Kernels of spiral_conv. Compiled once an instruction set (common/foreach_isa.h): no include, no guard.
 //
 // All three products keep a tile of MR rows by NV vectors of their result in registers. The vectors come from
-// consecutive memory, the rows are broadcast one number at a time; at every step one of the two is read straight
-// from where the spiral table points, so that nothing is gathered (Dukhan, arXiv:1907.02129).
+// consecutive memory, the rows are broadcast one number at a time; at every step one of the two is read
+// straight from where the spiral table points, so that nothing is gathered (Dukhan, arXiv:1907.02129).
 namespace pahm::PAHM_ISA {
 
 // Rows of a tile: with its 2 vectors a row, and 3 more, it fills the register file.
@@ -113,8 +113,8 @@ void spiral_forward(const SpiralForward<S>& a, int64_t begin, int64_t end) {
   }
 }
 
-// Few output channels would waste a wide tile: here the vectors run along the input channels, `thin_rows` rows
-// by `Outputs` channels at a time, and are summed at the end. The weight is not packed.
+// Few output channels would waste a wide tile: here the vectors run along the input channels, `thin_rows`
+// rows by `Outputs` channels at a time, and are summed at the end. The weight is not packed.
 inline constexpr int thin_rows = PAHM_VECTOR_REGISTERS == 32 ? 4 : 2;
 
 template <typename S, int Outputs>
@@ -194,8 +194,8 @@ void spiral_pack_input_grad(const SpiralShape& s, const T* weight, T* packed, in
   }
 }
 
-// One mesh and one panel of input channels: each row's product is added where its spiral points, always in the
-// same order. `sums` is (N, NV vectors).
+// One mesh and one panel of input channels: each row's product is added where its spiral points, always in
+// the same order. `sums` is (N, NV vectors).
 template <typename S, int NV>
 void spiral_input_grad_panel(const SpiralInputGrad<S>& a, int64_t b, int64_t column, Compute<S>* sums) {
   using T = Compute<S>;
@@ -244,7 +244,8 @@ void spiral_input_grad(const SpiralInputGrad<S>& a, Compute<S>* sums, int64_t be
 
 // ---- gradient to the weight ----
 
-// Adds the rows first to last of mesh b to one tile: MR output channels from `o`, columns from `column` of place l.
+// Adds the rows first to last of mesh b to one tile: MR output channels from `o`, columns from `column` of
+// place l.
 template <typename T, int MR, int NV>
 void spiral_weight_grad_tile(const SpiralWeightGrad<T>& a, int64_t b, int64_t first, int64_t last, int64_t o,
                              int64_t l, int64_t column) {
@@ -293,8 +294,8 @@ void spiral_weight_grad_rows(const SpiralWeightGrad<T>& a, int64_t b, int64_t fi
   }
 }
 
-// Items begin to end of (tiles of output channels, panels, L). Each is summed over all meshes by one thread in
-// one order; all threads walk through the meshes in blocks of `a.block` rows, which stay in the cache.
+// Items begin to end of (tiles of output channels, panels, L). Each is summed over all meshes by one thread
+// in one order; all threads walk through the meshes in blocks of `a.block` rows, which stay in the cache.
 template <typename T>
 void spiral_weight_grad(const SpiralWeightGrad<T>& a, int64_t begin, int64_t end) {
   const SpiralShape& s = a.shape;

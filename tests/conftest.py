@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+import pahm_ops
+
+ISAS = ("plain", "avx2", "avx512")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch) -> str:
+    """Runs the test once for each instruction set that this CPU has."""
+    monkeypatch.setenv("PAHM_CPU_ISA", request.param)
+    try:
+        name = pahm_ops.backends()["spiral_conv"]["cpu"]
+    except ValueError:
+        pytest.skip(f"this CPU has no {request.param}")
+    if name == "reference":
+        pytest.skip("nothing was compiled")
+    return name
+
+
+@pytest.fixture(params=["compiled", "reference"])
+def backend(request, monkeypatch) -> str:
+    """Runs the test with the compiled kernels and with the reference that serves where there are none."""
+    if request.param == "reference":
+        monkeypatch.setattr("pahm_ops._library.LOADED", False)
+    elif pahm_ops.backends()["spiral_conv"]["cpu"] == "reference":
+        pytest.skip("nothing was compiled")
+    return request.param
