@@ -21,7 +21,7 @@ def mano_like() -> dict[str, object]:
     rng = np.random.default_rng(0)
     parents = np.array([2**32 - 1, *hand.parents[1:]], dtype=np.uint32)
     return {
-        "v_template": hand.template.numpy() + [0.095, 0.006, 0.006],
+        "v_template": hand.template.numpy() + np.array([0.095, 0.006, 0.006]),
         "f": hand.faces.numpy().astype(np.uint32),
         "weights": hand.skinning_weights.numpy(),
         "shapedirs": hand.shape_basis.numpy(),
