@@ -189,7 +189,7 @@ class _MeshPool(Function):
         ctx.save_for_forward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         matrices = ctx.saved_tensors
         return _ops.mesh_pool(grad, *matrices[3:], *matrices[:3]), None, None, None, None, None, None
 

@@ -159,7 +159,7 @@ class _SpiralConv(Function):
         ctx.save_for_forward(*inputs[:3])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, indices, weight = ctx.saved_tensors
         need_x, _, need_weight, need_bias = ctx.needs_input_grad
         return (
@@ -191,7 +191,7 @@ class _InputGrad(Function):
         ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
-    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
         grad, indices, weight = ctx.saved_tensors
         need_grad, _, need_weight, _ = ctx.needs_input_grad
         return (
@@ -212,7 +212,7 @@ class _WeightGrad(Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor | None, ...]:
         grad, x, indices = ctx.saved_tensors
         need_grad, need_x, _ = ctx.needs_input_grad
         return (
