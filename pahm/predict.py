@@ -186,7 +186,10 @@ class Predictor:
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """A torch device by name; "auto" is the accelerator where there is one, else the CPU. ValueError for no device."""
+    """A torch device by name; "auto" is the accelerator where there is one, else the CPU.
+
+    Raises ValueError for a name that torch does not know.
+    """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     try:
         return torch.device((accelerator or "cpu") if device == "auto" else device)

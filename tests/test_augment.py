@@ -182,6 +182,7 @@ def test_colour_matrix_changes_one_thing_at_a_time():
     torch.testing.assert_close(apply(0.4, 1, 1, 1, 0), rgb)
     torch.testing.assert_close(apply(0.4, 1.3, 1, 1, 0), 1.3 * rgb)
     torch.testing.assert_close(apply(0.4, 1, 1.5, 1, 0), 0.4 + 1.5 * (rgb - 0.4))
+    torch.testing.assert_close(apply(0.4, 1.3, 1.5, 1, 0), 1.3 * (0.4 + 1.5 * (rgb - 0.4)))
     torch.testing.assert_close(apply(0.4, 1, 1, 0, 0), (luma @ rgb).expand(3, -1))
     turned = apply(0.4, 1, 1, 1, 0.7)
     torch.testing.assert_close(luma @ turned, luma @ rgb, atol=1e-4, rtol=0)
