@@ -53,9 +53,7 @@ class Build(BuildExtension):
         tools = [getattr(self.compiler, name, None) for name in ("compiler_so", "compiler_cxx", "linker_so")]
         missing = [tool[0] for tool in tools if tool and shutil.which(tool[0]) is None]
         if missing:
-            print(
-                f"pahm: no C++ compiler ({missing[0]} not found): no kernels compiled, ops run as plain PyTorch"
-            )
+            print(f"pahm: no C++ compiler ({missing[0]} not found): no kernels compiled, ops run on PyTorch")
             self.extensions = []
             return
         super().build_extensions()
