@@ -51,8 +51,12 @@ def vertex_sample(
         (B, N, C_1 + ... + C_S), contiguous, of the maps' dtype: the maps' channels, in the order given.
 
     Gradients flow to maps (in each map's memory format), vertices and camera, and are themselves
-    differentiable. A vertex with a NaN or infinite coordinate, or whose projection is not finite (a NaN
-    camera, an overflow), has zero features and zero gradients in both padding modes.
+    differentiable where a compiled kernel serves; `pahm_ops.reference`, which serves float16 and devices
+    without one, has first-order gradients only. On the CPU the result and the gradients have the same bits
+    for any number of threads. Under autocast maps of several dtypes are brought to the widest.
+
+    A vertex with a NaN or infinite coordinate, or whose projection is not finite (a NaN camera, an overflow),
+    has zero features and zero gradients in both padding modes.
 
     Raises:
         TypeError: an argument is not a tensor, or dtypes do not fit.

@@ -21,18 +21,6 @@ compiled = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=["plain", "avx2", "avx512"])
-def isa(request, monkeypatch):
-    monkeypatch.setenv("PAHM_CPU_ISA", request.param)
-    try:
-        served = backends()["vertex_sample"]["cpu"]
-    except ValueError:
-        pytest.skip(f"this CPU has no {request.param}")
-    if served != request.param:
-        pytest.skip("no compiled kernels here")
-    return request.param
-
-
 def make(kind, dtype=torch.float64, memory_format=torch.contiguous_format, batch=2, count=37, scales=SCALES):
     """Maps, vertices (some of them outside the maps), camera and image size, all wanting gradients."""
     g = torch.Generator().manual_seed(7)
@@ -96,7 +84,7 @@ def test_equals_reference(dtype, kind, memory_format, align_corners, padding_mod
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("padding_mode", PADDING)
 @pytest.mark.parametrize("align_corners", [False, True])
-def test_one_map_equals_grid_sample(memory_format, padding_mode, align_corners):
+def test_one_map_equals_grid_sample(backend, memory_format, padding_mode, align_corners):
     maps, points, *_ = make("points", scales=((40, 9, 11),), memory_format=memory_format)
     expected = F.grid_sample(
         maps[0], points.unsqueeze(2), padding_mode=padding_mode, align_corners=align_corners
@@ -307,7 +295,7 @@ def test_edges_and_far_outside(memory_format, align_corners, padding_mode):
 
 
 @pytest.mark.parametrize("depth", [-0.25, 0.0])
-def test_a_vertex_behind_the_camera_is_named(depth):
+def test_a_vertex_behind_the_camera_is_named(backend, depth):
     maps, vertices, camera, size = make("perspective", torch.float32)
     with torch.no_grad():
         camera[:] = torch.tensor([[200.0, 0, 112], [0, 200, 112], [0, 0, 1]])
@@ -320,10 +308,12 @@ def test_a_vertex_behind_the_camera_is_named(depth):
         vertex_sample(maps, vertices, camera, image_size=size)
     with pytest.raises(ValueError, match=sentence):
         reference.vertex_sample(maps, vertices, camera, size, False, "zeros")
-    with pytest.raises(ValueError, match="behind the camera"):
-        torch.compile(vertex_sample, fullgraph=True, backend="aot_eager")(
-            maps, vertices, camera, image_size=size
-        )
+    graph = torch.compile(vertex_sample, fullgraph=True, backend="aot_eager")
+    if backend == "compiled":
+        with pytest.raises(ValueError, match=sentence):
+            graph(maps, vertices, camera, image_size=size)
+    else:
+        assert (graph(maps, vertices, camera, image_size=size)[1, [8, 20]] == 0).all()
 
 
 def test_any_strides():
@@ -394,102 +384,3 @@ def test_autocast_takes_maps_of_several_dtypes():
         out = vertex_sample(mixed, vertices, camera)
         narrow = vertex_sample(mixed[:1], vertices.bfloat16(), camera)
     assert out.dtype == torch.float32 and narrow.dtype == torch.bfloat16
-
-
-def arguments(**changes):
-    given = {
-        "features": [torch.zeros(2, 4, 5, 5), torch.zeros(2, 3, 2, 2)],
-        "vertices": torch.ones(2, 6, 3),
-        "camera": torch.eye(3).expand(2, 3, 3),
-        "image_size": (8, 8),
-    }
-    return {**given, **changes}
-
-
-@pytest.mark.parametrize(
-    ("error", "sentence", "changes"),
-    [
-        (TypeError, "features must be a tensor or a list", {"features": "map"}),
-        (ValueError, "at least one map", {"features": []}),
-        (TypeError, r"features\[1\] must be a tensor, got int", {"features": [torch.zeros(2, 4, 5, 5), 3]}),
-        (ValueError, r"features\[0\] must have shape \(B, C, H, W\)", {"features": torch.zeros(4, 5, 5)}),
-        (TypeError, r"features\[0\] must be float32.*int64", {"features": torch.zeros(2, 4, 5, 5).long()}),
-        (
-            TypeError,
-            "share one dtype.*float32.*float64",
-            {"features": [torch.zeros(2, 4, 5, 5), torch.zeros(2, 4, 5, 5).double()]},
-        ),
-        (
-            ValueError,
-            "share one batch size, got 2.*3",
-            {"features": [torch.zeros(2, 4, 5, 5), torch.zeros(3, 4, 5, 5)]},
-        ),
-        (
-            ValueError,
-            "one device, got cpu.*meta",
-            {"features": [torch.zeros(2, 4, 5, 5), torch.zeros(2, 4, 5, 5, device="meta")]},
-        ),
-        (ValueError, "height and a width", {"features": torch.zeros(2, 4, 0, 5)}),
-        (TypeError, "vertices must be a tensor, got list", {"vertices": [1.0]}),
-        (
-            ValueError,
-            r"vertices must have shape \(B, N, 3\) with a camera",
-            {"vertices": torch.ones(2, 6, 2)},
-        ),
-        (
-            ValueError,
-            r"vertices must have shape \(B, N, 2\) without",
-            {"camera": None, "image_size": None},
-        ),
-        (ValueError, "vertices must have shape", {"vertices": torch.ones(6, 3)}),
-        (ValueError, "maps' batch size 2, got 3", {"vertices": torch.ones(3, 6, 3)}),
-        (TypeError, "vertices must be torch.float32.*float64", {"vertices": torch.ones(2, 6, 3).double()}),
-        (ValueError, "vertices must be on.*cpu, got meta", {"vertices": torch.ones(2, 6, 3, device="meta")}),
-        (TypeError, "camera must be a tensor or None, got tuple", {"camera": (1, 2, 3)}),
-        (ValueError, r"camera must have shape \(2, 3\).*got \(2, 4\)", {"camera": torch.ones(2, 4)}),
-        (ValueError, r"camera must have shape.*got \(3, 3\)", {"camera": torch.eye(3)}),
-        (TypeError, "camera must have the vertices' dtype", {"camera": torch.ones(2, 3, 3).double()}),
-        (ValueError, "camera must be on", {"camera": torch.ones(2, 3, 3, device="meta")}),
-        (ValueError, r"image_size=\(height, width\).*needed", {"image_size": None}),
-        (ValueError, r"image_size must be \(height, width\)", {"image_size": (1, 2, 3)}),
-        (ValueError, r"image_size must be \(height, width\)", {"image_size": 224}),
-        (ValueError, "image_size must be at least 1 x 1", {"image_size": (0, 4)}),
-        (ValueError, "image_size must be at least 2 x 2", {"image_size": (1, 4), "align_corners": True}),
-        (ValueError, "image_size belongs to intrinsics", {"camera": torch.ones(2, 3)}),
-        (
-            ValueError,
-            "padding_mode must be 'zeros' or 'border', got 'reflection'",
-            {"padding_mode": "reflection"},
-        ),
-    ],
-)
-def test_bad_input_is_refused_with_a_sentence(error, sentence, changes):
-    vertex_sample(**arguments())
-    with pytest.raises(error, match=sentence):
-        vertex_sample(**arguments(**changes))
-
-
-@compiled
-def test_the_raw_op_checks_what_memory_safety_needs():
-    op = torch.ops.pahm_ops.vertex_sample
-    maps, points = [torch.zeros(2, 4, 5, 5)], torch.zeros(2, 6, 2)
-    for bad in (
-        ([], points, None),
-        ([torch.zeros(4, 5, 5)], points, None),
-        ([torch.zeros(2, 4, 0, 5)], points, None),
-        ([*maps, torch.zeros(3, 4, 5, 5)], points, None),
-        ([*maps, torch.zeros(2, 4, 5, 5).double()], points, None),
-        ([torch.zeros(2, 4, 5, 5).half()], points, None),
-        (maps, torch.zeros(2, 6, 3), None),
-        (maps, torch.zeros(3, 6, 2), None),
-        (maps, points.double(), None),
-        (maps, torch.ones(2, 6, 3), torch.ones(2, 4)),
-        (maps, torch.ones(2, 6, 3), torch.ones(1, 3, 3)),
-        (maps, torch.ones(2, 6, 3), torch.ones(2, 3, 3)),
-    ):
-        with pytest.raises(ValueError, match=r"must|too small|another dtype|kernels take"):
-            op(*bad, 0, 0, False, False)
-    backward = torch.ops.pahm_ops.vertex_sample_backward
-    for grad, needs in ((torch.zeros(2, 6, 5), [True] * 3), (torch.zeros(2, 6, 4), [True] * 2)):
-        with pytest.raises(ValueError, match="must"):
-            backward(grad, maps, points, None, 0, 0, False, False, needs)

@@ -23,7 +23,8 @@ def project(
 
     Returns points (B, N, 2), x before y, in grid_sample's coordinates, and valid (B, N), bool. A vertex
     with a NaN or infinite coordinate, or whose projection is not finite, is not valid; its point is (0, 0)
-    and carries no gradient. Raises ValueError for a finite vertex at or behind a perspective camera.
+    and carries no gradient. Raises ValueError for a finite vertex at or behind a perspective camera; while
+    torch.compile traces, which cannot look at values, such a vertex is not valid instead.
     """
     valid = vertices.isfinite().all(-1)
     if camera is None:
