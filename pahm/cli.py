@@ -16,7 +16,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="reconstruct a dozen new hands and make a contact sheet")
-    demo.add_argument("--out", type=Path, default=Path("pahm-demo"), help="folder for the results (%(default)s)")
+    demo.add_argument(
+        "--out", type=Path, default=Path("pahm-demo"), help="folder for the results (%(default)s)"
+    )
     demo.add_argument("--count", type=int, default=12, help="number of hands (%(default)s)")
     demo.add_argument("--seed", type=int, default=2026, help="seed of the hands (%(default)s)")
     demo.add_argument("--checkpoint", type=Path, help="another checkpoint than the shipped one")
@@ -34,9 +36,15 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a network; goes on where a stopped run ended")
     train.add_argument("--data", type=Path, required=True, help="folder in FreiHAND's layout")
     train.add_argument("--out", type=Path, required=True, help="folder of the run")
-    train.add_argument("--preset", default="resnet18", choices=list(PRESETS), help="configuration (%(default)s)")
     train.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="change one value, e.g. train.epochs=3"
+        "--preset", default="resnet18", choices=list(PRESETS), help="configuration (%(default)s)"
+    )
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change one value, e.g. train.epochs=3",
     )
     train.add_argument("--mano", type=Path, help="MANO_RIGHT.pkl, for data with MANO's mesh such as FreiHAND")
     train.add_argument("--accelerator", default="auto", help="cpu, gpu, ... (%(default)s)")
@@ -47,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="score a network on the evaluation images, as FreiHAND does")
     evaluate.add_argument("--data", type=Path, required=True, help="folder in FreiHAND's layout")
     evaluate.add_argument("--checkpoint", type=Path, help="a model.safetensors (the shipped one)")
-    evaluate.add_argument("--out", type=Path, default=Path("pred.json"), help="FreiHAND submission (%(default)s)")
+    evaluate.add_argument(
+        "--out", type=Path, default=Path("pred.json"), help="FreiHAND submission (%(default)s)"
+    )
     evaluate.add_argument("--device", default="auto", help="cpu, cuda, ... (%(default)s)")
     evaluate.add_argument("--batch-size", type=int, default=64, help="images at once (%(default)s)")
     evaluate.set_defaults(run=_eval)
@@ -55,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     predict = commands.add_parser("predict", help="reconstruct the hand in images of your own")
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     predict.add_argument("--out", type=Path, default=Path("pahm-predictions"), help="folder (%(default)s)")
-    predict.add_argument("--bbox", nargs=4, type=float, metavar=("X", "Y", "W", "H"), help="the hand, in pixels")
+    predict.add_argument(
+        "--bbox", nargs=4, type=float, metavar=("X", "Y", "W", "H"), help="the hand, in pixels"
+    )
     predict.add_argument("--intrinsics", type=Path, metavar="K.json", help="camera matrix, 3 x 3, in pixels")
     predict.add_argument("--left", action="store_true", help="the hands are left hands")
     predict.add_argument("--checkpoint", type=Path, help="a model.safetensors (the shipped one)")
@@ -145,7 +157,9 @@ def _eval(options: argparse.Namespace) -> None:
     network = load_checkpoint(options.checkpoint)
     result = evaluate(network, options.data, device=options.device, batch_size=options.batch_size)
     write_submission(options.out, result.joints, result.vertices)
-    print(f"{options.out}: joints and vertices of {len(result.joints)} images, in FreiHAND's submission format")
+    print(
+        f"{options.out}: joints and vertices of {len(result.joints)} images, in FreiHAND's submission format"
+    )
     if result.scores is None:
         print(f"{options.data} has no evaluation annotations: nothing to score against")
     else:

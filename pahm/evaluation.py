@@ -43,6 +43,13 @@ class Evaluation:
     mean_hand_scores: dict[str, float] | None
     """The same for the mean of the training hands, predicted for every image."""
 
+    def record(self) -> dict[str, float]:
+        """The scores to keep with a checkpoint: `scores`, `images`, and the mean hand's as `mean_hand_*`."""
+        if self.scores is None or self.mean_hand_scores is None:
+            return {}
+        constant = {f"mean_hand_{name}": value for name, value in self.mean_hand_scores.items()}
+        return {"images": float(len(self.joints)), **self.scores, **constant}
+
 
 def evaluate(
     network: HandNet,
@@ -93,10 +100,11 @@ def _translations(meshes: Tensor, cameras: Tensor, K: Tensor, size: int) -> Tens
 
 
 def mean_hand(dataset: FreiHand, count: int = 2000, rounds: int = 5) -> Tensor:
-    """The Procrustes mean of the first `count` hands of a data set: `(778, 3)` float32 metres about its centroid.
+    """The Procrustes mean of the first `count` hands of a data set: `(778, 3)` float32 metres about its
+    centroid.
 
-    Hands are aligned with scale to the mean so far and averaged, a few times over (Gower, 1975); of all constant
-    predictions this is close to the best one under scores that align.
+    Hands are aligned with scale to the mean so far and averaged, a few times over (Gower, 1975); of all
+    constant predictions this is close to the best one under scores that align.
     """
     hands = torch.from_numpy(np.array(dataset.tables["vertices"].rows[:count], dtype=np.float64))
     mean = hands[0] - hands[0].mean(0)
@@ -117,5 +125,6 @@ def print_scores(evaluation: Evaluation, console: Console | None = None) -> None
     rows = {"network": evaluation.scores, "mean hand, constant": evaluation.mean_hand_scores}
     for label, scores in rows.items():
         if scores is not None:
-            table.add_row(label, *(f"{scores[name]:.2f}" if "mm" in t and "@" not in t else f"{scores[name]:.3f}" for name, t in COLUMNS.items()))
+            places = {name: 2 if name.startswith("pa_") else 3 for name in COLUMNS}
+            table.add_row(label, *(f"{scores[name]:.{places[name]}f}" for name in COLUMNS))
     (console or Console()).print(table)

@@ -24,7 +24,9 @@ class Targets(NamedTuple):
     meshes: list[Tensor]
     """M4 ... M1 as `Prediction.meshes`: metres, relative to the root joint."""
     vertices_2d: list[Tensor]
-    """`(B, N_s, 2)` projections of the same vertices in normalised crop coordinates (`align_corners=False`)."""
+    """`(B, N_s, 2)` projections of the same vertices in normalised crop coordinates
+    (`align_corners=False`).
+    """
     joints_2d: Tensor
     """`(B, 21, 2)` projections of the joints, normalised likewise."""
     mask: Tensor
@@ -39,13 +41,17 @@ def mesh_loss(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def edge_loss(predicted: Tensor, target: Tensor, faces: Tensor) -> Tensor:
-    """L_edge: mean | |e^| - |e| | over the three edges of every face; vertices `(B, N, 3)`, faces `(F, 3)`."""
+    """L_edge: mean | |e^| - |e| | over the three edges of every face; vertices `(B, N, 3)`, faces `(F,
+    3)`.
+    """
     lengths, expected = (torch.linalg.vector_norm(_edges(v, faces), dim=-1) for v in (predicted, target))
     return (lengths - expected).abs().mean()
 
 
 def normal_loss(predicted: Tensor, target: Tensor, faces: Tensor) -> Tensor:
-    """L_norm: mean |cos| between the predicted edges of a face and the true face's normal; shapes as `edge_loss`."""
+    """L_norm: mean |cos| between the predicted edges of a face and the true face's normal; shapes as
+    `edge_loss`.
+    """
     edges = F.normalize(_edges(predicted, faces), dim=-1, eps=1e-6)
     true_edges = _edges(target, faces)
     normals = F.normalize(torch.linalg.cross(true_edges[:, 0], true_edges[:, 1]), dim=-1, eps=1e-12)
@@ -59,8 +65,10 @@ def _edges(vertices: Tensor, faces: Tensor) -> Tensor:
 
 
 def silhouette_loss(logits: Tensor, mask: Tensor, has_mask: Tensor) -> Tensor:
-    """L_sil: binary cross entropy against the mask averaged down to the logits' size; images without one count 0."""
-    target = F.adaptive_avg_pool2d(mask.float(), logits.shape[-2:])
+    """L_sil: binary cross entropy against the mask averaged down to the logits' size; images without one
+    count 0.
+    """
+    target = F.adaptive_avg_pool2d(mask.float(), (logits.shape[-2], logits.shape[-1]))
     loss = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none").mean(dim=(1, 2, 3))
     return (loss * has_mask).sum() / has_mask.sum().clamp(min=1)
 
@@ -68,8 +76,8 @@ def silhouette_loss(logits: Tensor, mask: Tensor, has_mask: Tensor) -> Tensor:
 def heatmaps(joints_2d: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
     """Gaussian heatmaps of peak 1 around the joints.
 
-    `joints_2d (B, J, 2)` normalised with `align_corners=False`, `size` (h, w) of the map, `sigma` the standard
-    deviation in pixels of a 224-pixel image; gives `(B, J, h, w)`.
+    `joints_2d (B, J, 2)` normalised with `align_corners=False`, `size` (h, w) of the map, `sigma` the
+    standard deviation in pixels of a 224-pixel image; gives `(B, J, h, w)`.
     """
     height, width = size
     x = (2 * torch.arange(width, device=joints_2d.device, dtype=joints_2d.dtype) + 1) / width - 1
@@ -81,7 +89,9 @@ def heatmaps(joints_2d: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
 
 
 def pose_loss(logits: Tensor, joints_2d: Tensor, sigma: float) -> Tensor:
-    """L_2Dpose: binary cross entropy against the joints' heatmaps; logits `(B, 21, h, w)`, joints `(B, 21, 2)`."""
+    """L_2Dpose: binary cross entropy against the joints' heatmaps; logits `(B, 21, h, w)`, joints `(B, 21,
+    2)`.
+    """
     target = heatmaps(joints_2d.float(), (logits.shape[-2], logits.shape[-1]), sigma)
     return F.binary_cross_entropy_with_logits(logits.float(), target)
 
@@ -94,8 +104,8 @@ def project(vertices: Tensor, camera: Tensor) -> Tensor:
 def projection_loss(meshes: Sequence[Tensor], camera: Tensor, vertices_2d: Sequence[Tensor]) -> Tensor:
     """Supervises the camera: mean L1 distance between each level's projection and the true one, normalised.
 
-    The paper projects but does not say with which camera. Ours is predicted (see `PixelAligned`), and this loss
-    makes each level's mesh land on its own pixels, which is where the next level samples.
+    The paper projects but does not say with which camera. Ours is predicted (see `PixelAligned`), and this
+    loss makes each level's mesh land on its own pixels, which is where the next level samples.
     """
     terms = [(project(m, camera) - t).abs().mean() for m, t in zip(meshes, vertices_2d, strict=True)]
     return torch.stack(terms).mean()

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from pahm.config import Config, from_json
 from pahm.data.augment import CropTransform
 from pahm.data.freihand import FreiHand
-from pahm.evaluation import mean_hand
+from pahm.evaluation import evaluate, mean_hand
 from pahm.hand.topology import HandTopology
 from pahm.losses import Targets, total_loss
 from pahm.metrics import HandMetrics
@@ -34,7 +34,9 @@ class HandTraining(pl.LightningModule):
 
     faces: Tensor
 
-    def __init__(self, config: Config, topology: HandTopology | None = None, load_backbone: bool = True) -> None:
+    def __init__(
+        self, config: Config, topology: HandTopology | None = None, load_backbone: bool = True
+    ) -> None:
         super().__init__()
         self.config = config
         self.network = build_network(config, topology, load_backbone)
@@ -43,7 +45,9 @@ class HandTraining(pl.LightningModule):
         self.register_buffer("faces", torch.as_tensor(self.network.faces), persistent=False)
         hierarchy = self.network.topology.hierarchy
         for i, level in enumerate(reversed(range(len(hierarchy.vertices)))):
-            self.register_buffer(f"selection_{i}", torch.as_tensor(hierarchy.selection(level)), persistent=False)
+            self.register_buffer(
+                f"selection_{i}", torch.as_tensor(hierarchy.selection(level)), persistent=False
+            )
         self.levels = len(hierarchy.vertices)
         self.metrics = HandMetrics()
 
@@ -88,7 +92,6 @@ class HandTraining(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         scores = {name: float(value) for name, value in self.metrics.compute().items()}
         self.metrics.reset()
-        self.scores = scores
         self.log_dict({f"eval/{name}": value for name, value in scores.items()})
         self.log("pa_mpjpe", scores["pa_mpjpe"], prog_bar=True, logger=False)
 
@@ -105,11 +108,13 @@ class HandTraining(pl.LightningModule):
             # Vectors (biases, normalisations) and the vertex embedding are not decayed.
             decayed = [p for n, p in self.network.named_parameters() if p.dim() > 1 and "embedding" not in n]
             kept = [p for n, p in self.network.named_parameters() if p.dim() <= 1 or "embedding" in n]
-            groups = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
+            groups: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
             optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, weight_decay=train.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
         if train.schedule == "step":
-            scheduler: Any = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(train.milestones), train.decay)
+            scheduler: Any = torch.optim.lr_scheduler.MultiStepLR(
+                optimizer, list(train.milestones), train.decay
+            )
             interval = "epoch"
         else:
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, WarmupCosine(steps))
@@ -132,11 +137,15 @@ class WarmupCosine:
 
 
 def _normalise(pixels: Tensor, size: int) -> Tensor:
-    """Pixels of a crop, from the centre of its top-left pixel, to coordinates with -1 and 1 at its outer edges."""
+    """Pixels of a crop, from the centre of its top-left pixel, to coordinates with -1 and 1 at its outer
+    edges.
+    """
     return (2 * pixels + 1) / size - 1
 
 
-def loaders(config: Config, data: str | os.PathLike[str], devices: int = 1) -> tuple[DataLoader, DataLoader | None]:
+def loaders(
+    config: Config, data: str | os.PathLike[str], devices: int = 1
+) -> tuple[DataLoader, DataLoader | None]:
     """Training images, augmented and shuffled; and evaluation images where the folder has their annotations.
 
     Raises FileNotFoundError or ValueError for a folder that is not FreiHAND's layout (see `FreiHand`), and
@@ -144,14 +153,23 @@ def loaders(config: Config, data: str | os.PathLike[str], devices: int = 1) -> t
     """
     train, size = config.train, config.model.image_size
     if train.batch_size % devices:
-        raise ValueError(f"train.batch_size: {train.batch_size} images cannot be split over {devices} devices")
-    common = {"num_workers": train.workers, "persistent_workers": train.workers > 0}
+        raise ValueError(
+            f"train.batch_size: {train.batch_size} images cannot be split over {devices} devices"
+        )
     images = FreiHand(data, "training", CropTransform(size, config.augment))
     if len(images) < train.batch_size:
-        raise ValueError(f"train.batch_size: {data} has {len(images)} images, expected at least {train.batch_size}")
+        raise ValueError(
+            f"train.batch_size: {data} has {len(images)} images, expected at least {train.batch_size}"
+        )
     generator = torch.Generator().manual_seed(train.seed)
     training = DataLoader(
-        images, train.batch_size // devices, shuffle=True, drop_last=True, generator=generator, **common
+        images,
+        train.batch_size // devices,
+        shuffle=True,
+        drop_last=True,
+        generator=generator,
+        num_workers=train.workers,
+        persistent_workers=train.workers > 0,
     )
     held_out = evaluation_loader(data, size, train.batch_size, train.workers)
     return training, held_out
@@ -160,7 +178,9 @@ def loaders(config: Config, data: str | os.PathLike[str], devices: int = 1) -> t
 def evaluation_loader(
     data: str | os.PathLike[str], size: int, batch_size: int = 64, workers: int = 2
 ) -> DataLoader | None:
-    """The evaluation images, not augmented, in order; None where the folder does not have their annotations."""
+    """The evaluation images, not augmented, in order; None where the folder does not have their
+    annotations.
+    """
     dataset = FreiHand(data, "evaluation", CropTransform(size))
     if not dataset.annotated:
         return None
@@ -181,8 +201,8 @@ def train(
     """Train a network, or go on with a stopped run in the same folder.
 
     `out` receives `last.ckpt` (everything to go on from, after each epoch), TensorBoard's event files,
-    `config.json` and, at the end, `model.safetensors` for `load_checkpoint`. A run whose `last.ckpt` exists goes
-    on after the last finished epoch.
+    `config.json` and, at the end, `model.safetensors` for `load_checkpoint`. A run whose `last.ckpt` exists
+    goes on after the last finished epoch.
 
     Args:
         data: a folder in FreiHAND's layout.
@@ -191,7 +211,7 @@ def train(
             the devices.
 
     Returns:
-        the scores on the evaluation images (see `HandMetrics`), empty where there are none.
+        the scores on the evaluation images (see `Evaluation.record`), empty where there are none.
 
     Raises:
         ValueError: `out` holds a run of another configuration (the first difference is named).
@@ -204,7 +224,7 @@ def train(
     count = devices if isinstance(devices, int) and devices > 0 else 1
     training, held_out = loaders(config, data, count)
     module = HandTraining(config, topology, load_backbone=not last.exists())
-    module.network.mean_hand.copy_(mean_hand(training.dataset))
+    module.network.mean_hand.copy_(mean_hand(FreiHand(data, "training")))
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
     callbacks: list[pl.Callback] = [
@@ -228,9 +248,15 @@ def train(
         num_sanity_val_steps=0,
     )
     trainer.fit(module, training, held_out, ckpt_path=str(last) if last.exists() else None, weights_only=True)
-    scores = getattr(module, "scores", {})
-    if trainer.is_global_zero:
-        save_checkpoint(out / EXPORT, module.network, config, scores=scores)
+    if not trainer.is_global_zero:
+        return {}
+    scores: dict[str, float] = {}
+    if held_out is not None:
+        result = evaluate(
+            module.network, data, batch_size=config.train.batch_size, workers=config.train.workers
+        )
+        scores = result.record()
+    save_checkpoint(out / EXPORT, module.network, config, scores=scores)
     return scores
 
 

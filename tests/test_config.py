@@ -1,6 +1,7 @@
 """The configuration: presets, overrides, the way to JSON and back."""
 
 import pytest
+
 from pahm.config import PRESETS, Config, from_dict, from_json, preset
 
 
@@ -15,11 +16,18 @@ def test_paper_presets_have_the_papers_training():
         config = preset(name)
         train, loss = config.train, config.loss
         assert (config.model.backbone, config.model.image_size) == (backbone, 224)
-        assert (train.optimizer, train.learning_rate, train.batch_size, train.epochs) == ("adam", 1e-4, 64, 50)
+        assert (train.optimizer, train.learning_rate, train.batch_size, train.epochs) == (
+            "adam",
+            1e-4,
+            64,
+            50,
+        )
         assert (train.schedule, train.milestones, train.decay) == ("step", (35,), 0.1)
         assert (loss.normal, loss.pose, loss.silhouette) == (0.1, 10.0, 2.5)
         augment = config.augment
-        assert augment.rotation > 0 and augment.translation > 0 and augment.scale > 0 and augment.brightness > 0
+        assert (
+            augment.rotation > 0 and augment.translation > 0 and augment.scale > 0 and augment.brightness > 0
+        )
 
 
 def test_override_reads_text_by_the_fields_type():

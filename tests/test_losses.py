@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from pahm.config import LossConfig
 from pahm.losses import (
     Targets,
@@ -106,7 +107,9 @@ def test_total_is_the_weighted_sum_and_every_weight_counts():
     torch.manual_seed(0)
     sizes = (3, 4, 5, 4)
     meshes = [0.1 * torch.randn(2, n, 3) for n in sizes]
-    prediction = Prediction(meshes, torch.tensor([[6.0, 0, 0]] * 2), torch.randn(2, 21, 8, 8), torch.randn(2, 1, 8, 8))
+    prediction = Prediction(
+        meshes, torch.tensor([[6.0, 0, 0]] * 2), torch.randn(2, 21, 8, 8), torch.randn(2, 1, 8, 8)
+    )
     targets = Targets(
         [0.1 * torch.randn(2, n, 3) for n in sizes],
         [torch.rand(2, n, 2) for n in sizes],

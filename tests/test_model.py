@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+
 from pahm.config import PRESETS, ModelConfig, preset
 from pahm.hand.topology import HandTopology
 from pahm.model import HandNet, load_checkpoint, read_metadata, save_checkpoint
@@ -141,7 +142,7 @@ def test_backbone_weights_come_from_a_local_file(tmp_path):
 def test_unfit_backbones_and_images_are_refused(network):
     with pytest.raises(ValueError, match="has no model named 'resnet19'"):
         create_backbone("resnet19")
-    with pytest.raises(ValueError, match="gives no feature maps|has features at strides"):
+    with pytest.raises(ValueError, match=r"gives no feature maps|has features at strides"):
         create_backbone("vit_tiny_patch16_224")
     with pytest.raises(ValueError, match=r"expected \(B, 3, 128, 128\), got \(1, 3, 224, 224\)"):
         network(images(1, 224))

@@ -1,4 +1,6 @@
-"""Checkpoints as safetensors: weights, the hand's topology, and the configuration as metadata. Nothing is pickled."""
+"""Checkpoints as safetensors: weights, the hand's topology, and the configuration as metadata. Nothing is
+pickled.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def read_metadata(path: str | os.PathLike[str]) -> tuple[Config, dict[str, float
     except (SafetensorError, OSError) as error:
         raise ValueError(f"checkpoint: {os.fspath(path)} is not a safetensors file ({error})") from error
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"checkpoint: {os.fspath(path)} has format {metadata.get('format')!r}, expected {FORMAT!r}")
+        raise ValueError(
+            f"checkpoint: {os.fspath(path)} has format {metadata.get('format')!r}, expected {FORMAT!r}"
+        )
     return from_json(metadata["config"]), json.loads(metadata["scores"])
 
 
@@ -98,19 +102,27 @@ def load_checkpoint(path: str | os.PathLike[str] | None = None, expect: Config |
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"checkpoint: the weights in {os.fspath(path)} do not fit its configuration: {error}") from error
+        raise ValueError(
+            f"checkpoint: the weights in {os.fspath(path)} do not fit its configuration: {error}"
+        ) from error
     return network.eval()
 
 
-def build_network(config: Config, topology: HandTopology | None = None, load_backbone: bool = True) -> HandNet:
-    """The network of a configuration; `load_backbone=False` skips pretrained weights that will be overwritten."""
+def build_network(
+    config: Config, topology: HandTopology | None = None, load_backbone: bool = True
+) -> HandNet:
+    """The network of a configuration; `load_backbone=False` skips pretrained weights that will be
+    overwritten.
+    """
     if not load_backbone:
         config = config.override({"model.pretrained": False, "model.backbone_weights": None})
     return HandNet(config.model, topology)
 
 
 def check_same_network(found: Config, expected: Config, where: str) -> None:
-    """Raise ValueError naming the first value of `model` that differs (where pretrained weights came from aside)."""
+    """Raise ValueError naming the first value of `model` that differs (where pretrained weights came from
+    aside).
+    """
     start = ("pretrained", "backbone_weights")
     for name, value in vars(expected.model).items():
         if name not in start and getattr(found.model, name) != value:

@@ -61,7 +61,8 @@ class MeshLevel(nn.Module):
     """One level of the decoder: sample the map at the vertices so far, convolve on the mesh, predict offsets.
 
     Forward: `feature_map (B, C_q, H, W)`, `mesh (B, N, 3)` (the level's mesh so far, units of 0.2 m), `camera
-    (B, 3)`, `features (B, N, C_in)` (unpooled from the coarser level), to `(mesh + offsets, features (B, N, C))`.
+    (B, 3)`, `features (B, N, C_in)` (unpooled from the coarser level), to `(mesh + offsets, features (B, N,
+    C))`.
     """
 
     def __init__(self, map_channels: int, inputs: int, channels: int, spirals: Tensor, heads: int) -> None:
@@ -73,7 +74,9 @@ class MeshLevel(nn.Module):
         self.offset = SpiralConv(channels, 3, spirals)
         nn.init.normal_(self.offset.layer.weight, std=1e-3)
 
-    def forward(self, feature_map: Tensor, mesh: Tensor, camera: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, feature_map: Tensor, mesh: Tensor, camera: Tensor, features: Tensor
+    ) -> tuple[Tensor, Tensor]:
         image_features = self.mapping(feature_map, mesh * UNIT, camera)
         merged = torch.cat([image_features, features, mesh], dim=-1)
         features = self.mesh_conv(F.gelu(self.merge(merged)))
@@ -83,13 +86,13 @@ class MeshLevel(nn.Module):
 class MeshDecoder(nn.Module):
     """Maps Q_32 ... Q_4 to the meshes M4 (98 vertices) ... M1 (778) and the camera.
 
-    The paper does not say where the first projection takes place. Here a linear map of the globally pooled Q_32
-    moves the template's 98 vertices to a first mesh and gives the camera; each level then samples its map at the
-    mesh that the previous level predicted, unpooled to its own vertices, and predicts offsets from it. A learned
-    vector a vertex of M4, unpooled along with the features, tells the vertices apart.
+    The paper does not say where the first projection takes place. Here a linear map of the globally pooled
+    Q_32 moves the template's 98 vertices to a first mesh and gives the camera; each level then samples its
+    map at the mesh that the previous level predicted, unpooled to its own vertices, and predicts offsets
+    from it. A learned vector a vertex of M4, unpooled along with the features, tells the vertices apart.
 
-    Forward: four maps, to `(meshes, camera)`: `(B, N_s, 3)` in metres relative to the root joint, coarse to fine,
-    and `(B, 3)` weak perspective [s, tx, ty], see `PixelAligned`.
+    Forward: four maps, to `(meshes, camera)`: `(B, N_s, 3)` in metres relative to the root joint, coarse to
+    fine, and `(B, 3)` weak perspective [s, tx, ty], see `PixelAligned`.
     """
 
     template: Tensor
@@ -110,11 +113,17 @@ class MeshDecoder(nn.Module):
         self.levels = nn.ModuleList()
         self.unpool = nn.ModuleList()
         for i, level in enumerate(coarse_to_fine):
-            spirals = spiral_indices(hierarchy.faces[level], config.spiral_length, vertices=hierarchy.vertices[level])
+            spirals = spiral_indices(
+                hierarchy.faces[level], config.spiral_length, vertices=hierarchy.vertices[level]
+            )
             inputs = channels[max(i - 1, 0)]
             self.levels.append(
                 MeshLevel(
-                    config.feature_channels[i], inputs, channels[i], torch.from_numpy(spirals), config.attention_heads[i]
+                    config.feature_channels[i],
+                    inputs,
+                    channels[i],
+                    torch.from_numpy(spirals),
+                    config.attention_heads[i],
                 )
             )
             if level:

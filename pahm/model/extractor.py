@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -24,15 +24,15 @@ def create_backbone(name: str, pretrained: bool = False, weights: str | None = N
     Raises:
         ValueError: timm has no such model, or it has no features at these strides.
         FileNotFoundError: `weights` does not exist.
-        ConnectionError: `pretrained` weights could not be had; the sentence says what to do without a network.
+        ConnectionError: `pretrained` weights could not be had; the sentence says what to do without a
+        network.
     """
     if not timm.is_model(name):
         raise ValueError(f"backbone: timm {timm.__version__} has no model named {name!r}")
     if weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(f"backbone weights: no file at {weights}")
     try:
-        probe = timm.create_model(name, features_only=True)
-        reductions = probe.feature_info.reduction()
+        reductions = feature_info(timm.create_model(name, features_only=True)).reduction()
     except (RuntimeError, AttributeError) as error:
         raise ValueError(f"backbone: {name!r} gives no feature maps ({error})") from error
     missing = [stride for stride in STRIDES if stride not in reductions]
@@ -54,10 +54,16 @@ def create_backbone(name: str, pretrained: bool = False, weights: str | None = N
             raise ValueError(f"backbone weights: {weights} does not fit {name!r} ({error})") from error
         if pretrained:
             raise ConnectionError(
-                f"backbone: the pretrained weights of {name!r} could not be downloaded ({type(error).__name__}); "
-                "give a local file as model.backbone_weights, or set model.pretrained to false"
+                f"backbone: the pretrained weights of {name!r} could not be downloaded "
+                f"({type(error).__name__}); give a local file as model.backbone_weights, or set "
+                "model.pretrained to false"
             ) from error
         raise
+
+
+def feature_info(backbone: nn.Module) -> Any:
+    """timm's description of a feature extractor's maps: `reduction()` and `channels()` of each."""
+    return backbone.feature_info
 
 
 def conv_block(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
@@ -84,9 +90,9 @@ class Hourglass(nn.Module):
     """Image to the fused maps Q_s at strides 32, 16, 8, 4, and to the 2D pose and silhouette.
 
     The encoder is the backbone, whose features F_s are kept. On the way up, H_32 is a convolution of F_32 and
-    H_s at the finer strides is the upsampled Q_{2s} after a 3 x 3 convolution, so that the fusion of equation 1
-    is the hourglass's skip connection at the same time. The two heads of the 2D supervision (section 3.4) read
-    Q_4, the finest map.
+    H_s at the finer strides is the upsampled Q_{2s} after a 3 x 3 convolution, so that the fusion of
+    equation 1 is the hourglass's skip connection at the same time. The two heads of the 2D supervision
+    (section 3.4) read Q_4, the finest map.
 
     Forward: images `(B, 3, S, S)`, S a multiple of 32, to `(maps, pose_logits, silhouette_logits)`: maps are
     four tensors `(B, C_s, S/s, S/s)`, the logits `(B, 21, S/4, S/4)` and `(B, 1, S/4, S/4)`.
@@ -95,23 +101,26 @@ class Hourglass(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.backbone = create_backbone(config.backbone, config.pretrained, config.backbone_weights)
-        reductions: Sequence[int] = self.backbone.feature_info.reduction()
-        encoder = dict(zip(reductions, self.backbone.feature_info.channels(), strict=True))
+        info = feature_info(self.backbone)
+        encoder: dict[int, int] = dict(zip(info.reduction(), info.channels(), strict=True))
         channels = config.feature_channels
         self.bottom = conv_block(encoder[32], channels[0], 1)
         self.up = nn.ModuleList(conv_block(channels[i], channels[i + 1], 3) for i in range(3))
         self.fuse = nn.ModuleList(
             Fusion(encoder[stride], channels[i], channels[i]) for i, stride in enumerate(STRIDES)
         )
-        self.pose_head = nn.Sequential(conv_block(channels[3], channels[3], 3), nn.Conv2d(channels[3], JOINTS, 1))
+        to_joints = nn.Conv2d(channels[3], JOINTS, 1)
+        self.pose_head = nn.Sequential(conv_block(channels[3], channels[3], 3), to_joints)
         self.silhouette_head = nn.Sequential(conv_block(channels[3], 32, 3), nn.Conv2d(32, 1, 1))
         # A pixel belongs to a joint's peak about once in a thousand: start the logits there.
-        nn.init.constant_(self.pose_head[-1].bias, -6.0)
+        nn.init.constant_(to_joints.bias, -6.0)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         features = self.backbone(images)[::-1]
         maps = [self.fuse[0](features[0], self.bottom(features[0]))]
         for feature, up, fuse in zip(features[1:], self.up, self.fuse[1:], strict=True):
-            upsampled = F.interpolate(up(maps[-1]), size=feature.shape[-2:], mode="bilinear", align_corners=False)
+            upsampled = F.interpolate(
+                up(maps[-1]), size=feature.shape[-2:], mode="bilinear", align_corners=False
+            )
             maps.append(fuse(feature, upsampled))
         return maps, self.pose_head(maps[-1]), self.silhouette_head(maps[-1])

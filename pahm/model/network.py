@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pahm.config import ModelConfig
@@ -19,7 +21,9 @@ class Prediction(NamedTuple):
     meshes: list[Tensor]
     """M4, M3, M2, M1: `(B, 98 | 195 | 389 | 778, 3)` in metres, camera axes, relative to the root joint."""
     camera: Tensor
-    """`(B, 3)` weak perspective [s, tx, ty]: x_n = s * (X + tx), y_n = s * (Y + ty), -1 and 1 at the image's edges."""
+    """`(B, 3)` weak perspective [s, tx, ty]: x_n = s * (X + tx), y_n = s * (Y + ty), -1 and 1 at the image's
+    edges.
+    """
     pose_logits: Tensor
     """`(B, 21, S/4, S/4)`; their sigmoid is the heatmap of each joint."""
     silhouette_logits: Tensor
@@ -37,7 +41,9 @@ class HandNet(nn.Module):
 
     joint_regressor: Tensor
     mean_hand: Tensor
-    """`(778, 3)` metres: the mean of the training hands, the constant prediction that scores are compared with."""
+    """`(778, 3)` metres: the mean of the training hands, the constant prediction that scores are compared
+    with.
+    """
 
     def __init__(self, config: ModelConfig, topology: HandTopology | None = None) -> None:
         super().__init__()
@@ -52,7 +58,7 @@ class HandNet(nn.Module):
         self.decoder = MeshDecoder(config, self.topology.hierarchy, root)
 
     @property
-    def faces(self):
+    def faces(self) -> NDArray[np.int64]:
         """`(F, 3)` int64 numpy array, the triangles of M1."""
         return self.topology.hierarchy.faces[0]
 
