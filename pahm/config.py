@@ -212,6 +212,8 @@ PRESETS: dict[str, Config] = {
             schedule="cosine",
             gradient_clip=1.0,
         ),
+        # One pixel of the 32 x 32 heatmaps.
+        loss=LossConfig(heatmap_sigma=7.0),
         # Mild: `pahm synth` varies poses, views and colours by itself.
         augment=AugmentConfig(
             rotation=30.0, translation=0.05, scale=0.1, brightness=0.2, contrast=0.2, saturation=0.2, hue=10.0

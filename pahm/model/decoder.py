@@ -9,12 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pahm.config import ModelConfig
+from pahm.model.extractor import JOINTS
 from pahm.model.mapping import PixelAligned
 from pahm_ops import MeshPool, SpiralConv
 from pahm_ops.mesh import MeshHierarchy, spiral_indices
 
 UNIT = 0.2
 """The decoder works in units of 0.2 m, as CMR does, so that a hand is about one unit long."""
+
+
+LIFT_CHANNELS = 256
+"""Hidden width of the perceptron that lifts the 2D pose to the first mesh."""
 
 
 class SelfAttention(nn.Module):
@@ -86,13 +91,15 @@ class MeshLevel(nn.Module):
 class MeshDecoder(nn.Module):
     """Maps Q_32 ... Q_4 to the meshes M4 (98 vertices) ... M1 (778) and the camera.
 
-    The paper does not say where the first projection takes place. Here a linear map of the globally pooled
-    Q_32 moves the template's 98 vertices to a first mesh and gives the camera; each level then samples its
-    map at the mesh that the previous level predicted, unpooled to its own vertices, and predicts offsets
-    from it. A learned vector a vertex of M4, unpooled along with the features, tells the vertices apart.
+    The paper does not say where the first projection takes place. Here a small perceptron lifts the 2D pose,
+    which the extractor is supervised to predict, together with the globally pooled Q_32 to a first mesh of 98
+    vertices (offsets from the template) and to the camera. Each level then samples its map at the mesh that
+    the previous level predicted, unpooled to its own vertices, and predicts offsets from it. A learned
+    vector for each vertex of M4, unpooled along with the features, tells the vertices apart.
 
-    Forward: four maps, to `(meshes, camera)`: `(B, N_s, 3)` in metres relative to the root joint, coarse to
-    fine, and `(B, 3)` weak perspective [s, tx, ty], see `PixelAligned`.
+    Forward: four maps and the 2D joints `(B, 21, 2)` in normalised coordinates, to `(meshes, camera)`:
+    `(B, N_s, 3)` in metres relative to the root joint, coarse to fine, and `(B, 3)` weak perspective
+    [s, tx, ty], see `PixelAligned`.
     """
 
     template: Tensor
@@ -107,9 +114,17 @@ class MeshDecoder(nn.Module):
         # A hand of about 0.18 m fills about 60 % of the image.
         self.register_buffer("mean_camera", torch.tensor([6.0, 0.0, 0.0]), persistent=False)
         self.embedding = nn.Parameter(0.1 * torch.randn(len(coarsest), channels[0]))
-        self.initial = nn.Linear(config.feature_channels[0], 3 * len(coarsest) + 3)
-        nn.init.normal_(self.initial.weight, std=1e-3)
-        nn.init.zeros_(self.initial.bias)
+        to_mesh = nn.Linear(LIFT_CHANNELS, 3 * len(coarsest) + 3)
+        nn.init.normal_(to_mesh.weight, std=1e-3)
+        nn.init.zeros_(to_mesh.bias)
+        inputs = config.feature_channels[0] + 2 * JOINTS
+        self.lift = nn.Sequential(
+            nn.Linear(inputs, LIFT_CHANNELS),
+            nn.GELU(),
+            nn.Linear(LIFT_CHANNELS, LIFT_CHANNELS),
+            nn.GELU(),
+            to_mesh,
+        )
         self.levels = nn.ModuleList()
         self.unpool = nn.ModuleList()
         for i, level in enumerate(coarse_to_fine):
@@ -129,8 +144,9 @@ class MeshDecoder(nn.Module):
             if level:
                 self.unpool.append(MeshPool(hierarchy.up[level - 1]))
 
-    def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        initial = self.initial(maps[0].mean(dim=(2, 3))).float()
+    def forward(self, maps: Sequence[Tensor], joints_2d: Tensor) -> tuple[list[Tensor], Tensor]:
+        pooled = maps[0].mean(dim=(2, 3))
+        initial = self.lift(torch.cat([pooled, joints_2d.flatten(1).to(pooled.dtype)], dim=1)).float()
         log_scale, shift = initial[:, :1].clamp(-3, 3), 0.1 * initial[:, 1:3]
         camera = torch.cat([self.mean_camera[:1] * log_scale.exp(), self.mean_camera[1:] + shift], dim=1)
         mesh = self.template + initial[:, 3:].view(len(initial), -1, 3)

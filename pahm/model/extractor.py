@@ -75,6 +75,18 @@ def conv_block(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
     )
 
 
+def expected_position(logits: Tensor) -> Tensor:
+    """Where each map of `(B, J, h, w)` has its mass after a softmax over the map: `(B, J, 2)`, float32.
+
+    Normalised coordinates (x, y), -1 and 1 at the map's outer edges (soft-argmax; Sun et al., ECCV 2018).
+    """
+    height, width = logits.shape[-2:]
+    mass = logits.float().flatten(2).softmax(-1).unflatten(-1, (height, width))
+    x = (2 * torch.arange(width, device=logits.device, dtype=torch.float32) + 1) / width - 1
+    y = (2 * torch.arange(height, device=logits.device, dtype=torch.float32) + 1) / height - 1
+    return torch.stack([mass.sum(2) @ x, mass.sum(3) @ y], dim=-1)
+
+
 class Fusion(nn.Module):
     """Q_s = Conv(F_s (+) H_s), equation 1: concatenation along channels, then a 1 x 1 convolution."""
 

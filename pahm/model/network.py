@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pahm.config import ModelConfig
 from pahm.hand.topology import HandTopology
 from pahm.model.decoder import MeshDecoder
-from pahm.model.extractor import Hourglass
+from pahm.model.extractor import Hourglass, expected_position
 
 
 class Prediction(NamedTuple):
@@ -67,7 +67,7 @@ class HandNet(nn.Module):
         if images.dim() != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f"images: expected (B, 3, {size}, {size}), got {tuple(images.shape)}")
         maps, pose_logits, silhouette_logits = self.extractor(images)
-        meshes, camera = self.decoder(maps)
+        meshes, camera = self.decoder(maps, expected_position(pose_logits))
         return Prediction(meshes, camera, pose_logits, silhouette_logits)
 
     def joints(self, vertices: Tensor) -> Tensor:
