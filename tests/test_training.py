@@ -1,0 +1,179 @@
+"""Training end to end on a few rendered hands: targets, schedules, resuming, refusals."""
+
+import math
+
+import pytest
+import torch
+from pahm.config import preset
+from pahm.data.augment import CropTransform
+from pahm.data.freihand import FreiHand
+from pahm.data.synth import generate
+from pahm.evaluation import evaluate, mean_hand
+from pahm.losses import project, total_loss
+from pahm.metrics import procrustes_errors
+from pahm.model import load_checkpoint, read_metadata
+from pahm.training import HandTraining, WarmupCosine, loaders, train
+
+CONFIG = preset("tiny").override(
+    {
+        "model.backbone": "test_resnet",
+        "model.image_size": 64,
+        "train.epochs": 2,
+        "train.batch_size": 4,
+        "train.workers": 0,
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    generate(folder, 8, 6, seed=3, workers=1, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    scores = train(CONFIG, data, out, accelerator="cpu", progress=False)
+    return out, scores
+
+
+def batch_of(data, count=4):
+    samples = FreiHand(data, "training", CropTransform(64, CONFIG.augment))
+    return torch.utils.data.default_collate([samples[i] for i in range(count)])
+
+
+def test_targets_are_the_hand_seen_in_the_crop(data):
+    batch = batch_of(data)
+    module = HandTraining(CONFIG)
+    targets = module.targets(batch)
+    joints = batch["joints"]
+    assert [mesh.shape[1] for mesh in targets.meshes] == [98, 195, 389, 778]
+    assert torch.equal(targets.meshes[-1], batch["vertices"] - joints[:, 9:10])
+    # Each level's points are points of the finest mesh, in two and in three dimensions alike.
+    for mesh, points in zip(targets.meshes, targets.vertices_2d, strict=True):
+        distances = torch.cdist(mesh, targets.meshes[-1], compute_mode="donot_use_mm_for_euclid_dist")
+        assert distances.amin(2).max() < 1e-6
+        nearest = distances.argmin(2)
+        for b in range(len(mesh)):
+            assert torch.allclose(points[b], targets.vertices_2d[-1][b, nearest[b]], atol=1e-5)
+    # Normalised coordinates put -1 and 1 on the outer edges of the 64-pixel crop.
+    assert torch.allclose(targets.joints_2d, (batch["joints_2d"] + 0.5) / 32 - 1, atol=1e-5)
+    # The hand is nearly flat as seen from its distance: some weak camera explains the projections.
+    x, y = targets.meshes[-1][0, :, :2], targets.vertices_2d[-1][0]
+    scale = ((y - y.mean(0)) * (x - x.mean(0))).sum() / (x - x.mean(0)).square().sum()
+    camera = torch.cat([scale[None], y.mean(0) / scale - x.mean(0)])[None]
+    assert (project(targets.meshes[-1][:1], camera)[0] - y).abs().mean() < 0.05
+
+
+def test_a_run_writes_what_it_promises(run, data):
+    out, scores = run
+    names = {path.name for path in out.iterdir()}
+    assert {"last.ckpt", "model.safetensors", "config.json", "tensorboard"} <= names
+    assert any((out / "tensorboard").iterdir())
+    assert scores["images"] == 6 and math.isfinite(scores["pa_mpjpe"])
+    config, recorded = read_metadata(out / "model.safetensors")
+    assert config == CONFIG and recorded == pytest.approx(scores)
+
+
+def test_evaluation_of_the_exported_network_gives_the_recorded_scores(run, data):
+    out, scores = run
+    result = evaluate(load_checkpoint(out / "model.safetensors"), data, device="cpu", workers=0, progress=False)
+    assert result.record() == pytest.approx(scores, rel=1e-4)
+    assert result.joints.shape == (6, 21, 3) and result.vertices.shape == (6, 778, 3)
+    assert (result.vertices[..., 2] > 0).all()
+
+
+def test_a_finished_run_is_not_run_again(run, data):
+    out, scores = run
+    weights = (out / "last.ckpt").read_bytes()
+    assert train(CONFIG, data, out, accelerator="cpu", progress=False) == pytest.approx(scores)
+    assert (out / "last.ckpt").read_bytes() == weights
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(run, data, tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop_in_second_epoch(self, batch, index, step=HandTraining.training_step):
+        if self.current_epoch == 1:
+            raise Stop
+        return step(self, batch, index)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(HandTraining, "training_step", stop_in_second_epoch)
+        train(CONFIG, data, tmp_path, accelerator="cpu", progress=False)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 0
+    assert not (tmp_path / "model.safetensors").exists()
+    train(CONFIG, data, tmp_path, accelerator="cpu", progress=False)
+    whole = torch.load(run[0] / "last.ckpt", weights_only=True)
+    resumed = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert (resumed["epoch"], resumed["global_step"]) == (whole["epoch"], whole["global_step"])
+    rates = [state["optimizer_states"][0]["param_groups"][0]["lr"] for state in (whole, resumed)]
+    assert rates[0] == rates[1]
+
+
+def test_a_run_of_another_configuration_is_not_continued(run, data):
+    out, _ = run
+    with pytest.raises(ValueError, match=r"model\.spiral_length = 9, expected 12"):
+        train(CONFIG.override({"model.spiral_length": 12}), data, out, accelerator="cpu", progress=False)
+    with pytest.raises(ValueError, match=r"made with train\.learning_rate = 0\.0015, now 0\.1"):
+        train(CONFIG.override({"train.learning_rate": 0.1}), data, out, accelerator="cpu", progress=False)
+
+
+def test_unusable_data_is_refused_before_anything_is_written(data, tmp_path):
+    with pytest.raises(FileNotFoundError, match="training"):
+        train(CONFIG, tmp_path, tmp_path / "out", accelerator="cpu", progress=False)
+    with pytest.raises(ValueError, match="8 images, expected at least 9"):
+        loaders(CONFIG.override({"train.batch_size": 9}), data)
+    with pytest.raises(ValueError, match="4 images cannot be split over 3 devices"):
+        loaders(CONFIG, data, devices=3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_images(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("pahm.losses.mesh_loss", lambda predicted, target: torch.tensor(math.nan))
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 0, images \[.*mesh_4 nan"):
+        train(CONFIG, data, tmp_path, accelerator="cpu", progress=False)
+
+
+def test_training_in_bfloat16(data, tmp_path):
+    config = CONFIG.override({"train.precision": "bf16-mixed", "train.epochs": 1})
+    scores = train(config, data, tmp_path, accelerator="cpu", progress=False)
+    assert math.isfinite(scores["pa_mpjpe"])
+
+
+def test_a_few_steps_on_one_batch_bring_the_loss_down(data):
+    torch.manual_seed(0)
+    module = HandTraining(CONFIG)
+    batch = batch_of(data)
+    optimizer = torch.optim.AdamW(module.network.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        prediction = module.network(batch["image"])
+        loss, parts = total_loss(prediction, module.targets(batch), module.faces, CONFIG.loss)
+        loss.backward()
+        optimizer.step()
+        losses.append(parts["mesh_1"].item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_schedules():
+    factor = WarmupCosine(100)
+    assert [factor(0), factor(4), factor(5)] == [0.2, 1.0, 1.0]
+    assert factor(52) == pytest.approx(0.5, abs=0.02) and factor(100) == pytest.approx(0, abs=1e-9)
+    assert all(factor(i) >= factor(i + 1) for i in range(5, 100))
+
+
+def test_mean_hand_beats_any_single_hand(data):
+    dataset = FreiHand(data, "training")
+    mean = mean_hand(dataset)
+    hands = torch.from_numpy(dataset.tables["vertices"].rows.copy()).double()
+
+    def score(constant):
+        return procrustes_errors(constant.double().expand_as(hands), hands, reflection=False).mean()
+
+    assert mean.shape == (778, 3) and mean.mean(0).abs().max() < 1e-6
+    assert score(mean) < min(score(hand) for hand in hands)
