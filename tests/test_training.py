@@ -79,7 +79,9 @@ def test_a_run_writes_what_it_promises(run, data):
 
 def test_evaluation_of_the_exported_network_gives_the_recorded_scores(run, data):
     out, scores = run
-    result = evaluate(load_checkpoint(out / "model.safetensors"), data, device="cpu", workers=0, progress=False)
+    result = evaluate(
+        load_checkpoint(out / "model.safetensors"), data, device="cpu", workers=0, progress=False
+    )
     assert result.record() == pytest.approx(scores, rel=1e-4)
     assert result.joints.shape == (6, 21, 3) and result.vertices.shape == (6, 778, 3)
     assert (result.vertices[..., 2] > 0).all()

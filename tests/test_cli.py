@@ -1,0 +1,145 @@
+"""The command line: every command end to end on a small scale, and one sentence for bad input."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from pahm.cli import main
+from pahm.config import preset
+from pahm.data.freihand import FreiHand
+from pahm.metrics import load_submission
+from pahm.model import HandNet, read_metadata, save_checkpoint
+from PIL import Image
+
+SMALL = ["--set", "model.backbone=test_resnet", "--set", "model.image_size=64", "--set", "train.epochs=1"]
+SMALL += ["--set", "train.batch_size=4", "--set", "train.workers=0"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("synth") / "set"
+    command = ["synth", "--out", str(folder), "--train", "4", "--eval", "3", "--seed", "5", "--workers", "1"]
+    assert main(command) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    config = preset("tiny").override({"model.backbone": "test_resnet", "model.image_size": 64})
+    path = tmp_path_factory.mktemp("checkpoint") / "net.safetensors"
+    scores = {"images": 9.0, "pa_mpjpe": 12.25, "mean_hand_pa_mpjpe": 15.5}
+    save_checkpoint(path, HandNet(config.model), config, scores=scores)
+    return path
+
+
+def test_synth_then_train_then_eval(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    train = ["train", "--data", str(data), "--out", str(out), "--preset", "tiny", "--accelerator", "cpu"]
+    assert main([*train, *SMALL]) == 0
+    config, scores = read_metadata(out / "model.safetensors")
+    assert (config.model.backbone, config.train.epochs, scores["images"]) == ("test_resnet", 1, 3)
+    pred = tmp_path / "pred.json"
+    evaluate = [
+        "eval",
+        "--data",
+        str(data),
+        "--checkpoint",
+        str(out / "model.safetensors"),
+        "--out",
+        str(pred),
+    ]
+    assert main([*evaluate, "--device", "cpu"]) == 0
+    xyz, verts = load_submission(pred)
+    assert np.shape(xyz) == (3, 21, 3) and np.shape(verts) == (3, 778, 3)
+    printed = capsys.readouterr().out
+    assert f"{scores['pa_mpjpe']:.2f}" in printed and f"{scores['mean_hand_pa_mpjpe']:.2f}" in printed
+
+
+def test_eval_without_annotations_writes_the_submission_only(data, checkpoint, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "evaluation").symlink_to(data / "evaluation")
+    for name in ("K", "scale"):
+        (bare / f"evaluation_{name}.json").write_bytes((data / f"evaluation_{name}.json").read_bytes())
+    pred = tmp_path / "pred.json"
+    assert main(["eval", "--data", str(bare), "--checkpoint", str(checkpoint), "--out", str(pred)]) == 0
+    assert "nothing to score" in capsys.readouterr().out and pred.exists()
+
+
+def test_predict_writes_overlay_mesh_and_json(data, checkpoint, tmp_path):
+    sample = FreiHand(data, "evaluation")[0]
+    image = data / sample["name"]
+    (tmp_path / "K.json").write_text(json.dumps(np.asarray(sample["K"]).tolist()))
+    command = ["predict", str(image), "--checkpoint", str(checkpoint), "--device", "cpu"]
+    command += ["--out", str(tmp_path / "right"), "--intrinsics", str(tmp_path / "K.json")]
+    assert main([*command, "--bbox", "40", "40", "120", "130"]) == 0
+    stem = image.stem
+    assert Image.open(tmp_path / "right" / f"{stem}_overlay.png").size == (224, 224)
+    for suffix in ("glb", "ply"):
+        mesh = trimesh.load_mesh(tmp_path / "right" / f"{stem}.{suffix}", process=False)
+        assert len(mesh.vertices) == 778 and len(mesh.faces) == 1538
+    record = json.loads((tmp_path / "right" / f"{stem}.json").read_text())
+    assert np.shape(record["vertices"]) == (778, 3) and np.shape(record["joints"]) == (21, 3)
+    assert record["K"] == np.asarray(sample["K"], np.float64).tolist() and not record["intrinsics_assumed"]
+
+
+def test_demo_shows_and_scores_new_hands(checkpoint, tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--count", "2", "--checkpoint", str(checkpoint)]) == 0
+    sheet = Image.open(out / "contact_sheet.png")
+    assert sheet.width > 5 * sheet.height / 2
+    assert len(list(out.glob("*.glb"))) == 2 and len(list(out.glob("*_overlay.png"))) == 2
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "12.25 mm, mean hand 15.50 mm" in printed and "9 held-out images" in printed
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (["demo", "--count", "0"], "count: expected at least 1 hand, got 0"),
+        (["train", "--data", "{tmp}", "--out", "{tmp}/run"], "training"),
+        (
+            ["train", "--data", "{tmp}", "--out", "{tmp}/run", "--set", "epochs"],
+            "expected NAME=VALUE, got 'epochs'",
+        ),
+        (["train", "--data", "{tmp}", "--out", "{tmp}/run", "--devices", "0"], "at least 1, got '0'"),
+        (["train", "--data", "{tmp}", "--out", "{tmp}/run", "--mano", "{tmp}/none.pkl"], "none.pkl"),
+        (["eval", "--data", "{tmp}", "--checkpoint", "{tmp}/none"], "no file at"),
+        (["eval", "--data", "{tmp}/none", "--checkpoint", "{checkpoint}"], "none is not a folder"),
+        (["predict", "{tmp}/none.jpg", "--checkpoint", "{checkpoint}"], "none.jpg does not exist"),
+        (["predict", "{tmp}/text.jpg", "--checkpoint", "{checkpoint}"], "not a readable image"),
+        (["predict", "{tmp}/text.jpg", "--checkpoint", "{tmp}/text.jpg"], "not a safetensors file"),
+        (
+            ["predict", "{tmp}/text.jpg", "--checkpoint", "{checkpoint}", "--intrinsics", "{tmp}/k"],
+            "does not exist",
+        ),
+        (["predict", "{tmp}/text.jpg", "--checkpoint", "{checkpoint}", "--device", "abacus"], "abacus"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence(command, sentence, checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.jpg").write_text("not an image")
+    assert main([part.format(tmp=tmp_path, checkpoint=checkpoint) for part in command]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.startswith(f"pahm {command[0]}: ")
+    assert len(error.strip().splitlines()) == 1 and "Traceback" not in error
+
+
+def test_a_stop_by_the_user_says_how_to_go_on(monkeypatch, capsys, tmp_path):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pahm.data.synth.generate", interrupted)
+    assert main(["synth", "--out", str(tmp_path)]) == 130
+    assert "goes on from here" in capsys.readouterr().err
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("demo", "synth", "train", "eval", "predict"))
