@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from PIL import Image
+
 from pahm.cli import main
 from pahm.config import preset
 from pahm.data.freihand import FreiHand
 from pahm.metrics import load_submission
 from pahm.model import HandNet, read_metadata, save_checkpoint
-from PIL import Image
 
 SMALL = ["--set", "model.backbone=test_resnet", "--set", "model.image_size=64", "--set", "train.epochs=1"]
 SMALL += ["--set", "train.batch_size=4", "--set", "train.workers=0"]

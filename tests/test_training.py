@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from pahm.config import preset
 from pahm.data.augment import CropTransform
 from pahm.data.freihand import FreiHand
