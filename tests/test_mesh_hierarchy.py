@@ -52,6 +52,11 @@ def torus() -> Mesh:
     return np.array(mesh.vertices), np.array(mesh.faces)
 
 
+def tube() -> Mesh:
+    mesh = trimesh.creation.torus(1.0, 0.01, major_sections=40, minor_sections=3)
+    return np.array(mesh.vertices), np.array(mesh.faces)
+
+
 def scattered() -> Mesh:
     points = np.random.default_rng(5).random((500, 2))
     return np.column_stack([points, np.sin(4 * points[:, 0])]), Delaunay(points).simplices.astype(np.int64)
@@ -73,6 +78,9 @@ MESHES = {
     "scattered": (scattered, (250, 125, 62), 1, 1),
     "two components": (pair, (121, 60, 30), 1, 3),
     "strip": (lambda: grid(2, 389), (389, 195, 98), 1, 1),
+    # The cheapest collapses pinch the strip, and close the tube's rings of three edges.
+    "thin strip": (lambda: (grid(40, 3)[0] * [1, 0.01, 1], grid(40, 3)[1]), (60, 30, 8), 1, 1),
+    "thin tube": (tube, (60, 30, 15), 0, 0),
 }
 
 
