@@ -178,9 +178,9 @@ def loaders(
 def evaluation_loader(
     data: str | os.PathLike[str], size: int, batch_size: int = 64, workers: int = 2
 ) -> DataLoader | None:
-    """The evaluation images, not augmented, in order; None where the folder does not have their
-    annotations.
-    """
+    """The evaluation images, not augmented, in order; None where the folder has none or no annotations."""
+    if not any((Path(data) / "evaluation" / "rgb").glob("*.jpg")):
+        return None
     dataset = FreiHand(data, "evaluation", CropTransform(size))
     if not dataset.annotated:
         return None

@@ -135,6 +135,13 @@ def test_unusable_data_is_refused_before_anything_is_written(data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_without_evaluation_images_trains_without_scores(data, tmp_path):
+    generate(tmp_path / "data", 4, 0, seed=1, workers=1, progress=False)
+    config = CONFIG.override({"train.epochs": 1})
+    assert train(config, tmp_path / "data", tmp_path / "run", accelerator="cpu", progress=False) == {}
+    assert read_metadata(tmp_path / "run" / "model.safetensors") == (config, {})
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_images(data, tmp_path, monkeypatch):
     monkeypatch.setattr("pahm.losses.mesh_loss", lambda predicted, target: torch.tensor(math.nan))
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step 0, images \[.*mesh_4 nan"):
