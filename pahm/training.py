@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,9 @@ class HandTraining(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         scores = {name: float(value) for name, value in self.metrics.compute().items()}
         self.metrics.reset()
-        self.log_dict({f"eval/{name}": value for name, value in scores.items()})
-        self.log("pa_mpjpe", scores["pa_mpjpe"], prog_bar=True, logger=False)
+        # The metric has already added up over the processes; sync_dist says so to Lightning.
+        self.log_dict({f"eval/{name}": value for name, value in scores.items()}, sync_dist=True)
+        self.log("pa_mpjpe", scores["pa_mpjpe"], prog_bar=True, logger=False, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["pahm_config"] = self.config.to_json()
@@ -247,6 +249,9 @@ def train(
         log_every_n_steps=20,
         num_sanity_val_steps=0,
     )
+    # What these say is either meant (a run goes on in its folder) or about Lightning's own code.
+    for message in ("Checkpoint directory .* exists", "`isinstance.treespec, LeafSpec.` is deprecated"):
+        warnings.filterwarnings("ignore", message)
     trainer.fit(module, training, held_out, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     if not trainer.is_global_zero:
         return {}

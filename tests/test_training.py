@@ -1,9 +1,11 @@
 """Training end to end on a few rendered hands: targets, schedules, resuming, refusals."""
 
+import errno
 import math
 
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileOpener
 
 from pahm.config import preset
 from pahm.data.augment import CropTransform
@@ -115,6 +117,24 @@ def test_a_stopped_run_goes_on_to_the_same_weights(run, data, tmp_path, monkeypa
     assert (resumed["epoch"], resumed["global_step"]) == (whole["epoch"], whole["global_step"])
     rates = [state["optimizer_states"][0]["param_groups"][0]["lr"] for state in (whole, resumed)]
     assert rates[0] == rates[1]
+
+
+def test_a_full_disk_loses_no_finished_epoch(data, tmp_path, monkeypatch):
+    written = []
+
+    def write(self, *args):
+        if self.path.endswith("last.ckpt"):
+            written.append(self.path)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.f.write(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(LocalFileOpener, "write", write, raising=False)
+        train(CONFIG, data, tmp_path, accelerator="cpu", progress=False)
+    assert len(written) == 2
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 0
+    assert train(CONFIG, data, tmp_path, accelerator="cpu", progress=False)["images"] == 6
 
 
 def test_a_run_of_another_configuration_is_not_continued(run, data):
