@@ -84,12 +84,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, IndexError, OSError, FloatingPointError) as error:
         if options.debug:
             raise
-        print(f"pahm {options.command}: {error}", file=sys.stderr)
+        print(f"pahm {options.command}: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"pahm {options.command}: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def _sentence(error: Exception) -> str:
+    """The error's message on one line, without the number that the operating system's errors start with."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(text.split())
 
 
 def _configuration(name: str, changes: Sequence[str]) -> Config:

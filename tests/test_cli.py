@@ -1,5 +1,6 @@
 """The command line: every command end to end on a small scale, and one sentence for bad input."""
 
+import errno
 import json
 
 import numpy as np
@@ -127,6 +128,16 @@ def test_bad_input_ends_with_one_sentence(command, sentence, checkpoint, tmp_pat
     error = capsys.readouterr().err
     assert sentence in error and error.startswith(f"pahm {command[0]}: ")
     assert len(error.strip().splitlines()) == 1 and "Traceback" not in error
+
+
+def test_a_full_disk_is_told_without_numbers(monkeypatch, capsys, tmp_path):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device; the same command goes on from here")
+
+    monkeypatch.setattr("pahm.data.synth.generate", full)
+    assert main(["synth", "--out", str(tmp_path)]) == 2
+    expected = "pahm synth: No space left on device; the same command goes on from here\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_a_stop_by_the_user_says_how_to_go_on(monkeypatch, capsys, tmp_path):
