@@ -53,6 +53,8 @@ class LossConfig:
     pose: float = 10.0
     projection: float = 1.0
     """Weight of the camera's supervision, see `pahm.losses.projection_loss`."""
+    position: float = 1.0
+    """Weight of the 2D positions that the first mesh is lifted from, see `pahm.losses.position_loss`."""
     heatmap_sigma: float = 3.5
     """Standard deviation of a pose heatmap's Gaussian, in pixels of a 224-pixel image (CMR)."""
 
@@ -196,15 +198,15 @@ PRESETS: dict[str, Config] = {
     "tiny": Config(
         name="tiny",
         model=ModelConfig(
-            backbone="mobilenetv4_conv_small",
+            backbone="cs3darknet_focus_s",
             image_size=128,
-            feature_channels=(160, 128, 64, 48),
+            feature_channels=(128, 96, 64, 48),
             decoder_channels=(96, 64, 48, 32),
             # At 389 and 778 vertices attention would take a third of a training step's time on a CPU.
             attention_heads=(4, 4, 0, 0),
         ),
         train=TrainConfig(
-            epochs=12,
+            epochs=9,
             batch_size=32,
             learning_rate=1.5e-3,
             optimizer="adamw",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pahm.config import LossConfig
 from pahm.model.decoder import UNIT
+from pahm.model.extractor import expected_position
 from pahm.model.network import Prediction
 
 
@@ -96,6 +97,16 @@ def pose_loss(logits: Tensor, joints_2d: Tensor, sigma: float) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), target)
 
 
+def position_loss(logits: Tensor, joints_2d: Tensor) -> Tensor:
+    """Mean L1 distance of the heatmaps' soft-argmax to the joints; logits `(B, 21, h, w)`, joints `(B, 21,
+    2)`.
+
+    The decoder lifts its first mesh from these positions (see `MeshDecoder`), which the cross entropy of the
+    heatmaps supervises only indirectly (integral regression; Sun et al., ECCV 2018).
+    """
+    return (expected_position(logits) - joints_2d).abs().mean()
+
+
 def project(vertices: Tensor, camera: Tensor) -> Tensor:
     """Weak perspective: `(B, N, 3)` metres and `(B, 3)` [s, tx, ty] to `(B, N, 2)` normalised coordinates."""
     return camera[:, None, :1] * (vertices[..., :2] + camera[:, None, 1:])
@@ -125,6 +136,7 @@ def total_loss(
     parts["normal"] = normal_loss(finest, truth, faces)
     parts["silhouette"] = silhouette_loss(prediction.silhouette_logits, targets.mask, targets.has_mask)
     parts["pose"] = pose_loss(prediction.pose_logits, targets.joints_2d, config.heatmap_sigma)
+    parts["position"] = position_loss(prediction.pose_logits, targets.joints_2d)
     parts["projection"] = projection_loss(prediction.meshes, prediction.camera, targets.vertices_2d)
     weights |= {name: getattr(config, name) for name in parts if name not in weights}
     return torch.stack([weights[name] * value for name, value in parts.items()]).sum(), parts

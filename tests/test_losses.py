@@ -14,6 +14,7 @@ from pahm.losses import (
     mesh_loss,
     normal_loss,
     pose_loss,
+    position_loss,
     project,
     projection_loss,
     silhouette_loss,
@@ -81,6 +82,14 @@ def test_pose_loss_prefers_the_right_place():
     assert right < 0.5 * pose_loss(torch.logit(target.transpose(2, 3), eps=1e-4), joints, 3.5)
 
 
+def test_position_loss_reads_the_heatmaps_centre_of_mass():
+    logits = torch.full((1, 1, 4, 8), -50.0)
+    logits[0, 0, 2, 1] = logits[0, 0, 2, 5] = 0.0  # mass half and half: the centre is at x = 3, y = 2
+    centre = torch.tensor([[[2 * 3.5 / 8 - 1, 2 * 2.5 / 4 - 1]]])
+    assert position_loss(logits, centre).item() == pytest.approx(0, abs=1e-6)
+    assert position_loss(logits, centre + torch.tensor([0.1, 0.3])).item() == pytest.approx(0.2, abs=1e-6)
+
+
 def test_silhouette_loss_ignores_images_without_a_mask():
     mask = torch.zeros(2, 1, 8, 8)
     mask[0, :, :4] = 1
@@ -120,6 +129,6 @@ def test_total_is_the_weighted_sum_and_every_weight_counts():
     config = LossConfig()
     total, parts = total_loss(prediction, targets, FACES, config)
     weights = {"mesh_4": 0.25, "mesh_3": 0.5, "mesh_2": 0.75, "mesh_1": 1.0, "edge": 1.0, "normal": 0.1}
-    weights |= {"silhouette": 2.5, "pose": 10.0, "projection": 1.0}
+    weights |= {"silhouette": 2.5, "pose": 10.0, "projection": 1.0, "position": 1.0}
     assert set(parts) == set(weights)
     assert total.item() == pytest.approx(sum(weights[n] * parts[n].item() for n in weights), rel=1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pahm.config import PRESETS, ModelConfig, preset
+from pahm.config import ModelConfig, preset
 from pahm.hand.topology import HandTopology
 from pahm.model import HandNet, load_checkpoint, read_metadata, save_checkpoint
 from pahm.model.decoder import MeshConv, SelfAttention
@@ -109,9 +109,10 @@ def test_fusion_is_a_pointwise_function_of_both_maps():
         assert (difference[~torch.eye(5, dtype=torch.bool)] == 0).all() and difference.trace() > 0
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "hrnet_w64", "mobilenetv4_conv_small"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50", "hrnet_w64", "mobilenetv4_conv_small", "cs3darknet_focus_s"]
+)
 def test_backbones_give_the_four_strides(name):
-    assert name in {config.model.backbone for config in PRESETS.values()}
     with torch.device("meta"):
         backbone = create_backbone(name)
         maps = backbone(torch.empty(1, 3, 224, 224))
