@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def _find() -> Path | None:
 def _load() -> bool:
     path = _find()
     if path is None:
+        warnings.warn("pahm_ops has no compiled kernels here: its ops run as plain PyTorch", stacklevel=2)
         return False
     torch.ops.load_library(path)
     return True
