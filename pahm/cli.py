@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         help="change one value, e.g. train.epochs=3",
     )
     train.add_argument("--mano", type=Path, help="MANO_RIGHT.pkl, for data with MANO's mesh such as FreiHAND")
+    train.add_argument("--init", type=Path, help="a model.safetensors whose weights a new run starts from")
     train.add_argument("--accelerator", default="auto", help="cpu, gpu, ... (%(default)s)")
     train.add_argument("--devices", default="1", help="number of devices, or auto (%(default)s)")
     train.add_argument("--strategy", default="auto", help="a Lightning strategy, e.g. ddp (%(default)s)")
@@ -142,6 +143,7 @@ def _train(options: argparse.Namespace) -> None:
         options.data,
         options.out,
         topology=topology,
+        initial=options.init,
         accelerator=options.accelerator,
         devices=devices,
         strategy=options.strategy,

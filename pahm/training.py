@@ -23,7 +23,7 @@ from pahm.evaluation import evaluate, mean_hand
 from pahm.hand.topology import HandTopology
 from pahm.losses import Targets, total_loss
 from pahm.metrics import HandMetrics
-from pahm.model.checkpoint import build_network, check_same_network, save_checkpoint
+from pahm.model.checkpoint import build_network, check_same_network, load_checkpoint, save_checkpoint
 
 Batch = dict[str, Tensor]
 LAST = "last.ckpt"
@@ -195,6 +195,7 @@ def train(
     out: str | os.PathLike[str],
     *,
     topology: HandTopology | None = None,
+    initial: str | os.PathLike[str] | None = None,
     accelerator: str = "auto",
     devices: int | str = 1,
     strategy: str = "auto",
@@ -209,6 +210,7 @@ def train(
     Args:
         data: a folder in FreiHAND's layout.
         topology: another hand than the shipped one (see `HandTopology.from_hand`).
+        initial: a checkpoint of the same network whose weights a new run starts from.
         accelerator, devices, strategy: as Lightning's Trainer takes them; `train.batch_size` is divided over
             the devices.
 
@@ -216,7 +218,8 @@ def train(
         the scores on the evaluation images (see `Evaluation.record`), empty where there are none.
 
     Raises:
-        ValueError: `out` holds a run of another configuration (the first difference is named).
+        ValueError: `out` holds a run of another configuration, or `initial` a network of another one (the
+            first difference is named).
     """
     out = Path(out)
     last = out / LAST
@@ -225,7 +228,10 @@ def train(
     pl.seed_everything(config.train.seed, workers=True, verbose=False)
     count = devices if isinstance(devices, int) and devices > 0 else 1
     training, held_out = loaders(config, data, count)
-    module = HandTraining(config, topology, load_backbone=not last.exists())
+    fresh = not last.exists()
+    module = HandTraining(config, topology, load_backbone=fresh and initial is None)
+    if fresh and initial is not None:
+        module.network.load_state_dict(load_checkpoint(initial, expect=config).state_dict())
     module.network.mean_hand.copy_(mean_hand(FreiHand(data, "training")))
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
@@ -252,7 +258,7 @@ def train(
     # What these say is either meant (a run goes on in its folder) or about Lightning's own code.
     for message in ("Checkpoint directory .* exists", "`isinstance.treespec, LeafSpec.` is deprecated"):
         warnings.filterwarnings("ignore", message)
-    trainer.fit(module, training, held_out, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    trainer.fit(module, training, held_out, ckpt_path=None if fresh else str(last), weights_only=True)
     if not trainer.is_global_zero:
         return {}
     scores: dict[str, float] = {}

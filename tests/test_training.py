@@ -119,6 +119,20 @@ def test_a_stopped_run_goes_on_to_the_same_weights(run, data, tmp_path, monkeypa
     assert rates[0] == rates[1]
 
 
+def test_a_run_can_start_from_a_checkpoint(run, data, tmp_path):
+    start = run[0] / "model.safetensors"
+    frozen = CONFIG.override({"train.epochs": 1, "train.learning_rate": 0.0})
+    train(frozen, data, tmp_path / "from", initial=start, accelerator="cpu", progress=False)
+    train(frozen, data, tmp_path / "scratch", accelerator="cpu", progress=False)
+    before = dict(load_checkpoint(start).named_parameters())
+    for name, same in [("from", True), ("scratch", False)]:
+        after = load_checkpoint(tmp_path / name / "model.safetensors").decoder.embedding
+        assert torch.equal(after, before["decoder.embedding"]) == same
+    other = frozen.override({"model.spiral_length": 12})
+    with pytest.raises(ValueError, match=r"model\.spiral_length = 9, expected 12"):
+        train(other, data, tmp_path / "other", initial=start, accelerator="cpu", progress=False)
+
+
 def test_a_full_disk_loses_no_finished_epoch(data, tmp_path, monkeypatch):
     written = []
 
