@@ -42,7 +42,7 @@ def compare(benchmark, request: pytest.FixtureRequest) -> Iterator[Callable[...,
     def run(ours: Callable[[], Result], theirs: Callable[[], Result], tolerance: float = 1e-4) -> None:
         check_equal(ours(), theirs(), tolerance)
         seconds: list[float] = []
-        timer = load_timer(request.config.getoption("benchmark_timer"))
+        timer = load_timer(request.config.getoption("benchmark_timer")).target
 
         def run_theirs() -> None:
             start = timer()
