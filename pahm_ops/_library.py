@@ -29,7 +29,8 @@ def _find() -> Path | None:
 def _load() -> bool:
     path = _find()
     if path is None:
-        warnings.warn("pahm_ops has no compiled kernels here: its ops run as plain PyTorch", stacklevel=2)
+        folder = Path(__file__).parent
+        warnings.warn(f"no compiled kernels in {folder}: the ops run as plain PyTorch", stacklevel=2)
         return False
     torch.ops.load_library(path)
     return True

@@ -14,8 +14,13 @@ from pahm_ops import _library
 
 
 def run(code, **environment):
+    # Not in the repository's root, where Python would import the sources in place of what is installed.
     result = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
     )
     return result.returncode, result.stdout.strip(), result.stderr.strip()
 

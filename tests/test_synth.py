@@ -131,7 +131,9 @@ def test_a_finished_set_is_left_alone(made, monkeypatch):
 def run_in_background(out: Path, workers: int) -> subprocess.Popen[str]:
     options = {**OPTIONS, "workers": workers}
     code = f"from pahm.data.synth import generate; generate({str(out)!r}, **{options!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent
+    )
     deadline = time.monotonic() + 300
     while len(list(out.glob("training/rgb/*.jpg"))) < 3:
         assert process.poll() is None and time.monotonic() < deadline
