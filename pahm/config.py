@@ -78,6 +78,8 @@ class TrainConfig:
     gradient_clip: float = 0.0
     """Largest gradient norm; 0 does not clip."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    export: Literal["float32", "float16"] = "float32"
+    """Type of the weights in `model.safetensors`."""
     channels_last: bool = True
     workers: int = 2
     seed: int = 0
@@ -213,6 +215,7 @@ PRESETS: dict[str, Config] = {
             weight_decay=0.02,
             schedule="cosine",
             gradient_clip=1.0,
+            export="float16",
         ),
         # One pixel of the 32 x 32 heatmaps.
         loss=LossConfig(heatmap_sigma=7.0),

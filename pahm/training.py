@@ -261,13 +261,17 @@ def train(
     trainer.fit(module, training, held_out, ckpt_path=None if fresh else str(last), weights_only=True)
     if not trainer.is_global_zero:
         return {}
-    scores: dict[str, float] = {}
-    if held_out is not None:
-        result = evaluate(
-            module.network, data, batch_size=config.train.batch_size, workers=config.train.workers
-        )
-        scores = result.record()
-    save_checkpoint(out / EXPORT, module.network, config, scores=scores)
+    dtype = torch.float16 if config.train.export == "float16" else torch.float32
+    save_checkpoint(out / EXPORT, module.network, config, dtype=dtype)
+    if held_out is None:
+        return {}
+    # The scores are those of the weights in the file, rounded as they are.
+    network = load_checkpoint(out / EXPORT)
+    workers = config.train.workers
+    scores = evaluate(
+        network, data, batch_size=config.train.batch_size, workers=workers, progress=progress
+    ).record()
+    save_checkpoint(out / EXPORT, network, config, scores=scores, dtype=dtype)
     return scores
 
 
@@ -282,7 +286,7 @@ def _check_resumable(last: Path, config: Config) -> None:
     for part in ("loss", "train", "augment"):
         for name, value in vars(getattr(config, part)).items():
             before = getattr(getattr(found, part), name)
-            if before != value and name != "workers":
+            if before != value and name not in ("workers", "export"):
                 raise ValueError(
                     f"resume: {last} was made with {part}.{name} = {before!r}, now {value!r}; "
                     "use another output folder or the same configuration"

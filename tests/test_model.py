@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from pahm.config import ModelConfig, preset
@@ -141,6 +142,19 @@ def test_backbone_weights_come_from_a_local_file(tmp_path):
         create_backbone("test_resnet", weights=str(tmp_path / "bad.pth"))
     with pytest.raises(FileNotFoundError, match="no file at"):
         create_backbone("test_resnet", weights=str(tmp_path / "none.pth"))
+
+
+def test_weights_that_cannot_be_downloaded_say_what_to_do(monkeypatch):
+    def create(name, pretrained=False, create=timm.create_model, **options):
+        if pretrained:
+            raise OSError("no route to host")
+        return create(name, **options)
+
+    monkeypatch.setattr("timm.create_model", create)
+    with pytest.raises(
+        ConnectionError, match=r"'test_resnet' could not be downloaded.*model\.backbone_weights"
+    ):
+        create_backbone("test_resnet", pretrained=True)
 
 
 def test_unfit_backbones_and_images_are_refused(network):
