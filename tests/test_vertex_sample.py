@@ -255,14 +255,23 @@ def test_a_vertex_that_is_not_finite_has_zero_features_and_gradients(
     assert torch.equal(out[others], good[others])
 
 
-def test_a_camera_that_is_not_finite_silences_its_batch_item():
-    for kind in ("weak", "perspective"):
-        maps, vertices, camera, size = make(kind)
-        with torch.no_grad():
-            camera[1].view(-1)[0] = float("nan")
-        out, grads = check_against_reference(maps, vertices, camera, size, False, "border")
-        assert (out[1] == 0).all() and (out[0] != 0).any()
-        assert all(grad.isfinite().all() for grad in grads)
+@pytest.mark.parametrize(
+    ("kind", "entry", "value"),
+    [
+        ("weak", 0, "nan"),
+        ("weak", 1, "inf"),
+        ("perspective", 0, "nan"),
+        ("perspective", 8, "inf"),
+        ("perspective", 8, "-inf"),
+    ],
+)
+def test_a_camera_that_is_not_finite_silences_its_batch_item(kind, entry, value):
+    maps, vertices, camera, size = make(kind)
+    with torch.no_grad():
+        camera[1].view(-1)[entry] = float(value)
+    out, grads = check_against_reference(maps, vertices, camera, size, False, "border")
+    assert (out[1] == 0).all() and (out[0] != 0).any()
+    assert all(grad.isfinite().all() for grad in grads)
 
 
 def test_nan_outside_the_four_pixels_is_not_read():
