@@ -21,12 +21,12 @@ from pahm.model.network import HandNet
 from pahm.predict import pick_device, solve_translation
 
 COLUMNS = {
-    "pa_mpjpe": "PA-MPJPE mm",
-    "pa_mpvpe": "PA-MPVPE mm",
-    "f5": "F@5 mm",
-    "f15": "F@15 mm",
-    "auc_joints": "AUC joints",
-    "auc_vertices": "AUC vertices",
+    "pa_mpjpe": "PA-MPJPE",
+    "pa_mpvpe": "PA-MPVPE",
+    "f5": "F@5",
+    "f15": "F@15",
+    "auc_joints": "AUC J",
+    "auc_vertices": "AUC V",
 }
 
 
@@ -68,7 +68,8 @@ def evaluate(
     loader = torch.utils.data.DataLoader(dataset, batch_size, num_workers=workers)
     place = pick_device(device)
     network = network.eval().to(place)
-    ours, constant = HandMetrics(), HandMetrics()
+    # Each process that evaluates sees every image: there is nothing to gather from others.
+    ours, constant = (HandMetrics(sync_on_compute=False) for _ in range(2))
     joints, vertices = [], []
     batches = track(loader, "reconstructing", disable=not progress, console=Console(stderr=True))
     for batch in batches:
@@ -118,11 +119,11 @@ def mean_hand(dataset: FreiHand, count: int = 2000, rounds: int = 5) -> Tensor:
 
 def print_scores(evaluation: Evaluation, console: Console | None = None) -> None:
     """A table of the scores, ours beside the mean hand's."""
-    table = Table()
+    table = Table(caption="lengths in mm, after alignment")
     table.add_column(f"{len(evaluation.joints)} images")
     for title in COLUMNS.values():
         table.add_column(title, justify="right")
-    rows = {"network": evaluation.scores, "mean hand, constant": evaluation.mean_hand_scores}
+    rows = {"network": evaluation.scores, "mean hand": evaluation.mean_hand_scores}
     for label, scores in rows.items():
         if scores is not None:
             places = {name: 2 if name.startswith("pa_") else 3 for name in COLUMNS}

@@ -2,6 +2,10 @@
 
 import errno
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,6 +206,23 @@ def test_a_few_steps_on_one_batch_bring_the_loss_down(data):
         optimizer.step()
         losses.append(parts["mesh_1"].item())
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_two_processes_share_the_work(data, tmp_path):
+    options = ["--preset", "tiny", "--accelerator", "cpu", "--devices", "2", "--strategy", "ddp"]
+    for change in ("model.backbone=test_resnet", "model.image_size=64", "train.batch_size=4"):
+        options += ["--set", change]
+    options += ["--set", "train.epochs=1", "--set", "train.workers=0"]
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "pahm.cli", "train", "--data", str(data), "--out", str(out), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    # Two steps of four images, two for each process.
+    assert torch.load(out / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert read_metadata(out / "model.safetensors")[1]["images"] == 6
 
 
 def test_schedules():

@@ -249,7 +249,7 @@ def generate(
 def _make_split(job: _Job, split: Split, count: int, pool: Executor | None, bar: Progress) -> None:
     for path in image_paths(job.out, split, 0):
         path.parent.mkdir(parents=True, exist_ok=True)
-    task = bar.add_task(split, total=count, rate="")
+    task = bar.add_task(split, total=count, rate="", visible=count > 0)
     drawn, kept, start = 0, 0, perf_counter()
     with annotation_files(job.out, split) as append:
         for chunk in _run(job, split, count, pool):

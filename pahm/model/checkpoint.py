@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from pahm.config import Config, from_json
 from pahm.hand.topology import HandTopology
@@ -43,7 +43,7 @@ def save_checkpoint(
         tensors[f"topology.{name}"] = torch.from_numpy(value.copy())
     metadata = {"format": FORMAT, "config": config.to_json(), "scores": json.dumps(scores or {})}
     temporary = Path(f"{os.fspath(path)}.part")
-    save_file(tensors, temporary, metadata)
+    temporary.write_bytes(save(tensors, metadata))
     temporary.replace(path)
 
 
