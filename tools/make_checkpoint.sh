@@ -7,8 +7,7 @@ work=${1:?usage: tools/make_checkpoint.sh FOLDER}
 cores=2
 
 pahm synth --out "$work/data" --train 20000 --eval 1000 --seed 0
-# glibc otherwise returns the large blocks of each step to the system and takes fresh pages for the next.
-OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=8000000000 \
+OMP_NUM_THREADS=1 \
   pahm train --data "$work/data" --out "$work/run" --preset tiny --accelerator cpu --devices "$cores" \
   --strategy ddp --set train.workers=1
 cp "$work/run/model.safetensors" "$(dirname "$0")/../pahm/assets/tiny.safetensors"
