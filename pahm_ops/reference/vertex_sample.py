@@ -6,7 +6,7 @@ output: (B, N, C_1 + ... + C_S)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -68,25 +68,14 @@ def vertex_sample(
     padding_mode: str,
 ) -> Tensor:
     """Project, sample every map with grid_sample, concatenate; half precision is computed in float32."""
-    dtype = features[0].dtype
-    work = torch.float64 if dtype == torch.float64 else torch.float32
-    camera = None if camera is None else camera.to(work)
-    points, valid = project(vertices.to(work), camera, image_size, align_corners)
-    # Beyond +-10 every point lies off the map or is clamped to its edge, whatever the map's size; clamping
-    # here changes no result and keeps grid_sample away from integer overflow and from 0 * inf.
-    points = points.clamp(-10, 10)
-    sampled = [
-        F.grid_sample(
-            feature.to(work),
-            points.unsqueeze(2),
-            mode="bilinear",
-            padding_mode=padding_mode,
-            align_corners=align_corners,
+
+    def sample(feature: Tensor, points: Tensor, align_corners: bool, padding_mode: str) -> Tensor:
+        grid = points.unsqueeze(2)
+        return F.grid_sample(
+            feature, grid, mode="bilinear", padding_mode=padding_mode, align_corners=align_corners
         ).squeeze(3)
-        for feature in features
-    ]
-    output = torch.cat(sampled, 1).transpose(1, 2)
-    return torch.where(valid.unsqueeze(-1), output, 0.0).to(dtype).contiguous()
+
+    return _sample_all(sample, features, vertices, camera, image_size, align_corners, padding_mode)
 
 
 def vertex_sample_gather(
@@ -98,13 +87,28 @@ def vertex_sample_gather(
     padding_mode: str,
 ) -> Tensor:
     """The same with four gathers a map: slower, but differentiable any number of times."""
+    return _sample_all(_gather, features, vertices, camera, image_size, align_corners, padding_mode)
+
+
+def _sample_all(
+    sample: Callable[[Tensor, Tensor, bool, str], Tensor],
+    features: Sequence[Tensor],
+    vertices: Tensor,
+    camera: Tensor | None,
+    image_size: tuple[int, int] | None,
+    align_corners: bool,
+    padding_mode: str,
+) -> Tensor:
     dtype = features[0].dtype
     work = torch.float64 if dtype == torch.float64 else torch.float32
     camera = None if camera is None else camera.to(work)
     points, valid = project(vertices.to(work), camera, image_size, align_corners)
+    # Beyond +-10 every point lies off the map or is clamped to its edge, whatever the map's size; clamping
+    # here changes no result and keeps grid_sample away from integer overflow and from 0 * inf.
     points = points.clamp(-10, 10)
-    sampled = [_gather(feature.to(work), points, align_corners, padding_mode) for feature in features]
-    return torch.where(valid.unsqueeze(-1), torch.cat(sampled, 1).transpose(1, 2), 0.0).to(dtype)
+    sampled = [sample(feature.to(work), points, align_corners, padding_mode) for feature in features]
+    output = torch.cat(sampled, 1).transpose(1, 2)
+    return torch.where(valid.unsqueeze(-1), output, 0.0).to(dtype).contiguous()
 
 
 def _gather(feature: Tensor, points: Tensor, align_corners: bool, padding_mode: str) -> Tensor:
