@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
 
 OPS = ("vertex_sample", "spiral_conv", "mesh_pool")
 _ISAS = ("plain", "avx2", "avx512")
@@ -41,25 +45,73 @@ LOADED = _load()
 
 
 def compiled(device: torch.device) -> bool:
-    """Whether tensors on `device` are served by compiled kernels."""
-    return LOADED and device.type == "cpu"
+    """Whether compiled kernels serve tensors on `device`; for the meta device, whether fake ones do."""
+    return LOADED and device.type in ("cpu", "meta")
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on `device`, None where it is off."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
 def below_autograd(op: Any, *arguments: Any) -> Any:
-    """Calls an op's kernel from inside its autograd function."""
-    with torch._C._AutoDispatchBelowAutograd():
+    """Calls an op from inside its autograd function: its kernel, or the next level of `torch.func`.
+
+    Autograd functions run their forward with both modes off, but a level below may record a graph of its own.
+    """
+    with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
 
 
-def register(name: str, fake: Callable[..., Any], function: type[torch.autograd.Function]) -> None:
-    """Gives a compiled op its fake kernel and its derivatives; does nothing where nothing was compiled.
+class OpFunction(_SingleLevelFunction):
+    """An autograd function that is an op's Autograd kernel: `forward`, `setup_context`, `backward`, `jvp`.
 
-    The function goes to the dispatcher's Autograd key itself: `torch.library.register_autograd` would have no
-    forward mode (its tangents are silently zero).
+    The dispatcher calls it once for each level of `torch.func.grad` and `torch.func.jvp`, as it calls
+    PyTorch's own kernels, so it differentiates at that level alone and calls its op below autograd.
+    `torch.autograd.Function` would walk the levels a second time, and `torch.library.register_autograd` has
+    no forward mode (its tangents are silently zero).
+    """
+
+    @classmethod
+    def autograd_kernel(cls, *arguments: Any) -> Any:
+        with enable_single_level_autograd_function():
+            return cls.apply(*arguments)  # type: ignore[attr-defined]
+
+
+def register(
+    name: str, fake: Callable[..., Any], autograd: Callable[..., Any], vmap: Callable[..., Any]
+) -> None:
+    """Gives a compiled op its fake kernel, its derivatives and its batching rule.
+
+    `vmap` is a rule as `torch.library.register_vmap` takes it. Does nothing where nothing was compiled.
     """
     if LOADED:
         torch.library.register_fake(f"pahm_ops::{name}", fake)
-        _IMPLEMENTATIONS.impl(name, function.apply, "Autograd")
+        torch.library.register_vmap(f"pahm_ops::{name}", vmap)
+        _IMPLEMENTATIONS.impl(name, autograd, "Autograd")
+
+
+def one_by_one(op: Callable[..., Any], count: int, dims: Any, arguments: Any) -> tuple[Any, Any]:
+    """The batching rule that always holds: the op for each of `count` entries, results stacked.
+
+    `dims` has the structure of `arguments` and names each tensor's batched dimension, None where it has none.
+    """
+    if count == 0:
+        raise ValueError("vmap over a dimension of size 0 is supported for the first argument alone")
+
+    def entry(value: Any, dim: Any, i: int) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [entry(v, d, i) for v, d in zip(value, dim, strict=True)]
+        return value if dim is None else value.select(dim, i)
+
+    out = torch.stack([op(*entry(arguments, dims, i)) for i in range(count)])
+    return out, 0
+
+
+def merged(tensor: Tensor, dim: int, into: int = 0) -> Tensor:
+    """`tensor` with its batched dimension `dim` merged into the entries' dimension `into`, outermost."""
+    return tensor.movedim(dim, into).flatten(into, into + 1)
 
 
 def backends() -> dict[str, dict[str, str]]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from pahm_ops import _library
 from pahm_ops.reference import mesh_pool as reference
@@ -176,7 +175,7 @@ def _check(x: Tensor, transform: MeshTransform) -> None:
         raise ValueError(f"transform must be on x's device {x.device}, got {transform.device}")
 
 
-class _MeshPool(Function):
+class _MeshPool(_library.OpFunction):
     """The gradient of a product with a matrix is the product with its transpose: the op takes both."""
 
     @staticmethod
@@ -202,4 +201,11 @@ def _fake_mesh_pool(x: Tensor, row_pointers: Tensor, *rest: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], row_pointers.shape[0] - 1, x.shape[2])
 
 
-_library.register("mesh_pool", _fake_mesh_pool, _MeshPool)
+def _vmap_mesh_pool(info: Any, dims: Any, x: Tensor, *matrices: Tensor) -> tuple[Tensor, int]:
+    if any(dim is not None for dim in dims[1:]):
+        return _library.one_by_one(_ops.mesh_pool, info.batch_size, dims, (x, *matrices))
+    out = _ops.mesh_pool(_library.merged(x, dims[0]), *matrices)
+    return out.unflatten(0, (info.batch_size, x.shape[0 if dims[0] else 1])), 0
+
+
+_library.register("mesh_pool", _fake_mesh_pool, _MeshPool.autograd_kernel, _vmap_mesh_pool)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
+from torch._subclasses.fake_tensor import is_fake
 
 from pahm_ops import _library
 from pahm_ops.reference import spiral_conv as reference
@@ -105,7 +105,7 @@ def _check(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> N
         )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias must be ({weight.shape[0]},) as weight has it, got shape {tuple(bias.shape)}")
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = _library.autocast_dtype(x.device) is not None
     for name, tensor in (("indices", indices), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
@@ -127,8 +127,8 @@ def _check_indices(indices: Tensor) -> None:
 
 
 def _check_range(indices: Tensor, vertices: int) -> None:
-    # The compiled kernels check this themselves; a traced graph cannot read values.
-    if indices.numel() == 0 or torch.compiler.is_compiling():
+    # The compiled kernels check this themselves; a graph that is traced and a fake tensor have no values.
+    if indices.numel() == 0 or torch.compiler.is_compiling() or indices.is_meta or is_fake(indices):
         return
     low, high = (int(bound) for bound in indices.aminmax())
     if low < 0 or high >= vertices:
@@ -136,10 +136,9 @@ def _check_range(indices: Tensor, vertices: int) -> None:
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = _library.autocast_dtype(x.device)
+    if dtype is None:
         return x, weight, bias
-    dtype = torch.get_autocast_dtype(device)
     if torch.float64 in (x.dtype, weight.dtype):
         dtype = torch.float64
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -148,7 +147,7 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
 # The op is linear in x and in weight, so that each of these three products is the gradient of the other two.
 
 
-class _SpiralConv(Function):
+class _SpiralConv(_library.OpFunction):
     @staticmethod
     def forward(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _library.below_autograd(_ops.spiral_conv, x, indices, weight, bias)
@@ -173,22 +172,24 @@ class _SpiralConv(Function):
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         x, indices, weight = ctx.saved_tensors
         dx, _, dweight, dbias = tangents
-        out = x.new_zeros(x.shape[0], indices.shape[0], weight.shape[0])
-        if dx is not None:
-            out = out + _ops.spiral_conv(dx, indices, weight, None)
+        terms = [] if dx is None else [_ops.spiral_conv(dx, indices, weight, None)]
         if dweight is not None:
-            out = out + _ops.spiral_conv(x, indices, dweight, None)
-        return out if dbias is None else out + dbias
+            terms.append(_ops.spiral_conv(x, indices, dweight, None))
+        if dbias is not None:
+            terms.append(dbias.expand(x.shape[0], indices.shape[0], -1))
+        return sum(terms[1:], terms[0])
 
 
-class _InputGrad(Function):
+class _InputGrad(_library.OpFunction):
     @staticmethod
     def forward(grad: Tensor, indices: Tensor, weight: Tensor, vertices: int) -> Tensor:
         return _library.below_autograd(_ops.spiral_conv_input_grad, grad, indices, weight, vertices)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.vertices = inputs[3]
         ctx.save_for_backward(*inputs[:3])
+        ctx.save_for_forward(*inputs[:3])
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
@@ -201,8 +202,19 @@ class _InputGrad(Function):
             None,
         )
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        grad, indices, weight = ctx.saved_tensors
+        dgrad, _, dweight, _ = tangents
+        terms = []
+        if dgrad is not None:
+            terms.append(_ops.spiral_conv_input_grad(dgrad, indices, weight, ctx.vertices))
+        if dweight is not None:
+            terms.append(_ops.spiral_conv_input_grad(grad, indices, dweight, ctx.vertices))
+        return sum(terms[1:], terms[0])
 
-class _WeightGrad(Function):
+
+class _WeightGrad(_library.OpFunction):
     @staticmethod
     def forward(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
         return _library.below_autograd(_ops.spiral_conv_weight_grad, grad, x, indices)
@@ -210,6 +222,7 @@ class _WeightGrad(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor | None, ...]:
@@ -220,6 +233,15 @@ class _WeightGrad(Function):
             _ops.spiral_conv_input_grad(grad, indices, grad_weight, x.shape[1]) if need_x else None,
             None,
         )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        grad, x, indices = ctx.saved_tensors
+        dgrad, dx, _ = tangents
+        terms = [] if dgrad is None else [_ops.spiral_conv_weight_grad(dgrad, x, indices)]
+        if dx is not None:
+            terms.append(_ops.spiral_conv_weight_grad(grad, dx, indices))
+        return sum(terms[1:], terms[0])
 
 
 def _fake_spiral_conv(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -234,6 +256,43 @@ def _fake_weight_grad(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     return grad.new_empty(grad.shape[2], indices.shape[1] * x.shape[2])
 
 
-_library.register("spiral_conv", _fake_spiral_conv, _SpiralConv)
-_library.register("spiral_conv_input_grad", _fake_input_grad, _InputGrad)
-_library.register("spiral_conv_weight_grad", _fake_weight_grad, _WeightGrad)
+# Batching rules: a batch of meshes is more meshes, one of weights or output gradients more output channels.
+
+
+def _vmap_spiral_conv(
+    info: Any, dims: Any, x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, int]:
+    in_x, in_indices, in_weight, in_bias = dims
+    if in_indices is None and in_weight is None and in_bias is None:
+        out = _ops.spiral_conv(_library.merged(x, in_x), indices, weight, bias)
+        return out.unflatten(0, (info.batch_size, x.shape[0 if in_x else 1])), 0
+    if in_x is None and in_indices is None and in_weight is not None:
+        if bias is not None:
+            bias = bias.repeat(info.batch_size) if in_bias is None else _library.merged(bias, in_bias)
+        out = _ops.spiral_conv(x, indices, _library.merged(weight, in_weight), bias)
+        return out.unflatten(2, (info.batch_size, weight.shape[0 if in_weight else 1])), 2
+    return _library.one_by_one(_ops.spiral_conv, info.batch_size, dims, (x, indices, weight, bias))
+
+
+def _vmap_input_grad(
+    info: Any, dims: Any, grad: Tensor, indices: Tensor, weight: Tensor, vertices: int
+) -> tuple[Tensor, int]:
+    if dims[1] is None and dims[2] is None:
+        out = _ops.spiral_conv_input_grad(_library.merged(grad, dims[0]), indices, weight, vertices)
+        return out.unflatten(0, (info.batch_size, grad.shape[0 if dims[0] else 1])), 0
+    arguments = (grad, indices, weight, vertices)
+    return _library.one_by_one(_ops.spiral_conv_input_grad, info.batch_size, dims, arguments)
+
+
+def _vmap_weight_grad(info: Any, dims: Any, grad: Tensor, x: Tensor, indices: Tensor) -> tuple[Tensor, int]:
+    if dims[1] is None and dims[2] is None:
+        out = _ops.spiral_conv_weight_grad(_library.merged(grad, dims[0], into=2), x, indices)
+        return out.unflatten(0, (info.batch_size, grad.shape[2 if dims[0] == 3 else 3])), 0
+    return _library.one_by_one(_ops.spiral_conv_weight_grad, info.batch_size, dims, (grad, x, indices))
+
+
+_library.register("spiral_conv", _fake_spiral_conv, _SpiralConv.autograd_kernel, _vmap_spiral_conv)
+_library.register("spiral_conv_input_grad", _fake_input_grad, _InputGrad.autograd_kernel, _vmap_input_grad)
+_library.register(
+    "spiral_conv_weight_grad", _fake_weight_grad, _WeightGrad.autograd_kernel, _vmap_weight_grad
+)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import forward_ad
 
 from pahm_ops import _library
+from pahm_ops._derivatives import push_forward, restricted
 from pahm_ops.reference import vertex_sample as reference
 
+_ops = torch.ops.pahm_ops
+
+Options = tuple[int, int, bool, bool]
 PADDING_MODES = ("zeros", "border")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -51,8 +55,9 @@ def vertex_sample(
         (B, N, C_1 + ... + C_S), contiguous, of the maps' dtype: the maps' channels, in the order given.
 
     Gradients flow to maps (in each map's memory format), vertices and camera, and are themselves
-    differentiable where a compiled kernel serves; `pahm_ops.reference`, which serves float16 and devices
-    without one, has first-order gradients only. On the CPU the result and the gradients have the same bits
+    differentiable where a compiled kernel serves, as is the sample in forward mode (both by plain PyTorch:
+    slower than the first gradient); `pahm_ops.reference`, which serves float16 and devices without one, has
+    first-order gradients only. On the CPU the result and the gradients have the same bits
     for any number of threads. Under autocast maps of several dtypes are brought to the widest.
 
     A vertex with a NaN or infinite coordinate, or whose projection is not finite (a NaN camera, an overflow),
@@ -67,7 +72,7 @@ def vertex_sample(
     Source: section 3.2 of "Pixel-aligned non-parametric hand mesh reconstruction".
     """
     maps = _as_list(features)
-    if isinstance(vertices, Tensor) and torch.is_autocast_enabled(maps[0].device.type):
+    if isinstance(vertices, Tensor) and _library.autocast_dtype(maps[0].device):
         maps, vertices, camera = _promote(maps, vertices, camera)
     _check_features(maps)
     _check_geometry(maps[0], vertices, camera)
@@ -77,10 +82,7 @@ def vertex_sample(
     if _library.compiled(maps[0].device) and maps[0].dtype != torch.float16:
         height, width = size or (0, 0)
         border = padding_mode == "border"
-        options = (height, width, bool(align_corners), border)
-        if _wants_grad(vertices, camera, *maps):
-            return _VertexSample.apply(vertices, camera, *options, *maps)
-        return torch.ops.pahm_ops.vertex_sample(maps, vertices, camera, *options)
+        return _ops.vertex_sample(maps, vertices, camera, height, width, bool(align_corners), border)
     return reference.vertex_sample(maps, vertices, camera, size, bool(align_corners), padding_mode)
 
 
@@ -192,105 +194,139 @@ def _check_image_size(
     return height, width
 
 
-# Arguments of both functions end in the maps, so that autograd sees each of them. torch.compile cannot trace
-# such a function where nothing wants a gradient; the op is called directly there. `flags` has a bit for each
-# gradient that is needed, the maps' first.
+# An autograd function sees only the tensors among its own arguments, so both take the maps one by one, at the
+# end. `options` are (height, width, align_corners, border). What the kernels do not compute comes from the
+# gather reference: forward mode by computing with it while a dual level is open, derivatives of gradients as
+# the pullback of its pullback.
 
 
-def _wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-class _VertexSample(Function):
+class _VertexSample(_library.OpFunction):
     @staticmethod
-    def forward(
-        vertices: Tensor,
-        camera: Tensor | None,
-        height: int,
-        width: int,
-        align_corners: bool,
-        border: bool,
-        *maps: Tensor,
-    ) -> Tensor:
-        return torch.ops.pahm_ops.vertex_sample(
-            list(maps), vertices, camera, height, width, align_corners, border
-        )
+    def forward(vertices: Tensor, camera: Tensor | None, options: Options, *maps: Tensor) -> Tensor:
+        return _library.below_autograd(_ops.vertex_sample, list(maps), vertices, camera, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        vertices, camera, *options = inputs[:6]
-        ctx.options = options
-        ctx.save_for_backward(vertices, camera, *inputs[6:])
+        vertices, camera, ctx.options, *maps = inputs
+        ctx.save_for_backward(vertices, camera, *maps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         vertices, camera, *maps = ctx.saved_tensors
-        needs = [*ctx.needs_input_grad[6:], *ctx.needs_input_grad[:2]]
-        if _wants_grad(grad, vertices, camera, *maps):
-            flags = sum(1 << i for i, need in enumerate(needs) if need)
-            grads = _VertexSampleBackward.apply(grad, vertices, camera, *ctx.options, flags, *maps)
-        else:
-            map_grads, *others = torch.ops.pahm_ops.vertex_sample_backward(
-                grad, maps, vertices, camera, *ctx.options, needs
-            )
-            grads = (*map_grads, *others)
-        *map_grads, vertex_grad, camera_grad = (g if n else None for g, n in zip(grads, needs, strict=True))
-        return vertex_grad, camera_grad, None, None, None, None, *map_grads
+        needs = [*ctx.needs_input_grad[3:], *ctx.needs_input_grad[:2]]
+        map_grads, *others = _ops.vertex_sample_backward(grad, maps, vertices, camera, *ctx.options, needs)
+        found = [g if n else None for g, n in zip([*map_grads, *others], needs, strict=True)]
+        return *found[-2:], None, *found[:-2]
+
+    @classmethod
+    def autograd_kernel(
+        cls, features: list[Tensor], vertices: Tensor, camera: Tensor | None, *options: Any
+    ) -> Tensor:
+        if forward_ad._current_level >= 0:
+            return _gather(options, strict=True)(vertices, camera, *features)
+        return super().autograd_kernel(vertices, camera, options, *features)
 
 
-class _VertexSampleBackward(Function):
+class _VertexSampleBackward(_library.OpFunction):
+    """Gives its gradients flat: of the maps, then of vertices and camera; empty where `needs` says so."""
+
     @staticmethod
     def forward(
         grad: Tensor,
         vertices: Tensor,
         camera: Tensor | None,
-        height: int,
-        width: int,
-        align_corners: bool,
-        border: bool,
-        flags: int,
+        options: Options,
+        needs: tuple[bool, ...],
         *maps: Tensor,
     ) -> tuple[Tensor, ...]:
-        needs = [bool(flags >> i & 1) for i in range(len(maps) + 2)]
-        map_grads, vertex_grad, camera_grad = torch.ops.pahm_ops.vertex_sample_backward(
-            grad, list(maps), vertices, camera, height, width, align_corners, border, needs
-        )
-        return *map_grads, vertex_grad, camera_grad
+        arguments = (grad, list(maps), vertices, camera, *options, list(needs))
+        map_grads, *others = _library.below_autograd(_ops.vertex_sample_backward, *arguments)
+        return *map_grads, *others
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        grad, vertices, camera, *options = inputs[:7]
-        ctx.options = options
+        grad, vertices, camera, ctx.options, ctx.needs, *maps = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grad, vertices, camera, *inputs[8:])
+        ctx.save_for_backward(grad, vertices, camera, *maps)
+        ctx.save_for_forward(grad, vertices, camera, *maps)
 
     @staticmethod
     def backward(ctx: Any, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Differentiates <weights, gradients>, taking the gradients of the gather reference."""
-        if all(weight is None for weight in weights):
-            return (None,) * len(ctx.needs_input_grad)
         saved = list(ctx.saved_tensors)
-        wanted = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[8:]]
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            inputs = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in saved]
-            grad, vertices, camera, *maps = inputs
-            height, width, align_corners, border = ctx.options
-            output = reference.vertex_sample_gather(
-                maps, vertices, camera, (height, width), align_corners, "border" if border else "zeros"
-            )
-            asked = [(t, w) for t, w in zip([*maps, vertices, camera], weights, strict=True) if w is not None]
-            firsts = torch.autograd.grad(output, [t for t, _ in asked], grad, create_graph=True)
-            seconds = torch.autograd.grad(
-                firsts,
-                [t for t, want in zip(inputs, wanted, strict=True) if want],
-                [w for _, w in asked],
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-        found = iter(seconds)
-        results = [next(found) if want else None for want in wanted]
-        return *results[:3], None, None, None, None, None, *results[3:]
+        needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:]]
+        inputs = [i for i, need in enumerate(needs) if need]
+        asked = [i for i, weight in zip(_order(saved), weights, strict=True) if weight is not None]
+        found: list[Tensor | None] = [None] * len(saved)
+        if asked:
+            function = restricted(_gradients(ctx.options, asked), saved, inputs)
+            pull = torch.func.vjp(function, *(saved[i] for i in inputs))[1]
+            for i, value in zip(inputs, pull(tuple(w for w in weights if w is not None)), strict=True):
+                found[i] = value
+        return *found[:3], None, None, *found[3:]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        saved = list(ctx.saved_tensors)
+        _, vertices, camera, *maps = saved
+        grad, *moved = *tangents[:3], *tangents[5:]
+        if grad is None:
+            grad = torch.zeros_like(saved[0])
+        map_parts, *parts = _ops.vertex_sample_backward(
+            grad, maps, vertices, camera, *ctx.options, list(ctx.needs)
+        )
+        found = dict(zip(_order(saved), [*map_parts, *parts], strict=True))
+        inputs = [i for i, tangent in enumerate(moved, start=1) if tangent is not None]
+        if inputs:
+            asked = [i for i, part in found.items() if part.dim() > 1]
+            function = restricted(_gradients(ctx.options, asked), saved, inputs)
+            pushed = push_forward(function, [saved[i] for i in inputs], [moved[i - 1] for i in inputs])
+            for i, part in zip(asked, pushed, strict=True):
+                found[i] = found[i] + part
+        return tuple(found.values())
+
+    @classmethod
+    def autograd_kernel(
+        cls,
+        grad: Tensor,
+        features: list[Tensor],
+        vertices: Tensor,
+        camera: Tensor | None,
+        *options: Any,
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        *sizes, needs = options
+        *maps, vertex_grad, camera_grad = super().autograd_kernel(
+            grad, vertices, camera, tuple(sizes), tuple(needs), *features
+        )
+        return maps, vertex_grad, camera_grad
+
+
+def _gather(options: Options, strict: bool = False) -> Callable[..., Tensor]:
+    """The op in differentiable PyTorch, of (vertices, camera, *maps)."""
+    height, width, align_corners, border = options
+    mode = "border" if border else "zeros"
+
+    def sample(vertices: Tensor, camera: Tensor | None, *maps: Tensor) -> Tensor:
+        size = (height, width)
+        return reference.vertex_sample_gather(maps, vertices, camera, size, align_corners, mode, strict)
+
+    return sample
+
+
+def _order(saved: list[Tensor | None]) -> list[int]:
+    """Where, among (grad, vertices, camera, *maps), each gradient's tensor is."""
+    return [*range(3, len(saved)), 1, 2]
+
+
+def _gradients(options: Options, asked: list[int]) -> Callable[..., tuple[Tensor, ...]]:
+    """The gradients of those of (grad, vertices, camera, *maps) that are asked for, as a function of all."""
+
+    def gradients(grad: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        places = [i - 1 for i in asked]
+        function = restricted(_gather(options), list(others), places)
+        pull = torch.func.vjp(function, *(others[i] for i in places))[1]
+        return pull(grad)
+
+    return gradients
 
 
 def _fake_vertex_sample(
@@ -333,6 +369,63 @@ def _grad_format(feature: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-if _library.LOADED:
-    torch.library.register_fake("pahm_ops::vertex_sample", _fake_vertex_sample)
-    torch.library.register_fake("pahm_ops::vertex_sample_backward", _fake_vertex_sample_backward)
+def _vmap_vertex_sample(
+    info: Any, dims: Any, features: list[Tensor], vertices: Tensor, camera: Tensor | None, *options: Any
+) -> tuple[Tensor, int]:
+    in_features, in_vertices, in_camera, *_ = dims
+    count = info.batch_size
+    if in_camera is None and all(dim is None for dim in in_features):
+        # The same maps at other vertices are the same maps at more vertices.
+        out = _ops.vertex_sample(features, _library.merged(vertices, in_vertices, into=1), camera, *options)
+        return out.unflatten(1, (count, out.shape[1] // count)), 1
+    maps = [_spread(m, dim, count) for m, dim in zip(features, in_features, strict=True)]
+    out = _ops.vertex_sample(
+        maps, _spread(vertices, in_vertices, count), _spread(camera, in_camera, count), *options
+    )
+    return _split(out, count), 0
+
+
+def _vmap_vertex_sample_backward(
+    info: Any,
+    dims: Any,
+    grad: Tensor,
+    features: list[Tensor],
+    vertices: Tensor,
+    camera: Tensor | None,
+    *options: Any,
+) -> tuple[Any, Any]:
+    in_grad, in_features, in_vertices, in_camera, *_ = dims
+    count = info.batch_size
+    map_grads, *others = _ops.vertex_sample_backward(
+        _spread(grad, in_grad, count),
+        [_spread(m, dim, count) for m, dim in zip(features, in_features, strict=True)],
+        _spread(vertices, in_vertices, count),
+        _spread(camera, in_camera, count),
+        *options,
+    )
+    # A gradient that is not needed is an empty vector.
+    batched = [[0 if g.dim() > 1 else None for g in map_grads], *(0 if g.dim() > 1 else None for g in others)]
+    map_grads = [_split(g, count) if g.dim() > 1 else g for g in map_grads]
+    return (map_grads, *(_split(g, count) if g.dim() > 1 else g for g in others)), tuple(batched)
+
+
+def _spread(tensor: Any, dim: int | None, count: int) -> Any:
+    """`count` batches as one, repeated where there is only one."""
+    if tensor is None:
+        return None
+    if dim is None:
+        tensor, dim = tensor.expand(count, *tensor.shape), 0
+    return _library.merged(tensor, dim)
+
+
+def _split(tensor: Tensor, count: int) -> Tensor:
+    return tensor.unflatten(0, (count, tensor.shape[0] // count))
+
+
+_library.register("vertex_sample", _fake_vertex_sample, _VertexSample.autograd_kernel, _vmap_vertex_sample)
+_library.register(
+    "vertex_sample_backward",
+    _fake_vertex_sample_backward,
+    _VertexSampleBackward.autograd_kernel,
+    _vmap_vertex_sample_backward,
+)

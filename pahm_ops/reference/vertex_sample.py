@@ -18,13 +18,15 @@ def project(
     camera: Tensor | None,
     image_size: tuple[int, int] | None,
     align_corners: bool,
+    strict: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Project vertices to normalised image coordinates.
 
     Returns points (B, N, 2), x before y, in grid_sample's coordinates, and valid (B, N), bool. A vertex
     with a NaN or infinite coordinate, or whose projection is not finite, is not valid; its point is (0, 0)
-    and carries no gradient. Raises ValueError for a finite vertex at or behind a perspective camera; while
-    torch.compile traces, which cannot look at values, such a vertex is not valid instead.
+    and carries no gradient. Where `strict`, raises ValueError for a finite vertex at or behind a perspective
+    camera; otherwise, and inside torch.compile and torch.func's transforms, which cannot look at values, such
+    a vertex is not valid.
     """
     valid = vertices.isfinite().all(-1)
     if camera is None:
@@ -40,7 +42,7 @@ def project(
         rays = vertices @ camera.transpose(1, 2)
         depth = rays[..., 2:]
         front = depth.squeeze(-1) > 0
-        if not torch.compiler.is_compiling():
+        if strict and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
             _refuse_behind(valid & ~front, depth.squeeze(-1))
         valid = valid & front
         pixels = rays[..., :2] / torch.where(valid.unsqueeze(-1), depth, 1.0)
@@ -85,9 +87,10 @@ def vertex_sample_gather(
     image_size: tuple[int, int] | None,
     align_corners: bool,
     padding_mode: str,
+    strict: bool = True,
 ) -> Tensor:
     """The same with four gathers a map: slower, but differentiable any number of times."""
-    return _sample_all(_gather, features, vertices, camera, image_size, align_corners, padding_mode)
+    return _sample_all(_gather, features, vertices, camera, image_size, align_corners, padding_mode, strict)
 
 
 def _sample_all(
@@ -98,11 +101,12 @@ def _sample_all(
     image_size: tuple[int, int] | None,
     align_corners: bool,
     padding_mode: str,
+    strict: bool = True,
 ) -> Tensor:
     dtype = features[0].dtype
     work = torch.float64 if dtype == torch.float64 else torch.float32
     camera = None if camera is None else camera.to(work)
-    points, valid = project(vertices.to(work), camera, image_size, align_corners)
+    points, valid = project(vertices.to(work), camera, image_size, align_corners, strict)
     # Beyond +-10 every point lies off the map or is clamped to its edge, whatever the map's size; clamping
     # here changes no result and keeps grid_sample away from integer overflow and from 0 * inf.
     points = points.clamp(-10, 10)
