@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pahm_ops import _library
 from pahm_ops.reference import mesh_pool as reference
@@ -16,13 +17,15 @@ _ops = torch.ops.pahm_ops
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def mesh_pool(x: Tensor, transform: Any) -> Tensor:
+def mesh_pool(x: Tensor, transform: Any, dim: int = 1) -> Tensor:
     """Multiply vertex features by a sparse matrix: ``out[b, r] = sum_e value_e * x[b, column_e]`` over row r.
 
     Args:
         x: vertex features (B, N, C) or (N, C); float32, float64, bfloat16 or float16, any strides.
-        transform: the matrix (M, N): a `MeshTransform`, or what its `prepare` takes. Prepare it once where it
-            serves more than once, and under ``torch.compile``.
+        transform: the matrix (M, N): a `MeshTransform`, or what its `prepare` takes. A torch tensor is
+            prepared once for all calls, and anew when its values change; prepare a scipy matrix yourself
+            where it serves more than once, and either under ``torch.compile``.
+        dim: the dimension of the vertices, 1 (as SpiralNet++'s ``Pool(x, trans, dim=1)`` calls it) or -2.
 
     Returns:
         (B, M, C) or (M, C), contiguous, of x's dtype; half precision is summed in float32.
@@ -39,8 +42,10 @@ def mesh_pool(x: Tensor, transform: Any) -> Tensor:
 
     Source: mesh sampling of CoMA (Ranjan et al., arXiv:1807.10267), as SpiralNet++ has it.
     """
+    if dim not in (1, -2):
+        raise ValueError(f"dim must be 1 or -2, the dimension of the vertices, got {dim}")
     if not isinstance(transform, MeshTransform):
-        transform = MeshTransform.prepare(transform)
+        transform = _prepared(transform)
     _check(x, transform)
     forward, backward = transform.forward, transform.backward
     batched = x if x.dim() == 3 else x.unsqueeze(0)
@@ -119,6 +124,22 @@ class MeshTransform:
             return self
         moved = [(p.to(device), c.to(device), v.to(device)) for p, c, v in (self.forward, self.backward)]
         return MeshTransform(self.shape, *moved)
+
+
+_PREPARED = WeakIdKeyDictionary()
+
+
+def _prepared(matrix: Any) -> MeshTransform:
+    """`MeshTransform.prepare`, remembered for as long as a tensor lives and keeps its values."""
+    if not isinstance(matrix, Tensor) or matrix.layout not in (torch.sparse_coo, torch.sparse_csr):
+        return MeshTransform.prepare(matrix)
+    values = matrix._values() if matrix.layout == torch.sparse_coo else matrix.values()
+    version = values._version
+    found = _PREPARED.get(matrix)
+    if found is None or found[0] != version:
+        found = version, MeshTransform.prepare(matrix)
+        _PREPARED[matrix] = found
+    return found[1]
 
 
 def _entries(matrix: Any) -> tuple[tuple[int, int], Tensor, Tensor, Tensor]:

@@ -73,6 +73,8 @@ class SpiralConv(nn.Module):
             raise ValueError(f"dim must be 1 or -2, the dimension of the vertices, got {dim}")
         self.in_channels = in_channels
         self.out_channels = out_channels
+        self.dim = dim
+        self.seq_length = indices.shape[1]
         self.register_buffer("indices", indices, persistent=False)
         self.layer = nn.Linear(in_channels * indices.shape[1], out_channels)
         self.reset_parameters()

@@ -12,7 +12,7 @@ import scipy.sparse
 import torch
 
 from pahm.hand import FREIHAND_TIPS, HandModel
-from pahm.hand.pickles import load_arrays
+from pahm_ops.mesh.pickles import load_arrays
 
 
 def mano_like() -> dict[str, object]:

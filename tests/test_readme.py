@@ -19,7 +19,7 @@ def test_python_blocks_run_in_order():
     torch.manual_seed(0)
     names: dict[str, object] = {}
     runnable = [block for block in blocks("python") if "photo.jpg" not in block]
-    assert len(runnable) == 4
+    assert len(runnable) == 5
     for block in runnable:
         exec(block, names)
     shapes = {name: tuple(names[name].shape) for name in ("y", "coarse", "fine", "features", "weak", "plain")}

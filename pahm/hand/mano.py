@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pahm.hand.joints import FREIHAND_TIPS, MANO_TIPS
-from pahm.hand.pickles import load_arrays, to_array
+from pahm_ops.mesh.pickles import load_arrays, to_array
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "v_template": (778, 3),
