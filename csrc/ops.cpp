@@ -4,9 +4,10 @@
 // clang-format off
 STABLE_TORCH_LIBRARY(pahm_ops, m) {
   m.def("cpu_isa() -> int");
+  m.def("cpu_fma(int rounds) -> int");
   m.def("vertex_sample(Tensor[] features, Tensor vertices, Tensor? camera, int height, int width, bool align_corners, bool border) -> Tensor");
   m.def("vertex_sample_backward(Tensor grad, Tensor[] features, Tensor vertices, Tensor? camera, int height, int width, bool align_corners, bool border, bool[] needs) -> (Tensor[], Tensor, Tensor)");
-  m.def("spiral_conv(Tensor x, Tensor indices, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("spiral_conv(Tensor x, Tensor indices, Tensor weight, Tensor? bias, int activation=0) -> Tensor");
   m.def("spiral_conv_input_grad(Tensor grad, Tensor indices, Tensor weight, SymInt vertices) -> Tensor");
   m.def("spiral_conv_weight_grad(Tensor grad, Tensor x, Tensor indices) -> Tensor");
   m.def("mesh_pool(Tensor x, Tensor row_pointers, Tensor columns, Tensor values, Tensor t_row_pointers, Tensor t_columns, Tensor t_values) -> Tensor");

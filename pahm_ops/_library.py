@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
@@ -60,8 +61,20 @@ def below_autograd(op: Any, *arguments: Any) -> Any:
 
     Autograd functions run their forward with both modes off, but a level below may record a graph of its own.
     """
+    if not torch._C._are_functorch_transforms_active():
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
     with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
+
+
+def derivative_is_wanted(arguments: Any) -> bool:
+    """Whether what an op gives for `arguments` must be differentiable, or lift to a level of `torch.func`."""
+    return (
+        (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments))
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 class OpFunction(_SingleLevelFunction):
@@ -75,6 +88,8 @@ class OpFunction(_SingleLevelFunction):
 
     @classmethod
     def autograd_kernel(cls, *arguments: Any) -> Any:
+        if not derivative_is_wanted(arguments):
+            return cls.forward(*arguments)
         with enable_single_level_autograd_function():
             return cls.apply(*arguments)  # type: ignore[attr-defined]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
@@ -14,16 +15,22 @@ from pahm_ops.reference import spiral_conv as reference
 _ops = torch.ops.pahm_ops
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ACTIVATIONS = (None, "relu", "elu", "gelu")
+_GELU = ACTIVATIONS.index("gelu")
 
 
-def spiral_conv(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Linear map of each vertex's spiral: ``out[b, m] = weight @ concat_l(x[b, indices[m, l]]) + bias``.
+def spiral_conv(
+    x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """Linear map of each vertex's spiral: ``out[b, m] = act(weight @ concat_l(x[b, indices[m, l]]) + bias)``.
 
     Args:
         x: vertex features (B, N, C) or (N, C); float32, float64, bfloat16 or float16, any strides.
         indices: int64 (M, L), L >= 1, the spiral of each output vertex, in [0, N). Usually M == N.
         weight: (Cout, L * C) of x's dtype; column ``l * C + c`` multiplies channel c of the l-th vertex.
         bias: (Cout,) of x's dtype, or None.
+        activation: None, "relu", "elu" (alpha 1) or "gelu" (the exact one), applied while a result is in
+            registers.
 
     Returns:
         (B, M, Cout) or (M, Cout), contiguous, of x's dtype; bfloat16 is summed in float32.
@@ -35,19 +42,21 @@ def spiral_conv(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None 
 
     Raises:
         TypeError: an argument is not a tensor, or its dtype does not fit.
-        ValueError: a rank, a shape or a device does not fit.
+        ValueError: a rank, a shape, a device or the activation's name does not fit.
         IndexError: an index is negative or not below N.
 
     Source: SpiralNet++, Gong et al., arXiv:1911.05856; section 3.3 of the paper uses it as mesh convolution.
     """
     _check(x, indices, weight, bias)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be None, 'relu', 'elu' or 'gelu', got {activation!r}")
     x, weight, bias = _autocast(x, weight, bias)
     batched = x if x.dim() == 3 else x.unsqueeze(0)
     if _library.compiled(x.device) and x.dtype != torch.float16:
-        out = _ops.spiral_conv(batched, indices, weight, bias)
+        out = _ops.spiral_conv(batched, indices, weight, bias, ACTIVATIONS.index(activation))
     else:
         _check_range(indices, batched.shape[1])
-        out = reference.spiral_conv(batched, indices, weight, bias)
+        out = reference.spiral_conv(batched, indices, weight, bias, activation)
     return out if x.dim() == 3 else out.squeeze(0)
 
 
@@ -59,6 +68,7 @@ class SpiralConv(nn.Module):
         out_channels: C of the output.
         indices: int64 (M, L), checked when the module is called; a buffer outside the state_dict.
         dim: the dimension of the vertices, 1 (as SpiralNet++ calls it) or -2.
+        activation: as `spiral_conv` takes it; none by default, as in SpiralNet++.
 
     Parameters: ``layer.weight`` (out_channels, L * in_channels), Xavier-uniform; ``layer.bias``, zero.
     Forward: (B, N, in_channels) or (N, in_channels) to (B, M, out_channels) or (M, out_channels).
@@ -66,15 +76,26 @@ class SpiralConv(nn.Module):
 
     indices: Tensor
 
-    def __init__(self, in_channels: int, out_channels: int, indices: Tensor, dim: int = 1) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        indices: Tensor,
+        dim: int = 1,
+        *,
+        activation: str | None = None,
+    ) -> None:
         super().__init__()
         _check_indices(indices)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be None, 'relu', 'elu' or 'gelu', got {activation!r}")
         if dim not in (1, -2):
             raise ValueError(f"dim must be 1 or -2, the dimension of the vertices, got {dim}")
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.dim = dim
         self.seq_length = indices.shape[1]
+        self.activation = activation
         self.register_buffer("indices", indices, persistent=False)
         self.layer = nn.Linear(in_channels * indices.shape[1], out_channels)
         self.reset_parameters()
@@ -84,10 +105,11 @@ class SpiralConv(nn.Module):
         nn.init.zeros_(self.layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return spiral_conv(x, self.indices, self.layer.weight, self.layer.bias)
+        return spiral_conv(x, self.indices, self.layer.weight, self.layer.bias, self.activation)
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, spirals={tuple(self.indices.shape)}"
+        activation = f", activation={self.activation!r}" if self.activation else ""
+        return f"{self.in_channels}, {self.out_channels}, spirals={tuple(self.indices.shape)}{activation}"
 
 
 def _check(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -146,40 +168,62 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-# The op is linear in x and in weight, so that each of these three products is the gradient of the other two.
+# The map is linear in x and in weight, so that each of these three products is the gradient of the other two.
+# The derivatives of ReLU and ELU follow from their results. GELU's does not: where it is wanted, GELU is an
+# op of its own.
+
+
+def _through_activation(grad: Tensor, output: Tensor | None, activation: int) -> Tensor:
+    if output is None:
+        return grad
+    if ACTIVATIONS[activation] == "relu":
+        return torch.ops.aten.threshold_backward(grad, output, 0)
+    return torch.ops.aten.elu_backward(grad, 1, 1, 1, True, output)
 
 
 class _SpiralConv(_library.OpFunction):
     @staticmethod
-    def forward(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _library.below_autograd(_ops.spiral_conv, x, indices, weight, bias)
+    def forward(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+        return _library.below_autograd(_ops.spiral_conv, x, indices, weight, bias, activation)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.save_for_forward(*inputs[:3])
+        *_, ctx.activation = inputs
+        saved = (*inputs[:3], output if ctx.activation else None)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @classmethod
+    def autograd_kernel(
+        cls, x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None, activation: int = 0
+    ) -> Tensor:
+        if activation == _GELU and _library.derivative_is_wanted((x, weight, bias)):
+            return F.gelu(_ops.spiral_conv(x, indices, weight, bias))
+        return super().autograd_kernel(x, indices, weight, bias, activation)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, indices, weight = ctx.saved_tensors
-        need_x, _, need_weight, need_bias = ctx.needs_input_grad
+        x, indices, weight, output = ctx.saved_tensors
+        need_x, _, need_weight, need_bias, _ = ctx.needs_input_grad
+        grad = _through_activation(grad, output, ctx.activation)
         return (
             _ops.spiral_conv_input_grad(grad, indices, weight, x.shape[1]) if need_x else None,
             None,
             _ops.spiral_conv_weight_grad(grad, x, indices) if need_weight else None,
             grad.sum((0, 1)) if need_bias else None,
+            None,
         )
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        x, indices, weight = ctx.saved_tensors
-        dx, _, dweight, dbias = tangents
+        x, indices, weight, output = ctx.saved_tensors
+        dx, _, dweight, dbias, _ = tangents
         terms = [] if dx is None else [_ops.spiral_conv(dx, indices, weight, None)]
         if dweight is not None:
             terms.append(_ops.spiral_conv(x, indices, dweight, None))
         if dbias is not None:
             terms.append(dbias.expand(x.shape[0], indices.shape[0], -1))
-        return sum(terms[1:], terms[0])
+        return _through_activation(sum(terms[1:], terms[0]), output, ctx.activation)
 
 
 class _InputGrad(_library.OpFunction):
@@ -246,7 +290,9 @@ class _WeightGrad(_library.OpFunction):
         return sum(terms[1:], terms[0])
 
 
-def _fake_spiral_conv(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _fake_spiral_conv(
+    x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None, activation: int = 0
+) -> Tensor:
     return x.new_empty(x.shape[0], indices.shape[0], weight.shape[0])
 
 
@@ -262,18 +308,25 @@ def _fake_weight_grad(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
 
 
 def _vmap_spiral_conv(
-    info: Any, dims: Any, x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None
+    info: Any,
+    dims: Any,
+    x: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: int = 0,
 ) -> tuple[Tensor, int]:
-    in_x, in_indices, in_weight, in_bias = dims
+    in_x, in_indices, in_weight, in_bias, *_ = dims
     if in_indices is None and in_weight is None and in_bias is None:
-        out = _ops.spiral_conv(_library.merged(x, in_x), indices, weight, bias)
+        out = _ops.spiral_conv(_library.merged(x, in_x), indices, weight, bias, activation)
         return out.unflatten(0, (info.batch_size, x.shape[0 if in_x else 1])), 0
     if in_x is None and in_indices is None and in_weight is not None:
         if bias is not None:
             bias = bias.repeat(info.batch_size) if in_bias is None else _library.merged(bias, in_bias)
-        out = _ops.spiral_conv(x, indices, _library.merged(weight, in_weight), bias)
+        out = _ops.spiral_conv(x, indices, _library.merged(weight, in_weight), bias, activation)
         return out.unflatten(2, (info.batch_size, weight.shape[0 if in_weight else 1])), 2
-    return _library.one_by_one(_ops.spiral_conv, info.batch_size, dims, (x, indices, weight, bias))
+    arguments = (x, indices, weight, bias, activation)
+    return _library.one_by_one(_ops.spiral_conv, info.batch_size, (*dims[:4], None), arguments)
 
 
 def _vmap_input_grad(

@@ -10,6 +10,7 @@ from pahm_ops import MeshTransform, mesh_pool, spiral_conv, vertex_sample
 from pahm_ops.reference import mesh_pool as reference_pool
 from pahm_ops.reference import spiral_conv as reference_conv
 from pahm_ops.reference import vertex_sample as reference_sample
+from pahm_ops.spiral_conv import ACTIVATIONS
 
 OPS = ("spiral_conv", "mesh_pool", "vertex_sample")
 
@@ -40,21 +41,28 @@ def samples(op: str, dtype: torch.dtype = torch.float64) -> list[Sample]:
 def _spiral_conv(dtype: torch.dtype) -> list[Sample]:
     found = []
     # vertices in and out, spiral, channels in and out: usual, thin, wider than a vector, one of everything
-    for n, m, length, cin, cout in ((7, 6, 3, 4, 5), (6, 6, 3, 17, 3), (5, 5, 2, 3, 33), (1, 1, 1, 1, 1)):
+    for n, m, length, cin, cout, activation in (
+        (7, 6, 3, 4, 5, None),
+        (6, 6, 3, 17, 3, "elu"),
+        (5, 5, 2, 3, 33, "gelu"),
+        (5, 5, 2, 3, 6, "relu"),
+        (1, 1, 1, 1, 1, None),
+    ):
         for with_bias in (True, False):
             x = torch.randn(2, n, cin, dtype=dtype)
             indices = torch.randint(0, n, (m, length))
             weight = torch.randn(cout, length * cin, dtype=dtype) / (length * cin) ** 0.5
             arguments = (x, weight, torch.randn(cout, dtype=dtype))[: 3 if with_bias else 2]
 
-            def function(x, weight, bias=None, indices=indices):
-                return spiral_conv(x, indices, weight, bias)
+            def function(x, weight, bias=None, indices=indices, activation=activation):
+                return spiral_conv(x, indices, weight, bias, activation)
 
-            def definition(x, weight, bias=None, indices=indices):
-                return reference_conv.spiral_conv(x, indices, weight, bias)
+            def definition(x, weight, bias=None, indices=indices, activation=activation):
+                return reference_conv.spiral_conv(x, indices, weight, bias, activation)
 
-            name = f"{n}-{m}-{length}-{cin}-{cout}{'-bias' if with_bias else ''}"
-            raw = (x, indices, weight, arguments[2] if with_bias else None)
+            name = f"{n}-{m}-{length}-{cin}-{cout}-{activation}{'-bias' if with_bias else ''}"
+            bias = arguments[2] if with_bias else None
+            raw = (x, indices, weight, bias, ACTIVATIONS.index(activation))
             found.append(Sample(name, function, definition, arguments, (torch.ops.pahm_ops.spiral_conv, raw)))
     return found
 

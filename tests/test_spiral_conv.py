@@ -123,6 +123,31 @@ def test_bfloat16_sums_in_float32(isa):
     assert (sums[0, 1:] == 0).all()
 
 
+@pytest.mark.parametrize("activation", ["relu", "elu", "gelu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out_channels", [40, 3])
+def test_activations_are_exact_over_their_range(isa, dtype, activation, out_channels):
+    ends = torch.tensor([-1e4, 1e4, float("inf"), -float("inf"), float("nan"), 0.0])
+    z = torch.cat([torch.linspace(-20, 20, 4001), torch.linspace(-1e-3, 1e-3, 101), ends]).to(dtype)
+    x, weight = z[None, :, None], torch.ones(out_channels, 1, dtype=dtype)
+    if out_channels == 3:  # the thin kernel wants a vector of channels, and infinity times zero is no number
+        x = F.pad(x.nan_to_num(nan=0.0, posinf=1e4, neginf=-1e4), (0, 19))
+        weight = F.pad(weight, (0, 19))
+    indices = torch.arange(len(z))[:, None]
+    out = spiral_conv(x, indices, weight, None, activation)
+    expected = reference.spiral_conv(x.double(), indices, weight.double(), None, activation)
+    atol = {torch.float32: 3e-7, torch.float64: 1e-15, torch.bfloat16: 5e-3}[dtype]
+    torch.testing.assert_close(out.double(), expected, rtol=atol, atol=atol, equal_nan=True)
+
+
+def test_an_activation_that_does_not_exist_is_refused():
+    x, indices, weight, bias = arguments((2, 9, 8, 3, 5, 4))
+    with pytest.raises(ValueError, match="activation must be None, 'relu', 'elu' or 'gelu', got 'swish'"):
+        spiral_conv(x, indices, weight, bias, "swish")
+    with pytest.raises(ValueError, match="activation must be None, 'relu', 'elu' or 'gelu', got 'ELU'"):
+        SpiralConv(5, 4, indices, activation="ELU")
+
+
 @pytest.mark.parametrize("shape", [(4, 195, 195, 9, 64, 64), (4, 195, 195, 9, 64, 3), (3, 98, 98, 9, 19, 70)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_any_number_of_threads(shape, dtype):
@@ -223,6 +248,7 @@ def test_raw_ops_refuse_what_would_read_beyond_a_tensor():
     calls = [
         lambda: ops.spiral_conv(x, indices, weight[:, 1:], bias),
         lambda: ops.spiral_conv(x, indices, weight, bias[1:]),
+        lambda: ops.spiral_conv(x, indices, weight, bias, 4),
         lambda: ops.spiral_conv(x, indices, weight.double(), bias),
         lambda: ops.spiral_conv(x, indices.int(), weight, bias),
         lambda: ops.spiral_conv(x[0], indices, weight, bias),

@@ -1,7 +1,8 @@
 // spiral_conv and its two gradients: x (B, N, C), indices (M, L), weight (Cout, L * C), bias (Cout,) -> (B,
-// M, Cout).
+// M, Cout), through an activation.
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <optional>
 #include <type_traits>
 
@@ -20,6 +21,9 @@ struct SpiralShape {
   int64_t batch, vertices, rows, length, channels, out_channels;
 };
 
+// Numbers as the op takes them.
+enum class Activation : int64_t { none = 0, relu = 1, elu = 2, gelu = 3 };
+
 template <typename S>
 struct SpiralForward {
   SpiralShape shape;
@@ -28,6 +32,7 @@ struct SpiralForward {
   const ComputeType<S>* packed;  // panels, or the weight itself where few output channels need none
   const ComputeType<S>* bias;    // or null
   S* out;
+  Activation activation;
 };
 
 template <typename S>
@@ -83,7 +88,7 @@ SpiralTiling tiling_of(Isa isa) {
 }
 
 Tensor spiral_conv(const Tensor& x_, const Tensor& indices_, const Tensor& weight_,
-                   const std::optional<Tensor>& bias_) {
+                   const std::optional<Tensor>& bias_, int64_t activation) {
   const Tensor indices = index_table(indices_, 2, "indices");
   check_cpu(x_, "x");
   check_cpu(weight_, "weight");
@@ -98,6 +103,7 @@ Tensor spiral_conv(const Tensor& x_, const Tensor& indices_, const Tensor& weigh
     check(bias_->dim() == 1 && bias_->size(0) == shape.out_channels, "bias must be (Cout,)");
     check_same_type(x_, *bias_, "bias");
   }
+  check(activation >= 0 && activation <= static_cast<int64_t>(Activation::gelu), "activation must be 0 to 3");
   const Tensor x = compute_copy(x_), weight = compute_copy(weight_);
   const Tensor bias = bias_.has_value() ? compute_copy(*bias_) : weight;
   Tensor out = torch::stable::new_empty(x_, {shape.batch, shape.rows, shape.out_channels});
@@ -113,7 +119,8 @@ Tensor spiral_conv(const Tensor& x_, const Tensor& indices_, const Tensor& weigh
                                indices.const_data_ptr<int64_t>(),
                                weight.const_data_ptr<T>(),
                                bias_.has_value() ? bias.const_data_ptr<T>() : nullptr,
-                               out.mutable_data_ptr<S>()};
+                               out.mutable_data_ptr<S>(),
+                               static_cast<Activation>(activation)};
     if (shape.out_channels <= 4 && shape.channels >= tiling.lanes) {
       parallel_for(rows, K * shape.out_channels, [&](int64_t begin, int64_t end) {
         PAHM_ISA_CALL_AS(isa, spiral_forward_thin<S>, arguments, begin, end);

@@ -1,8 +1,10 @@
-// Kernels of spiral_conv. Compiled once an instruction set (common/foreach_isa.h): no include, no guard.
+// Kernels of spiral_conv. Compiled once an instruction set (common/foreach_isa.h): no guard.
 //
 // All three products keep a tile of MR rows by NV vectors of their result in registers. The vectors come from
 // consecutive memory, the rows are broadcast one number at a time; at every step one of the two is read
 // straight from where the spiral table points, so that nothing is gathered (Dukhan, arXiv:1907.02129).
+#include "cpu/activation.h"
+
 namespace pahm::PAHM_ISA {
 
 // Rows of a tile: with its 2 vectors a row, and 3 more, it fills the register file.
@@ -88,10 +90,11 @@ void spiral_forward_tile(const SpiralForward<S>& a, int64_t first_row, int64_t c
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
       const int64_t left = columns - v * lanes<T>;
+      const Vec<T> value = activate<T>(acc[i][v], a.activation);
       if (left >= lanes<T>) {
-        store(out + v * lanes<T>, acc[i][v]);
+        store(out + v * lanes<T>, value);
       } else {
-        store_first(out + v * lanes<T>, acc[i][v], left);
+        store_first(out + v * lanes<T>, value, left);
       }
     }
   }
@@ -151,7 +154,8 @@ void spiral_forward_thin_tile(const SpiralForward<S>& a, int64_t first_row, int6
   for (int i = 0; i < count; ++i) {
     for (int o = 0; o < Outputs; ++o) {
       const T bias = a.bias == nullptr ? T(0) : a.bias[o];
-      a.out[(first_row + i) * Outputs + o] = static_cast<S>(sum_lanes<T>(acc[i][o]) + rest[i][o] + bias);
+      const T sum = sum_lanes<T>(acc[i][o]) + rest[i][o] + bias;
+      a.out[(first_row + i) * Outputs + o] = static_cast<S>(activate<T>(broadcast(sum), a.activation)[0]);
     }
   }
 }

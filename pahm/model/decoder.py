@@ -49,17 +49,17 @@ class MeshConv(nn.Module):
     def __init__(self, channels: int, spirals: Tensor, heads: int) -> None:
         super().__init__()
         self.norm_in = nn.LayerNorm(channels)
-        self.conv_in = SpiralConv(channels, channels, spirals)
+        self.conv_in = SpiralConv(channels, channels, spirals, activation="gelu")
         self.norm_attention = nn.LayerNorm(channels) if heads else None
         self.attention = SelfAttention(channels, heads) if heads else None
         self.norm_out = nn.LayerNorm(channels)
-        self.conv_out = SpiralConv(channels, channels, spirals)
+        self.conv_out = SpiralConv(channels, channels, spirals, activation="gelu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + F.gelu(self.conv_in(self.norm_in(x)))
+        x = x + self.conv_in(self.norm_in(x))
         if self.attention is not None and self.norm_attention is not None:
             x = x + self.attention(self.norm_attention(x))
-        return x + F.gelu(self.conv_out(self.norm_out(x)))
+        return x + self.conv_out(self.norm_out(x))
 
 
 class MeshLevel(nn.Module):

@@ -1,0 +1,25 @@
+// Kernel of cpu_fma. Compiled once an instruction set (common/foreach_isa.h): no include, no guard.
+namespace pahm::PAHM_ISA {
+
+// Independent chains, enough to hide the latency of two units of four cycles each.
+inline constexpr int fma_chains = PAHM_VECTOR_REGISTERS == 32 ? 24 : 12;
+
+// `rounds` times one fused multiply-add on every lane of every chain; returns their number, and what they
+// gave.
+template <typename T>
+void fma_rounds(int64_t rounds, int64_t& operations, T& result) {
+  const Vec<T> factor = broadcast(T(0.999)), addend = broadcast(T(0.001));
+  Vec<T> chain[fma_chains];
+#pragma GCC unroll 24
+  for (int i = 0; i < fma_chains; ++i) chain[i] = broadcast(T(i));
+  for (int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 24
+    for (int i = 0; i < fma_chains; ++i) chain[i] = chain[i] * factor + addend;
+  }
+  Vec<T> sum = chain[0];
+  for (int i = 1; i < fma_chains; ++i) sum += chain[i];
+  result = sum_lanes<T>(sum);
+  operations = 2 * rounds * fma_chains * lanes<T>;
+}
+
+}  // namespace pahm::PAHM_ISA
