@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from measure import FLOAT, Work
 from torch import Tensor
 
 from pahm_ops import MeshTransform, mesh_pool
 
-BATCH = 32
+ENTRIES = 3
 #: coarse and fine vertices, channels
 CASES = [(98, 195, 256), (195, 389, 128), (389, 778, 64)]
 
@@ -40,19 +41,36 @@ def csr(matrix: Tensor) -> Callable[[Tensor], Tensor]:
     return pool
 
 
-@pytest.mark.parametrize("baseline", [gather_scatter, dense, csr], ids=["scatter_add", "dense", "csr"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "{} to {}, {} channels".format(*case))
-def bench_mesh_pool(compare, direction, case, baseline):
+def work(batch: int, case: tuple[int, int, int], direction: str) -> Work:
     coarse, fine, channels = case
-    x = torch.randn(BATCH, coarse, channels, requires_grad=True)
+    passes = 1 if direction == "forward" else 2
+    operations = 2 * ENTRIES * batch * fine * channels
+    return Work(operations * passes, FLOAT * batch * (coarse + fine) * channels * passes)
+
+
+@pytest.mark.parametrize("batch", [32, 1])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "{} to {}, {} channels".format(*case))
+def bench_mesh_pool(compare, compiled, timed, direction, case, batch):
+    coarse, fine, channels = case
+    x = torch.randn(batch, coarse, channels, requires_grad=True)
     # Corners of a coarse triangle have indices near each other; so have these.
     near = torch.arange(fine)[:, None] * coarse // fine
-    columns = (near + torch.stack([torch.randperm(21)[:3] for _ in range(fine)])).remainder(coarse)
-    values = torch.rand(fine, 3).softmax(1)
-    rows = torch.arange(fine)[:, None].expand(-1, 3)
+    columns = (near + torch.stack([torch.randperm(21)[:ENTRIES] for _ in range(fine)])).remainder(coarse)
+    values = torch.rand(fine, ENTRIES).softmax(1)
+    rows = torch.arange(fine)[:, None].expand(-1, ENTRIES)
     matrix = torch.sparse_coo_tensor(
         torch.stack([rows.flatten(), columns.flatten()]), values.flatten(), (fine, coarse)
     ).coalesce()
-    theirs = baseline(matrix)
     transform = MeshTransform.prepare(matrix)
-    compare(direction(lambda: mesh_pool(x, transform), [x]), direction(lambda: theirs(x), [x]))
+    contenders = {
+        "ours": lambda x: mesh_pool(x, transform),
+        "gather + scatter_add": gather_scatter(matrix),
+        "dense": dense(matrix),
+        "CSR": csr(matrix),
+        **compiled(gather_scatter(matrix)),
+    }
+    compare(
+        f"mesh_pool, batch {batch}, {direction}",
+        {name: timed(lambda f=f: f(x), [x]) for name, f in contenders.items()},
+        work(batch, case, direction),
+    )

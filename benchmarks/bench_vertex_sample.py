@@ -3,20 +3,20 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from measure import FLOAT, Work
 from torch import Tensor
 
 from pahm_ops import vertex_sample
 
-BATCH = 32
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 #: vertices, and (channels, size) of the maps that are sampled at them
-CASES = {
+LEVELS = {
     "98 on 7x7": (98, ((256, 7),)),
     "195 on 14x14": (195, ((256, 14),)),
-    "389 on 28x28": (389, ((128, 28),)),
-    "778 on 56x56": (778, ((64, 56),)),
-    "778 on all four": (778, ((256, 7), (256, 14), (128, 28), (64, 56))),
+    "389 on 28x28": (389, ((256, 28),)),
+    "778 on 56x56": (778, ((256, 56),)),
 }
+CASES = {**LEVELS, "778 on all four": (778, ((256, 7), (256, 14), (128, 28), (64, 56)))}
 
 
 def baseline(maps: list[Tensor], vertices: Tensor, camera: Tensor) -> Tensor:
@@ -25,20 +25,34 @@ def baseline(maps: list[Tensor], vertices: Tensor, camera: Tensor) -> Tensor:
     return torch.cat(sampled, 1).transpose(1, 2).contiguous()
 
 
+def work(batch: int, count: int, scales: tuple[tuple[int, int], ...], direction: str) -> Work:
+    """Forward reads the pixels that are touched and writes features; backward reads both and writes maps."""
+    read = sum(channels * min(size**2, 4 * count) for channels, size in scales)
+    features = count * sum(channels for channels, _ in scales)
+    maps = sum(channels * size**2 for channels, size in scales)
+    if direction == "forward":
+        return Work(8 * batch * features, FLOAT * batch * (read + features))
+    return Work(24 * batch * features, FLOAT * batch * (2 * read + 2 * features + maps))
+
+
+@pytest.mark.parametrize("batch", [32, 1])
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("case", CASES)
-def bench_vertex_sample(compare, direction, case, memory_format):
+def bench_vertex_sample(compare, compiled, timed, direction, case, memory_format, batch):
     count, scales = CASES[case]
     maps = [
-        torch.randn(BATCH, channels, size, size).contiguous(memory_format=FORMATS[memory_format])
+        torch.randn(batch, channels, size, size).contiguous(memory_format=FORMATS[memory_format])
         for channels, size in scales
     ]
-    vertices = 1.8 * torch.rand(BATCH, count, 3) - 0.9
-    camera = torch.tensor([[0.9, 0.05, -0.05]]).repeat(BATCH, 1)
+    vertices = 1.8 * torch.rand(batch, count, 3) - 0.9
+    camera = torch.tensor([[0.9, 0.05, -0.05]]).repeat(batch, 1)
     inputs = [*maps, vertices, camera]
     for tensor in inputs:
         tensor.requires_grad_()
+    contenders = {"ours": vertex_sample, "grid_sample": baseline, **compiled(baseline)}
+    op = "vertex_sample" if case in LEVELS else "vertex_sample, four scales"
     compare(
-        direction(lambda: vertex_sample(maps, vertices, camera), inputs),
-        direction(lambda: baseline(maps, vertices, camera), inputs),
+        f"{op}, {memory_format}, batch {batch}, {direction}",
+        {name: timed(lambda f=f: f(maps, vertices, camera), inputs) for name, f in contenders.items()},
+        work(batch, count, scales, direction),
     )

@@ -1,65 +1,142 @@
-"""Times two ways of computing the same thing, in turns; `pytest benchmarks --benchmark-only` runs everything.
+"""Times several ways of computing the same thing, in turns; `pytest benchmarks --benchmark-only` runs all.
 
-A benchmark asks for `compare` and calls it with ours and theirs, two functions without arguments that return
-a tensor or a tuple of tensors. Their results are compared first: no time is reported for a wrong one. Each
-round then runs theirs, then ours, so that a drifting machine favours neither. The table of pytest-benchmark
-shows our times; the other one shows the best round of both and their ratio. On a machine that others use too,
+A benchmark asks for `compare` and calls it with functions without arguments that return a tensor or a tuple
+of tensors: ours, what users have today, and `torch.compile` of that. Results are compared first: no time is
+reported for a wrong one. Each round then runs all of them and the machine's ceilings, so that a drifting
+machine favours none. The table of pytest-benchmark shows our times; the other one the best round of each.
+`--benchmark-json FILE` keeps everything: `python benchmarks/report.py FILE` makes a table and a plot of it.
+
+`--no-compile` leaves torch.compile out, which takes most of the time. On a machine that others use too,
 `OMP_NUM_THREADS=1 pytest benchmarks --benchmark-only --benchmark-timer=time.process_time` counts CPU time.
 """
 
-from collections.abc import Callable, Iterator
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from measure import Ceilings, Work, peak_bytes
 from pytest_benchmark.utils import load_timer
 from torch import Tensor
 
 Result = Tensor | tuple[Tensor, ...]
+Contender = Callable[[], Result]
 ROUNDS = 9
-ROWS = pytest.StashKey[list[tuple[str, float, float]]]()
+ROWS = pytest.StashKey[list[dict[str, Any]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-compile", action="store_true", help="leave torch.compile out of the comparisons")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
 
 
-def pytest_report_header() -> str:
+def processor() -> str:
+    """The CPU's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def machine() -> str:
     from pahm_ops import backends
 
-    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, backends: {backends()}"
+    served = backends()["spiral_conv"]["cpu"]
+    return f"{processor()}, {torch.get_num_threads()} threads, {served}, torch {torch.__version__}"
 
 
-def check_equal(ours: Result, theirs: Result, tolerance: float) -> None:
-    pairs = zip(*(r if isinstance(r, tuple) else (r,) for r in (ours, theirs)), strict=True)
+def pytest_report_header() -> str:
+    return machine()
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info["pahm"] = machine()
+
+
+def check_equal(name: str, result: Result, expected: Result, tolerance: float) -> None:
+    pairs = zip(*(r if isinstance(r, tuple) else (r,) for r in (result, expected)), strict=True)
     for i, (a, b) in enumerate(pairs):
-        assert a.shape == b.shape, f"result {i} has shape {tuple(a.shape)}, the reference {tuple(b.shape)}"
-        error = ((a - b).abs().max() / b.abs().max()).item()
-        assert error <= tolerance, f"result {i} is off by {error:.2e} of the reference's largest value"
+        assert a.shape == b.shape, (
+            f"result {i} of {name} has shape {tuple(a.shape)}, expected {tuple(b.shape)}"
+        )
+        error = ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+        assert error <= tolerance, f"result {i} of {name} is off by {error:.2e} of the largest value"
 
 
 @pytest.fixture
-def compare(benchmark, request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
-    def run(ours: Callable[[], Result], theirs: Callable[[], Result], tolerance: float = 1e-4) -> None:
-        check_equal(ours(), theirs(), tolerance)
-        seconds: list[float] = []
+def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`compare(group, contenders, work)`: contenders by name, ours the first, the reference the second.
+
+    A mean is taken over each group; without work there is no ceiling.
+    """
+
+    def run(
+        group: str, contenders: dict[str, Contender], work: Work | None = None, tolerance: float = 1e-4
+    ) -> None:
+        ours, reference, *_ = contenders
+        expected = contenders[reference]()
+        for name, function in contenders.items():
+            if name != reference:
+                check_equal(name, function(), expected, tolerance)
+        del expected
         timer = load_timer(request.config.getoption("benchmark_timer")).target
+        memory = {name: peak_bytes(function) for name, function in contenders.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in contenders if name != ours}
+        ceilings = None if work is None else Ceilings(work, timer)
 
-        def run_theirs() -> None:
-            start = timer()
-            theirs()
-            seconds.append(timer() - start)
+        def run_others() -> None:
+            if ceilings is not None:
+                ceilings.sample()
+            for name, taken in seconds.items():
+                start = timer()
+                contenders[name]()
+                taken.append(timer() - start)
 
-        benchmark.pedantic(ours, setup=run_theirs, rounds=ROUNDS, warmup_rounds=2)
-        if benchmark.stats is not None:
-            best, reference = benchmark.stats.stats.min, min(seconds)
-            benchmark.extra_info["reference_seconds"] = reference
-            benchmark.extra_info["ratio"] = reference / best
-            request.config.stash[ROWS].append((request.node.name, best, reference))
+        benchmark.pedantic(contenders[ours], setup=run_others, rounds=ROUNDS, warmup_rounds=2)
+        if benchmark.stats is None:
+            return
+        best = {ours: benchmark.stats.stats.min, **{name: min(taken) for name, taken in seconds.items()}}
+        row = {
+            "group": group,
+            "case": request.node.name.removeprefix("bench_"),
+            "seconds": best,
+            "peak_bytes": memory,
+        }
+        if work is not None and ceilings is not None:
+            row |= ceilings.record(work)
+        benchmark.extra_info.update(row)
+        request.config.stash[ROWS].append(row)
 
-    yield run
+    return run
 
 
-def forward_and_backward(function: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], Result]:
+@pytest.fixture
+def compiled(request: pytest.FixtureRequest) -> Callable[[Callable[..., Any]], dict[str, Callable[..., Any]]]:
+    """`{"torch.compile": function compiled}`, or nothing with --no-compile."""
+
+    def make(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+        if request.config.getoption("--no-compile"):
+            return {}
+        torch._dynamo.reset()
+        return {"torch.compile": torch.compile(function)}
+
+    return make
+
+
+def forward(function: Callable[[], Tensor], inputs: list[Tensor]) -> Contender:
+    return torch.no_grad()(function)
+
+
+def forward_and_backward(function: Callable[[], Tensor], inputs: list[Tensor]) -> Contender:
     """The output of `function` and the gradients of its inputs, given a fixed gradient of the output."""
     grad = torch.randn(function().shape, generator=torch.Generator().manual_seed(0))
 
@@ -71,13 +148,14 @@ def forward_and_backward(function: Callable[[], Tensor], inputs: list[Tensor]) -
 
 
 @pytest.fixture(params=["forward", "forward + backward"])
-def direction(
-    request: pytest.FixtureRequest,
-) -> Callable[[Callable[[], Tensor], list[Tensor]], Callable[[], Result]]:
+def direction(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def timed(direction: str) -> Callable[[Callable[[], Tensor], list[Tensor]], Contender]:
     """Makes the timed function out of one that computes the op."""
-    if request.param == "forward":
-        return lambda function, inputs: torch.no_grad()(function)
-    return forward_and_backward
+    return forward if direction == "forward" else forward_and_backward
 
 
 @pytest.fixture(autouse=True)
@@ -86,13 +164,10 @@ def seeded() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    from report import table
+
     rows = config.stash[ROWS]
-    if not rows:
-        return
-    width = max(len(name) for name, *_ in rows)
-    terminalreporter.write_sep("-", f"best of {ROUNDS} rounds in turns, {torch.get_num_threads()} threads")
-    terminalreporter.write_line(f"{'':{width}}  {'ours ms':>9}  {'reference ms':>12}  {'ratio':>6}")
-    for name, ours, theirs in rows:
-        terminalreporter.write_line(
-            f"{name:{width}}  {ours * 1e3:9.3f}  {theirs * 1e3:12.3f}  {theirs / ours:5.1f}x"
-        )
+    if rows:
+        terminalreporter.write_sep("-", f"best of {ROUNDS} rounds in turns; {machine()}")
+        for line in table(rows):
+            terminalreporter.write_line(line)

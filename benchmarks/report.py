@@ -1,0 +1,113 @@
+"""A table in Markdown, and a roofline plot, of a run of the benchmarks with `--benchmark-json FILE`.
+
+python benchmarks/report.py FILE [ROOFLINE.png]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def _megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.1f}"
+
+
+def _fastest_other(row: Row) -> str:
+    others = list(row["seconds"])[1:]
+    return min(others, key=lambda name: row["seconds"][name])
+
+
+def ratio(row: Row) -> float:
+    """How many times faster ours is than the fastest of the others."""
+    return row["seconds"][_fastest_other(row)] / next(iter(row["seconds"].values()))
+
+
+def efficiency(row: Row) -> float | None:
+    """The part of the machine's ceiling that ours reaches; None where the row has none."""
+    ours = next(iter(row["seconds"].values()))
+    return row["least_seconds"] / ours if "least_seconds" in row else None
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Lines of Markdown: a row a case, and a mean for each group."""
+    lines = [
+        "| case | ours ms | fastest other ms | which | ratio | of ceiling | ours MB | other MB |",
+        "|---|---:|---:|---|---:|---:|---:|---:|",
+    ]
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        other, ours = _fastest_other(row), next(iter(row["seconds"]))
+        times = " | ".join(f"{row['seconds'][name] * 1e3:.2f}" for name in (ours, other))
+        memory = " | ".join(_megabytes(row["peak_bytes"][name]) for name in (ours, other))
+        part = _percent(efficiency(row))
+        lines.append(f"| {row['case']} | {times} | {other} | {ratio(row):.1f}x | {part} | {memory} |")
+        groups.setdefault(row["group"], []).append(row)
+    for name, group in groups.items():
+        if len(group) > 1:
+            parts = [part for part in map(efficiency, group) if part is not None]
+            part = _percent(geometric_mean(parts) if parts else None)
+            mean = geometric_mean(map(ratio, group))
+            lines.append(f"| **{name}: mean of {len(group)}** | | | | {mean:.1f}x | {part} | | |")
+    return lines
+
+
+def roofline(rows: list[Row], title: str, path: Path) -> None:
+    """Operations a second over operations a byte: ours, the fastest other, and the machine's two ceilings."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    rows = [row for row in rows if row.get("operations") and row["operations_per_second"]]
+    peak = float(np.median([row["operations_per_second"] for row in rows]))
+    copy = float(np.median([row["bytes_per_second"] for row in rows]))
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    x = np.geomspace(0.05, 1000, 200)
+    axes.loglog(x, np.minimum(peak, x * copy) / 1e9, color="black", label="ceiling: copy rate, then FMA rate")
+    colours = {}
+    for row in rows:
+        op = row["case"].split("[")[0]
+        colour = colours.setdefault(op, f"C{len(colours)}")
+        intensity = row["operations"] / row["bytes"]
+        ours = next(iter(row["seconds"]))
+        for name, marker in ((ours, "o"), (_fastest_other(row), "x")):
+            rate = row["operations"] / row["seconds"][name] / 1e9
+            label = f"{op}, {'ours' if name == ours else 'fastest other'}"
+            seen = label in axes.get_legend_handles_labels()[1]
+            axes.plot(intensity, rate, marker, color=colour, label=None if seen else label)
+    axes.set(xlabel="operations a byte, at the least possible traffic", ylabel="GFLOP/s", title=title)
+    axes.grid(which="both", alpha=0.2)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) not in (1, 2):
+        sys.exit("usage: python benchmarks/report.py FILE.json [ROOFLINE.png]")
+    content = json.loads(Path(arguments[0]).read_text())
+    rows = [b["extra_info"] for b in content["benchmarks"] if "seconds" in b["extra_info"]]
+    machine = content["machine_info"]["pahm"]
+    print(f"{machine}\n\n" + "\n".join(table(rows)))
+    if len(arguments) == 2:
+        roofline(rows, machine, Path(arguments[1]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
