@@ -46,8 +46,8 @@ LOADED = _load()
 
 
 def compiled(device: torch.device) -> bool:
-    """Whether compiled kernels serve tensors on `device`; for the meta device, whether fake ones do."""
-    return LOADED and device.type in ("cpu", "meta")
+    """Whether tensors on `device` are served by compiled kernels."""
+    return LOADED and device.type == "cpu"
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
