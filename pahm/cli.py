@@ -1,4 +1,4 @@
-"""The command `pahm`: make data, train, score, predict, and the demo."""
+"""The command `pahm`: make data, train, score, predict, export, and the demo."""
 
 from __future__ import annotations
 
@@ -74,6 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--checkpoint", type=Path, help="a model.safetensors (the shipped one)")
     predict.add_argument("--device", default="auto", help="cpu, cuda, ... (%(default)s)")
     predict.set_defaults(run=_predict)
+
+    export = commands.add_parser("export", help="write a network as an ONNX file")
+    export.add_argument("--out", type=Path, default=Path("pahm.onnx"), help="the file (%(default)s)")
+    export.add_argument("--checkpoint", type=Path, help="a model.safetensors (the shipped one)")
+    export.set_defaults(run=_export)
     return parser
 
 
@@ -186,6 +191,14 @@ def _predict(options: argparse.Namespace) -> None:
         prediction = predictor.predict(path, bbox=options.bbox, intrinsics=intrinsics, left=options.left)
         for written in write(prediction, options.out, path.stem):
             print(written)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from pahm.export import INPUT, OUTPUTS, export_onnx
+    from pahm.model import load_checkpoint
+
+    export_onnx(load_checkpoint(options.checkpoint), options.out)
+    print(f"{options.out}: takes {INPUT}, gives {', '.join(OUTPUTS)}")
 
 
 if __name__ == "__main__":

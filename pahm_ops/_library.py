@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,15 @@ LOADED = _load()
 
 def compiled(device: torch.device) -> bool:
     """Whether tensors on `device` are served by compiled kernels."""
-    return LOADED and device.type == "cpu"
+    return LOADED and device.type == "cpu" and not exporting_to_onnx()
+
+
+def exporting_to_onnx() -> bool:
+    """Whether an ONNX file is being written, which has no op of ours: there the reference is traced."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    onnx = sys.modules.get("torch.onnx")
+    return onnx is not None and onnx.is_in_onnx_export()
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

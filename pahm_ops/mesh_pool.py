@@ -37,7 +37,8 @@ def mesh_pool(x: Tensor, transform: Any, dim: int = 1) -> Tensor:
 
     Raises:
         TypeError: x is not a tensor of one of these dtypes, or transform is not a sparse matrix.
-        ValueError: a rank, a width or a device does not fit, or the transform requires a gradient.
+        ValueError: a rank, a width or a device does not fit, or the transform requires a gradient; or an ONNX
+            file is being written with ``dynamo=False``.
         IndexError: the transform names a column outside its width or a row outside its height.
 
     Source: mesh sampling of CoMA (Ranjan et al., arXiv:1807.10267), as SpiralNet++ has it.
@@ -47,6 +48,11 @@ def mesh_pool(x: Tensor, transform: Any, dim: int = 1) -> Tensor:
     if not isinstance(transform, MeshTransform):
         transform = _prepared(transform)
     _check(x, transform)
+    if _library.exporting_to_onnx() and torch.jit.is_tracing():
+        raise ValueError(
+            "mesh_pool exports to ONNX with torch.onnx.export(..., dynamo=True) only: the one that traces "
+            "writes sums over a row wrongly"
+        )
     forward, backward = transform.forward, transform.backward
     batched = x if x.dim() == 3 else x.unsqueeze(0)
     if _library.compiled(x.device) and x.dtype != torch.float16:

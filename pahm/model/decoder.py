@@ -149,8 +149,8 @@ class MeshDecoder(nn.Module):
         initial = self.lift(torch.cat([pooled, joints_2d.flatten(1).to(pooled.dtype)], dim=1)).float()
         log_scale, shift = initial[:, :1].clamp(-3, 3), 0.1 * initial[:, 1:3]
         camera = torch.cat([self.mean_camera[:1] * log_scale.exp(), self.mean_camera[1:] + shift], dim=1)
-        mesh = self.template + initial[:, 3:].view(len(initial), -1, 3)
-        features = self.embedding.expand(len(mesh), -1, -1)
+        mesh = self.template + initial[:, 3:].unflatten(1, (-1, 3))
+        features = self.embedding.expand(mesh.shape[0], -1, -1)
         meshes = []
         for i, (level, feature_map) in enumerate(zip(self.levels, maps, strict=True)):
             if i:

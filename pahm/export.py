@@ -1,0 +1,58 @@
+"""The network as an ONNX file, for runtimes without PyTorch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pahm.model.network import HandNet
+
+INPUT = "images"
+OUTPUTS = ("vertices", "joints", "camera")
+
+
+class _Reconstruction(nn.Module):
+    def __init__(self, network: HandNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        prediction = self.network(images)
+        vertices = prediction.meshes[-1]
+        return vertices, self.network.joints(vertices), prediction.camera
+
+
+def export_onnx(network: HandNet, path: str | os.PathLike[str]) -> None:
+    """Write `network` as one ONNX file of standard operators, for any batch size.
+
+    Its input is `images` (B, 3, S, S) float32, RGB normalised with ImageNet's mean and deviation (as
+    `CropTransform` gives them). Its outputs are `vertices` (B, 778, 3) and `joints` (B, 21, 3), metres
+    relative to the root joint, and `camera` (B, 3), weak perspective (see `Prediction`).
+
+    Raises:
+        ValueError: the packages onnx and onnxscript, which PyTorch's exporter needs, are not installed.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"export: PyTorch's ONNX exporter needs {' and '.join(missing)}: pip install 'pahm[onnx]'"
+        )
+    size = network.config.image_size
+    module = _Reconstruction(network).to("cpu", torch.float32).eval()
+    temporary = Path(f"{os.fspath(path)}.part")
+    program = torch.onnx.export(
+        module,
+        (torch.zeros(2, 3, size, size),),
+        input_names=[INPUT],
+        output_names=list(OUTPUTS),
+        dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    program.save(temporary, external_data=False)
+    temporary.replace(path)
