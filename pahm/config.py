@@ -200,7 +200,8 @@ PRESETS: dict[str, Config] = {
     "tiny": Config(
         name="tiny",
         model=ModelConfig(
-            backbone="cs3darknet_focus_s",
+            backbone="tf_efficientnet_lite0",
+            pretrained=True,
             image_size=128,
             feature_channels=(128, 96, 64, 48),
             decoder_channels=(96, 64, 48, 32),
@@ -208,9 +209,9 @@ PRESETS: dict[str, Config] = {
             attention_heads=(4, 4, 0, 0),
         ),
         train=TrainConfig(
-            epochs=9,
+            epochs=6,
             batch_size=32,
-            learning_rate=1.5e-3,
+            learning_rate=1e-3,
             optimizer="adamw",
             weight_decay=0.02,
             schedule="cosine",

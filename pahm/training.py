@@ -102,16 +102,18 @@ class HandTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         train = self.config.train
+        # One pass over all parameters; Lightning cannot clip gradients for it under mixed precision.
+        options: dict[str, Any] = {"lr": train.learning_rate, "fused": train.precision == "32-true"}
         if train.optimizer == "adam":
             optimizer: torch.optim.Optimizer = torch.optim.Adam(
-                self.network.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay
+                self.network.parameters(), weight_decay=train.weight_decay, **options
             )
         else:
             # Vectors (biases, normalisations) and the vertex embedding are not decayed.
             decayed = [p for n, p in self.network.named_parameters() if p.dim() > 1 and "embedding" not in n]
             kept = [p for n, p in self.network.named_parameters() if p.dim() <= 1 or "embedding" in n]
             groups: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
-            optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, weight_decay=train.weight_decay)
+            optimizer = torch.optim.AdamW(groups, weight_decay=train.weight_decay, **options)
         steps = int(self.trainer.estimated_stepping_batches)
         if train.schedule == "step":
             scheduler: Any = torch.optim.lr_scheduler.MultiStepLR(

@@ -16,7 +16,7 @@ from pahm.metrics import load_submission
 from pahm.model import HandNet, read_metadata, save_checkpoint
 
 SMALL = ["--set", "model.backbone=test_resnet", "--set", "model.image_size=64", "--set", "train.epochs=1"]
-SMALL += ["--set", "train.batch_size=4", "--set", "train.workers=0"]
+SMALL += ["--set", "model.pretrained=false", "--set", "train.batch_size=4", "--set", "train.workers=0"]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,8 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
-    config = preset("tiny").override({"model.backbone": "test_resnet", "model.image_size": 64})
+    changes = {"model.backbone": "test_resnet", "model.pretrained": False, "model.image_size": 64}
+    config = preset("tiny").override(changes)
     path = tmp_path_factory.mktemp("checkpoint") / "net.safetensors"
     scores = {"images": 9.0, "pa_mpjpe": 12.25, "mean_hand_pa_mpjpe": 15.5}
     save_checkpoint(path, HandNet(config.model), config, scores=scores)
@@ -110,6 +111,7 @@ def test_demo_shows_and_scores_new_hands(checkpoint, tmp_path, capsys):
         (["train", "--data", "{tmp}", "--out", "{tmp}/run", "--devices", "0"], "at least 1, got '0'"),
         (["train", "--data", "{tmp}", "--out", "{tmp}/run", "--mano", "{tmp}/none.pkl"], "none.pkl"),
         (["eval", "--data", "{tmp}", "--checkpoint", "{tmp}/none"], "no file at"),
+        (["export", "--checkpoint", "{tmp}/none"], "no file at"),
         (["eval", "--data", "{tmp}/none", "--checkpoint", "{checkpoint}"], "none is not a folder"),
         (["predict", "{tmp}/none.jpg", "--checkpoint", "{checkpoint}"], "none.jpg does not exist"),
         (["predict", "{tmp}/text.jpg", "--checkpoint", "{checkpoint}"], "not a readable image"),

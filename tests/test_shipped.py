@@ -12,7 +12,7 @@ def test_it_is_small_and_of_preset_tiny():
     assert shipped_checkpoint().stat().st_size <= 12 * 2**20
     config, scores = read_metadata(shipped_checkpoint())
     assert config.model == preset("tiny").model
-    assert scores["images"] == 1000 and scores["pa_mpjpe"] < scores["mean_hand_pa_mpjpe"]
+    assert scores["images"] == 1000 and scores["pa_mpjpe"] <= 10 < scores["mean_hand_pa_mpjpe"]
 
 
 def test_new_hands_are_reconstructed_about_as_well_as_recorded(tmp_path):

@@ -24,6 +24,7 @@ from pahm.training import HandTraining, WarmupCosine, loaders, train
 CONFIG = preset("tiny").override(
     {
         "model.backbone": "test_resnet",
+        "model.pretrained": False,
         "model.image_size": 64,
         "train.epochs": 2,
         "train.batch_size": 4,
@@ -224,9 +225,11 @@ def test_a_few_steps_on_one_batch_bring_the_loss_down(data):
 
 def test_two_processes_share_the_work(data, tmp_path):
     options = ["--preset", "tiny", "--accelerator", "cpu", "--devices", "2", "--strategy", "ddp"]
-    for change in ("model.backbone=test_resnet", "model.image_size=64", "train.batch_size=4"):
+    for change in (
+        *("model.backbone=test_resnet", "model.pretrained=false", "model.image_size=64"),
+        *("train.batch_size=4", "train.epochs=1", "train.workers=0"),
+    ):
         options += ["--set", change]
-    options += ["--set", "train.epochs=1", "--set", "train.workers=0"]
     out = tmp_path / "run"
     command = [sys.executable, "-m", "pahm.cli", "train", "--data", str(data), "--out", str(out), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

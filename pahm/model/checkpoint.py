@@ -31,7 +31,8 @@ def save_checkpoint(
     """Write `network` to a `.safetensors` file that `load_checkpoint` needs nothing else for.
 
     Args:
-        config: the run's configuration; its `model` part must be the network's.
+        config: the run's configuration; its `model` part must be the network's. Where its backbone's first
+            weights lay on this machine is not recorded.
         scores: the scores to record beside the weights, such as `HandMetrics` gives.
         dtype: floating-point weights are stored in this type (float16 halves the file).
     """
@@ -41,7 +42,8 @@ def save_checkpoint(
     }
     for name, value in network.topology.to_arrays().items():
         tensors[f"topology.{name}"] = torch.from_numpy(value.copy())
-    metadata = {"format": FORMAT, "config": config.to_json(), "scores": json.dumps(scores or {})}
+    recorded = config.override({"model.backbone_weights": None}).to_json()
+    metadata = {"format": FORMAT, "config": recorded, "scores": json.dumps(scores or {})}
     temporary = Path(f"{os.fspath(path)}.part")
     temporary.write_bytes(save(tensors, metadata))
     temporary.replace(path)
