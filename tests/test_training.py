@@ -174,7 +174,7 @@ def test_a_run_of_another_configuration_is_not_continued(run, data):
     out, _ = run
     with pytest.raises(ValueError, match=r"model\.spiral_length = 9, expected 12"):
         train(CONFIG.override({"model.spiral_length": 12}), data, out, accelerator="cpu", progress=False)
-    with pytest.raises(ValueError, match=r"made with train\.learning_rate = 0\.0015, now 0\.1"):
+    with pytest.raises(ValueError, match=r"made with train\.learning_rate = 0\.001, now 0\.1"):
         train(CONFIG.override({"train.learning_rate": 0.1}), data, out, accelerator="cpu", progress=False)
 
 
