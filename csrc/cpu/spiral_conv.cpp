@@ -2,9 +2,11 @@
 // M, Cout), through an activation.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <type_traits>
+#include <utility>
 
 #include "common/checks.h"
 #include "common/dispatch.h"

@@ -4,6 +4,7 @@
 // consecutive memory, the rows are broadcast one number at a time; at every step one of the two is read
 // straight from where the spiral table points, so that nothing is gathered (Dukhan, arXiv:1907.02129).
 #include "cpu/activation.h"
+#include "cpu/transpose.h"
 
 namespace pahm::PAHM_ISA {
 
@@ -45,12 +46,10 @@ void spiral_pack_forward(const SpiralShape& s, const T* weight, T* packed, int64
   const int64_t K = s.length * s.channels;
   for (int64_t p = begin; p < end; ++p) {
     const int64_t first = p * panel_width<T>, width = stored_width<T>(s.out_channels - first);
+    const int64_t real = s.out_channels - first < width ? s.out_channels - first : width;
     T* panel = packed + first * K;
-    for (int64_t j = 0; j < width; ++j) {
-      const T* source = weight + (first + j) * K;
-      const bool real = first + j < s.out_channels;
-      for (int64_t k = 0; k < K; ++k) panel[k * width + j] = real ? source[k] : T(0);
-    }
+    if (real < width) std::memset(panel, 0, static_cast<size_t>(K * width) * sizeof(T));
+    transpose(weight + first * K, K, real, K, panel, width);
   }
 }
 
@@ -188,11 +187,15 @@ template <typename T>
 void spiral_pack_input_grad(const SpiralShape& s, const T* weight, T* packed, int64_t begin, int64_t end) {
   for (int64_t p = begin; p < end; ++p) {
     const int64_t first = p * panel_width<T>, width = stored_width<T>(s.channels - first);
+    const int64_t real = s.channels - first < width ? s.channels - first : width;
     T* panel = packed + first * s.length * s.out_channels;
+    if (real < width) {
+      std::memset(panel, 0, static_cast<size_t>(s.length * s.out_channels * width) * sizeof(T));
+    }
     for (int64_t l = 0; l < s.length; ++l) {
-      for (int64_t o = 0; o < s.out_channels; ++o) {
+      for (int64_t o = 0; o < s.out_channels; ++o, panel += width) {
         const T* source = weight + (o * s.length + l) * s.channels + first;
-        for (int64_t j = 0; j < width; ++j) *panel++ = first + j < s.channels ? source[j] : T(0);
+        std::memcpy(panel, source, static_cast<size_t>(real) * sizeof(T));
       }
     }
   }
@@ -248,25 +251,29 @@ void spiral_input_grad(const SpiralInputGrad<S>& a, Compute<S>* sums, int64_t be
 
 // ---- gradient to the weight ----
 
-// Adds the rows first to last of mesh b to one tile: MR output channels from `o`, columns from `column` of
-// place l.
+// Adds the rows first to last of the flattened (B, M) to one tile: MR output channels from `o`, columns from
+// `column` of place l.
 template <typename T, int MR, int NV>
-void spiral_weight_grad_tile(const SpiralWeightGrad<T>& a, int64_t b, int64_t first, int64_t last, int64_t o,
-                             int64_t l, int64_t column) {
+void spiral_weight_grad_tile(const SpiralWeightGrad<T>& a, int64_t first, int64_t last, int64_t o, int64_t l,
+                             int64_t column) {
   const SpiralShape& s = a.shape;
-  const T* x = a.x + b * s.vertices * a.stride + column;
-  const T* grad = a.grad + (b * s.rows + first) * s.out_channels + o;
   Vec<T> acc[MR][NV] = {};
-  for (int64_t m = first; m < last; ++m, grad += s.out_channels) {
-    const T* source = x + a.indices[m * s.length + l] * a.stride;
-    Vec<T> row[NV];
+  const T* grad = a.grad + first * s.out_channels + o;
+  for (int64_t row = first; row < last;) {
+    const int64_t b = row / s.rows, end = last < (b + 1) * s.rows ? last : (b + 1) * s.rows;
+    const T* x = a.x + b * s.vertices * a.stride + column;
+    const int64_t* spiral = a.indices + (row - b * s.rows) * s.length + l;
+    for (; row < end; ++row, grad += s.out_channels, spiral += s.length) {
+      const T* source = x + *spiral * a.stride;
+      Vec<T> values[NV];
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) row[v] = load(source + v * lanes<T>);
+      for (int v = 0; v < NV; ++v) values[v] = load(source + v * lanes<T>);
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      const Vec<T> scalar = broadcast(grad[i]);
+      for (int i = 0; i < MR; ++i) {
+        const Vec<T> scalar = broadcast(grad[i]);
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) acc[i][v] += scalar * row[v];
+        for (int v = 0; v < NV; ++v) acc[i][v] += scalar * values[v];
+      }
     }
   }
 #pragma GCC unroll 16
@@ -278,44 +285,48 @@ void spiral_weight_grad_tile(const SpiralWeightGrad<T>& a, int64_t b, int64_t fi
 }
 
 template <typename T, int NV>
-void spiral_weight_grad_rows(const SpiralWeightGrad<T>& a, int64_t b, int64_t first, int64_t last, int64_t o,
+void spiral_weight_grad_rows(const SpiralWeightGrad<T>& a, int64_t first, int64_t last, int64_t o,
                              int64_t count, int64_t l, int64_t column) {
   for (const int64_t end = o + count; o < end;) {
     const int64_t left = end - o;
     if (left >= tile_rows) {
-      spiral_weight_grad_tile<T, tile_rows, NV>(a, b, first, last, o, l, column);
+      spiral_weight_grad_tile<T, tile_rows, NV>(a, first, last, o, l, column);
       o += tile_rows;
     } else if (left >= 8 && tile_rows > 8) {
-      spiral_weight_grad_tile<T, 8, NV>(a, b, first, last, o, l, column);
+      spiral_weight_grad_tile<T, 8, NV>(a, first, last, o, l, column);
       o += 8;
     } else if (left >= 4) {
-      spiral_weight_grad_tile<T, 4, NV>(a, b, first, last, o, l, column);
+      spiral_weight_grad_tile<T, 4, NV>(a, first, last, o, l, column);
       o += 4;
+    } else if (left == 3) {
+      spiral_weight_grad_tile<T, 3, NV>(a, first, last, o, l, column);
+      o += 3;
+    } else if (left == 2) {
+      spiral_weight_grad_tile<T, 2, NV>(a, first, last, o, l, column);
+      o += 2;
     } else {
-      spiral_weight_grad_tile<T, 1, NV>(a, b, first, last, o, l, column);
+      spiral_weight_grad_tile<T, 1, NV>(a, first, last, o, l, column);
       o += 1;
     }
   }
 }
 
 // Items begin to end of (tiles of output channels, panels, L). Each is summed over all meshes by one thread
-// in one order; all threads walk through the meshes in blocks of `a.block` rows, which stay in the cache.
+// in one order; all threads walk through the flattened rows in blocks of `a.block`, which stay in the cache.
 template <typename T>
 void spiral_weight_grad(const SpiralWeightGrad<T>& a, int64_t begin, int64_t end) {
   const SpiralShape& s = a.shape;
-  const int64_t panels = (a.stride + panel_width<T> - 1) / panel_width<T>;
-  for (int64_t b = 0; b < s.batch; ++b) {
-    for (int64_t first = 0; first < s.rows; first += a.block) {
-      const int64_t last = first + a.block < s.rows ? first + a.block : s.rows;
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t l = item % s.length, column = item / s.length % panels * panel_width<T>;
-        const int64_t o = item / s.length / panels * tile_rows;
-        const int64_t count = s.out_channels - o < tile_rows ? s.out_channels - o : tile_rows;
-        if (a.stride - column > lanes<T>) {
-          spiral_weight_grad_rows<T, 2>(a, b, first, last, o, count, l, column);
-        } else {
-          spiral_weight_grad_rows<T, 1>(a, b, first, last, o, count, l, column);
-        }
+  const int64_t panels = (a.stride + panel_width<T> - 1) / panel_width<T>, rows = s.batch * s.rows;
+  for (int64_t first = 0; first < rows; first += a.block) {
+    const int64_t last = first + a.block < rows ? first + a.block : rows;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t l = item % s.length, column = item / s.length % panels * panel_width<T>;
+      const int64_t o = item / s.length / panels * tile_rows;
+      const int64_t count = s.out_channels - o < tile_rows ? s.out_channels - o : tile_rows;
+      if (a.stride - column > lanes<T>) {
+        spiral_weight_grad_rows<T, 2>(a, first, last, o, count, l, column);
+      } else {
+        spiral_weight_grad_rows<T, 1>(a, first, last, o, count, l, column);
       }
     }
   }

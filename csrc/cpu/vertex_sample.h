@@ -1,5 +1,7 @@
 // Bilinear sampling of one unit of work: some vertices or some channels of one map of one batch item.
 // Compiled once an instruction set by foreach_isa.h; the structs are in vertex_sample.cpp.
+#include "cpu/transpose.h"
+
 namespace pahm::PAHM_ISA {
 
 // The four pixels around a point, in the order (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1).
@@ -78,51 +80,6 @@ inline __attribute__((always_inline)) void point_gradient(const Corners<T>& c, c
 template <typename T>
 inline __attribute__((always_inline)) void sum_lanes_of_four(const Vec<T>* v, T* sums) {
   for (int k = 0; k < 4; ++k) sums[k] = sum_lanes<T>(v[k]);
-}
-
-// out[i * out_stride + j] = in[j * in_stride + i] for i < width, j < height, between S and what it is
-// computed in.
-template <typename In, typename Out, size_t... K>
-inline __attribute__((always_inline)) void transpose_tile(const In* in, int64_t in_stride, Out* out,
-                                                          int64_t out_stride, std::index_sequence<K...>) {
-  using T = Compute<In>;
-  constexpr int n = lanes<T>;
-  Vec<T> r[n];
-  for (int j = 0; j < n; ++j) r[j] = load(in + j * in_stride);
-  const auto stage = [&]<int W>(std::integral_constant<int, W>) __attribute__((always_inline)) {
-    for (int i = 0; i < n; ++i) {
-      if (i & W) continue;
-      const Vec<T> a = r[i], b = r[i + W];
-      r[i] = __builtin_shufflevector(a, b, ((K & W) ? static_cast<int>(K) - W + n : static_cast<int>(K))...);
-      r[i + W] =
-          __builtin_shufflevector(a, b, ((K & W) ? static_cast<int>(K) + n : static_cast<int>(K) + W)...);
-    }
-  };
-  if constexpr (n > 8) stage(std::integral_constant<int, 8>{});
-  if constexpr (n > 4) stage(std::integral_constant<int, 4>{});
-  if constexpr (n > 2) stage(std::integral_constant<int, 2>{});
-  stage(std::integral_constant<int, 1>{});
-  for (int i = 0; i < n; ++i) store(out + i * out_stride, r[i]);
-}
-
-template <typename In, typename Out>
-void transpose(const In* in, int64_t in_stride, int64_t height, int64_t width, Out* out, int64_t out_stride) {
-  constexpr int n = lanes<Compute<In>>;
-  if (height < n || width < n) {
-    for (int64_t j = 0; j < height; ++j) {
-      for (int64_t i = 0; i < width; ++i) out[i * out_stride + j] = static_cast<Out>(in[j * in_stride + i]);
-    }
-    return;
-  }
-  // The last tile of a row or a column overlaps the one before it.
-  for (int64_t j = 0; j < height; j += n) {
-    const int64_t y = std::min(j, height - n);
-    for (int64_t i = 0; i < width; i += n) {
-      const int64_t x = std::min(i, width - n);
-      transpose_tile(in + y * in_stride + x, in_stride, out + x * out_stride + y, out_stride,
-                     std::make_index_sequence<n>{});
-    }
-  }
 }
 
 // A block of channels of one map of one batch item as the loops over vertices read it.
