@@ -168,6 +168,7 @@ Tensor vertex_sample(const Maps& features, const Tensor& vertices, const std::op
     using S = decltype(zero);
     using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
     const std::vector<T> points = project<T>(view, true);
+    if (output.numel() == 0) return;
     job.points = points.data();
     job.output = output.mutable_data_ptr();
     parallel_for(batch * job.unit_count, plan.work(), [&](int64_t begin, int64_t end) {
