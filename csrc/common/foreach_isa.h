@@ -5,9 +5,9 @@
 //
 // makes pahm::isa_plain::f, and on x86-64 also pahm::isa_avx2::f and pahm::isa_avx512::f, of each function f
 // that the file defines inside `namespace pahm::PAHM_ISA { ... }`. PAHM_ISA_CALL(f, arguments) calls the
-// right one. The file must include no header and have no include guard: what it needs from the standard
-// library or from torch is included before this one, so that those inline functions keep the baseline
-// instruction set. No include guard here either.
+// right one. The file may include others of its kind and no other header, and has no include guard: what it
+// needs from the standard library or from torch is included before this one, so that those inline functions
+// keep the baseline instruction set. No include guard here either.
 
 #include <cstdint>
 #include <cstring>
