@@ -3,7 +3,8 @@
 A benchmark asks for `compare` and calls it with functions without arguments that return a tensor or a tuple
 of tensors: ours, what users have today, and `torch.compile` of that. Results are compared first: no time is
 reported for a wrong one. Each round then runs all of them and the machine's ceilings, so that a drifting
-machine favours none. The table of pytest-benchmark shows our times; the other one the best round of each.
+machine favours none; a round is as many calls in a row as ours needs for 4 ms, and the same number of each.
+The table of pytest-benchmark shows our times, the other one the best round of each, both of one call.
 `--benchmark-json FILE` keeps everything: `python benchmarks/report.py FILE` makes a table and a plot of it.
 
 `--no-compile` leaves torch.compile out, which takes most of the time. On a machine that others use too,
@@ -13,7 +14,9 @@ machine favours none. The table of pytest-benchmark shows our times; the other o
 from __future__ import annotations
 
 import platform
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from torch import Tensor
 Result = Tensor | tuple[Tensor, ...]
 Contender = Callable[[], Result]
 ROUNDS = 9
+ROUND_SECONDS = 4e-3
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 
 
@@ -72,6 +76,22 @@ def check_equal(name: str, result: Result, expected: Result, tolerance: float) -
         assert error <= tolerance, f"result {i} of {name} is off by {error:.2e} of the largest value"
 
 
+def repeat(function: Contender, calls: int) -> None:
+    for _ in range(calls):
+        function()
+
+
+def calls_in_a_round(function: Contender, timer: Callable[[], float]) -> int:
+    function()
+    calls = 1
+    while True:
+        start = timer()
+        repeat(function, calls)
+        if timer() - start >= ROUND_SECONDS:
+            return calls
+        calls *= 2
+
+
 @pytest.fixture
 def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
     """`compare(group, contenders, work)`: contenders by name, ours the first, the reference the second.
@@ -88,22 +108,35 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
             if name != reference:
                 check_equal(name, function(), expected, tolerance)
         del expected
+        if benchmark.disabled:
+            benchmark(contenders[ours])
+            return
         timer = load_timer(request.config.getoption("benchmark_timer")).target
         memory = {name: peak_bytes(function) for name, function in contenders.items()}
         seconds: dict[str, list[float]] = {name: [] for name in contenders if name != ours}
-        ceilings = None if work is None else Ceilings(work, timer)
+        calls = calls_in_a_round(contenders[ours], timer)
+        ceilings = None if work is None else Ceilings(work, timer, calls)
+
+        def time_other(name: str) -> None:
+            start = timer()
+            repeat(contenders[name], calls)
+            seconds[name].append((timer() - start) / calls)
+
+        turns = deque(partial(time_other, name) for name in seconds)
+        if ceilings is not None:
+            turns.extend([ceilings.sample_arithmetic, ceilings.sample_copy])
 
         def run_others() -> None:
-            if ceilings is not None:
-                ceilings.sample()
-            for name, taken in seconds.items():
-                start = timer()
-                contenders[name]()
-                taken.append(timer() - start)
+            assert benchmark.stats is not None
+            benchmark.stats.iterations = calls
+            for turn in turns:
+                turn()
+            # What a call finds in the cache depends on the one before it: each follows each in some round.
+            turns.rotate()
 
-        benchmark.pedantic(contenders[ours], setup=run_others, rounds=ROUNDS, warmup_rounds=2)
-        if benchmark.stats is None:
-            return
+        benchmark.pedantic(
+            repeat, (contenders[ours], calls), setup=run_others, rounds=ROUNDS, warmup_rounds=2
+        )
         best = {ours: benchmark.stats.stats.min, **{name: min(taken) for name, taken in seconds.items()}}
         row = {
             "group": group,

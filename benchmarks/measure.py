@@ -27,25 +27,30 @@ class Work:
 class Ceilings:
     """The rates of this machine at this moment, by torch's threads: of fused multiply-adds, and of a copy.
 
-    The copy is a `clone()` that moves as many bytes as the op must, to memory as fresh as the op's own.
+    The copy is a `clone()` that moves as many bytes as the op must, to memory as fresh as the op's own, and
+    as many times in a row.
     """
 
-    def __init__(self, work: Work, timer: Callable[[], float]) -> None:
+    def __init__(self, work: Work, timer: Callable[[], float], calls: int) -> None:
         self.timer = timer
+        self.calls = calls
         self.source = torch.ones(max(1, work.bytes // 2 // FLOAT))
         self.moved = 2 * self.source.numel() * FLOAT
         self.rounds = 1 << 16
         self.operations_per_second: list[float] = []
         self.bytes_per_second: list[float] = []
 
-    def sample(self) -> None:
+    def sample_arithmetic(self) -> None:
         if _library.LOADED:
             start = self.timer()
             operations = torch.ops.pahm_ops.cpu_fma(self.rounds)
             self.operations_per_second.append(operations / (self.timer() - start))
+
+    def sample_copy(self) -> None:
         start = self.timer()
-        self.source.clone()
-        self.bytes_per_second.append(self.moved / (self.timer() - start))
+        for _ in range(self.calls):
+            self.source.clone()
+        self.bytes_per_second.append(self.calls * self.moved / (self.timer() - start))
 
     def record(self, work: Work) -> dict[str, float]:
         """The best rates seen, and the time that the slower of the two allows for `work`."""

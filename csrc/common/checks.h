@@ -41,12 +41,18 @@ inline void check_cpu(const Tensor& t, const char* name) {
   check(t.is_cpu(), std::string(name) + " must be on the CPU");
 }
 
+// torch's own, without a call through its dispatcher where there is nothing to do.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor of_type(const Tensor& t, ScalarType type) {
+  return t.scalar_type() == type ? t : torch::stable::to(t, type);
+}
+
 // An int64 table on the CPU, contiguous.
 inline Tensor index_table(const Tensor& t, int64_t dims, const char* name) {
   check_cpu(t, name);
   check(t.dim() == dims && t.scalar_type() == ScalarType::Long,
         std::string(name) + " must be int64 of rank " + std::to_string(dims));
-  return torch::stable::contiguous(t);
+  return as_contiguous(t);
 }
 
 }  // namespace pahm

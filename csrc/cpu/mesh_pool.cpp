@@ -49,8 +49,8 @@ Tensor mesh_pool(const Tensor& x_, const Tensor& row_pointers_, const Tensor& co
   check(t_row_pointers.dim() == 1 && t_row_pointers.numel() == x_.size(1) + 1,
         "the transpose must be (N, M)");
 
-  const Tensor x = torch::stable::contiguous(x_);
-  const Tensor values = torch::stable::contiguous(torch::stable::to(values_, compute_type(x.scalar_type())));
+  const Tensor x = as_contiguous(x_);
+  const Tensor values = as_contiguous(of_type(values_, compute_type(x.scalar_type())));
   const int64_t batch = x.size(0), rows = row_pointers.numel() - 1, channels = x.size(2);
   Tensor out = torch::stable::new_empty(x, {batch, rows, channels});
   if (out.numel() == 0) return out;

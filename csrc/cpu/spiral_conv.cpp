@@ -73,9 +73,7 @@ constexpr int64_t cache_bytes = 1 << 19;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-Tensor compute_copy(const Tensor& t) {
-  return torch::stable::contiguous(torch::stable::to(t, compute_type(t.scalar_type())));
-}
+Tensor compute_copy(const Tensor& t) { return as_contiguous(of_type(t, compute_type(t.scalar_type()))); }
 
 // Columns of a packed weight of `columns` real ones: whole panels.
 int64_t padded(int64_t columns, const SpiralTiling& tiling) {
@@ -223,8 +221,8 @@ Tensor spiral_conv_weight_grad(const Tensor& grad_, const Tensor& x_, const Tens
   }
   Tensor cut = sums;
   if (stride != shape.channels) cut = torch::stable::narrow(cut, 2, 0, shape.channels);
-  return torch::stable::to(torch::stable::reshape(cut, {shape.out_channels, shape.length * shape.channels}),
-                           x_.scalar_type());
+  return of_type(torch::stable::reshape(cut, {shape.out_channels, shape.length * shape.channels}),
+                 x_.scalar_type());
 }
 
 }  // namespace

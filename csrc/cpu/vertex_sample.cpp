@@ -88,7 +88,7 @@ View check_arguments(const Maps& features, const Tensor& vertices, const std::op
   const auto prepare = [&](const Tensor& t, const char* name) {
     check(t.scalar_type() == type || t.scalar_type() == features[0].scalar_type(),
           std::string(name) + " must have the maps' dtype, or float32 with bfloat16 maps");
-    return torch::stable::contiguous(t.scalar_type() == type ? t : torch::stable::to(t, type));
+    return as_contiguous(of_type(t, type));
   };
   View view{prepare(vertices, "vertices"), std::nullopt, height, width, align_corners};
   if (camera) {
@@ -230,7 +230,7 @@ std::tuple<Maps, Tensor, Tensor> vertex_sample_backward(const Tensor& grad, cons
   check(needs.size() == features.size() + 2, "needs must have an entry a map and two more");
   const bool needs_camera = camera && needs[features.size() + 1];
   const bool needs_points = needs[features.size()] || needs_camera;
-  const Tensor output_grad = torch::stable::contiguous(grad);
+  const Tensor output_grad = as_contiguous(grad);
   job.output_grad = output_grad.const_data_ptr();
 
   Maps map_grads;
@@ -271,10 +271,8 @@ std::tuple<Maps, Tensor, Tensor> vertex_sample_backward(const Tensor& grad, cons
                           needs_camera ? camera_grad.mutable_data_ptr<T>() : nullptr);
     }
   });
-  const auto in_type_of = [](const Tensor& t, const Tensor& given) {
-    return t.scalar_type() == given.scalar_type() ? t : torch::stable::to(t, given.scalar_type());
-  };
-  return {map_grads, in_type_of(vertex_grad, vertices), in_type_of(camera_grad, vertices)};
+  return {map_grads, of_type(vertex_grad, vertices.scalar_type()),
+          of_type(camera_grad, vertices.scalar_type())};
 }
 
 }  // namespace
