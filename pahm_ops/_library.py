@@ -17,7 +17,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
 OPS = ("vertex_sample", "spiral_conv", "mesh_pool")
-_ISAS = ("plain", "avx2", "avx512")
+_ISAS = ("plain", "neon", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 _IMPLEMENTATIONS = torch.library.Library("pahm_ops", "IMPL")
@@ -141,12 +141,17 @@ def merged(tensor: Tensor, dim: int, into: int = 0) -> Tensor:
 def backends() -> dict[str, dict[str, str]]:
     """What serves each op, by device: {"spiral_conv": {"cpu": "avx512", "cuda": "reference"}, ...}.
 
-    For the CPU "avx512", "avx2" or "plain" is the instruction set of the compiled kernels, chosen at run time
-    (the environment variable PAHM_CPU_ISA forces one); "reference" means plain PyTorch. "cuda" is listed
-    where torch sees a CUDA device. Raises ValueError if PAHM_CPU_ISA names a set that this CPU lacks.
+    For the CPU it is the instruction set of the compiled kernels, chosen at run time: "plain", "avx2",
+    "avx512", "avx512_bf16" or "amx" on x86-64, "neon" on aarch64 (the environment variable PAHM_CPU_ISA
+    forces one). The last two of x86-64 have products of bfloat16, for spiral_conv; everything else is as with
+    "avx512". "reference" means plain PyTorch. "cuda" is listed where torch sees a CUDA device. Raises
+    ValueError if PAHM_CPU_ISA names a set that this CPU lacks.
     """
-    cpu = _ISAS[torch.ops.pahm_ops.cpu_isa()] if LOADED else "reference"
-    devices = {"cpu": cpu}
-    if torch.cuda.is_available():
-        devices["cuda"] = "reference"
-    return {op: dict(devices) for op in OPS}
+    isa = torch.ops.pahm_ops.cpu_isa() if LOADED else None
+    served = {}
+    for op in OPS:
+        widest = len(_ISAS) - 1 if op == "spiral_conv" else _ISAS.index("avx512")
+        served[op] = {"cpu": "reference" if isa is None else _ISAS[min(isa, widest)]}
+        if torch.cuda.is_available():
+            served[op]["cuda"] = "reference"
+    return served

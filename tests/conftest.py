@@ -1,9 +1,11 @@
+import platform
+
 import pytest
 import torch
 
 import pahm_ops
 
-ISAS = ("plain", "avx2", "avx512")
+ISAS = ("neon",) if platform.machine() == "aarch64" else ("plain", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 @pytest.fixture(autouse=True)

@@ -123,6 +123,33 @@ def test_bfloat16_sums_in_float32(isa):
     assert (sums[0, 1:] == 0).all()
 
 
+# Rows past one block and past one stretch of the weight gradient's sum, channels past one panel and one block
+# of depth, odd ones, and one more and one less than whole blocks.
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (3, 200, 190, 9, 70, 45),
+        (1, 33, 31, 3, 31, 33),
+        (2, 40, 513, 2, 64, 32),
+        (5, 98, 98, 9, 96, 65),
+        (1, 7, 5, 1, 1, 5),
+        (1, 1, 130, 27, 33, 3),
+    ],
+)
+def test_bfloat16_is_exact_for_small_integers(isa, shape):
+    batch, vertices, rows, length, channels, out_channels = shape
+    x = torch.randint(-3, 4, (batch, vertices, channels)).to(torch.bfloat16)
+    weight = torch.randint(-3, 4, (out_channels, length * channels)).to(torch.bfloat16)
+    bias = torch.randint(-9, 10, (out_channels,)).to(torch.bfloat16)
+    grad = torch.randint(-3, 4, (batch, rows, out_channels)).to(torch.bfloat16)
+    indices = torch.randint(0, vertices, (rows, length))
+    exact = gradients(
+        reference.spiral_conv, x.double(), indices, weight.double(), bias.double(), grad.double()
+    )
+    for actual, wanted in zip(gradients(spiral_conv, x, indices, weight, bias, grad), exact, strict=True):
+        assert torch.equal(actual, wanted.to(torch.bfloat16))
+
+
 @pytest.mark.parametrize("activation", ["relu", "elu", "gelu"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("out_channels", [40, 3])
@@ -150,7 +177,7 @@ def test_an_activation_that_does_not_exist_is_refused():
 
 @pytest.mark.parametrize("shape", [(4, 195, 195, 9, 64, 64), (4, 195, 195, 9, 64, 3), (3, 98, 98, 9, 19, 70)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_for_any_number_of_threads(shape, dtype):
+def test_same_bits_for_any_number_of_threads(isa, shape, dtype):
     x, indices, weight, bias = arguments(shape, dtype)
     grad = torch.randn(shape[0], shape[2], shape[5], dtype=dtype)
     before = torch.get_num_threads()

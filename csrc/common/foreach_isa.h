@@ -3,18 +3,18 @@
 //   #define PAHM_KERNEL_FILE "cpu/some_op.h"
 //   #include "common/foreach_isa.h"
 //
-// makes pahm::isa_plain::f, and on x86-64 also pahm::isa_avx2::f and pahm::isa_avx512::f, of each function f
-// that the file defines inside `namespace pahm::PAHM_ISA { ... }`. PAHM_ISA_CALL(f, arguments) calls the
-// right one. The file may include others of its kind and no other header, and has no include guard: what it
-// needs from the standard library or from torch is included before this one, so that those inline functions
-// keep the baseline instruction set. No include guard here either.
+// makes pahm::isa_baseline::f (SSE2 on x86-64, NEON on aarch64), and on x86-64 also pahm::isa_avx2::f and
+// pahm::isa_avx512::f, of each function f that the file defines inside `namespace pahm::PAHM_ISA { ... }`.
+// PAHM_ISA_CALL(f, arguments) calls the right one. The file may include others of its kind and no other
+// header, and has no include guard: what it needs from the standard library or from torch is included before
+// this one, so that those inline functions keep the baseline instruction set. No include guard here either.
 
 #include <cstdint>
 #include <cstring>
 
 #include <torch/headeronly/util/BFloat16.h>
 
-#define PAHM_ISA isa_plain
+#define PAHM_ISA isa_baseline
 #define PAHM_VECTOR_BYTES 16
 #if defined(__aarch64__)
 #define PAHM_VECTOR_REGISTERS 32

@@ -13,18 +13,13 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "cpu/spiral_bf16.h"
+#include "cpu/spiral_shape.h"
 
 namespace pahm {
 
 template <typename S>
 using ComputeType = std::conditional_t<std::is_same_v<S, double>, double, float>;
-
-struct SpiralShape {
-  int64_t batch, vertices, rows, length, channels, out_channels;
-};
-
-// Numbers as the op takes them.
-enum class Activation : int64_t { none = 0, relu = 1, elu = 2, gelu = 3 };
 
 template <typename S>
 struct SpiralForward {
@@ -69,9 +64,9 @@ struct SpiralTiling {
 namespace pahm {
 namespace {
 
-constexpr int64_t cache_bytes = 1 << 19;
+using c10::BFloat16;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t cache_bytes = 1 << 19;
 
 Tensor compute_copy(const Tensor& t) { return as_contiguous(of_type(t, compute_type(t.scalar_type()))); }
 
@@ -104,11 +99,19 @@ Tensor spiral_conv(const Tensor& x_, const Tensor& indices_, const Tensor& weigh
     check_same_type(x_, *bias_, "bias");
   }
   check(activation >= 0 && activation <= static_cast<int64_t>(Activation::gelu), "activation must be 0 to 3");
-  const Tensor x = compute_copy(x_), weight = compute_copy(weight_);
-  const Tensor bias = bias_.has_value() ? compute_copy(*bias_) : weight;
+  const Isa isa = active_isa();
   Tensor out = torch::stable::new_empty(x_, {shape.batch, shape.rows, shape.out_channels});
   if (out.numel() == 0) return out;
-  const Isa isa = active_isa();
+  const Tensor bias = bias_.has_value() ? compute_copy(*bias_) : weight_;
+  if (x_.scalar_type() == ScalarType::BFloat16 && multiplies_bf16(isa, shape)) {
+    const Tensor x = as_contiguous(x_), weight = as_contiguous(weight_);
+    spiral_conv_bf16(isa, shape, x.const_data_ptr<BFloat16>(), indices.const_data_ptr<int64_t>(),
+                     weight.const_data_ptr<BFloat16>(),
+                     bias_.has_value() ? bias.const_data_ptr<float>() : nullptr,
+                     static_cast<Activation>(activation), out.mutable_data_ptr<BFloat16>());
+    return out;
+  }
+  const Tensor x = compute_copy(x_), weight = compute_copy(weight_);
   dispatch_floating(x_.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     using T = ComputeType<S>;
@@ -156,10 +159,17 @@ Tensor spiral_conv_input_grad(const Tensor& grad_, const Tensor& indices_, const
   check(vertices >= 0 && grad_.size(1) == shape.rows && grad_.size(2) == shape.out_channels,
         "grad must be (B, M, Cout)");
   check_range(indices, vertices, "indices");
-  const Tensor grad = compute_copy(grad_), weight = compute_copy(weight_);
+  const Isa isa = active_isa();
   Tensor out = torch::stable::new_empty(grad_, {shape.batch, vertices, shape.channels});
   if (out.numel() == 0) return out;
-  const Isa isa = active_isa();
+  if (grad_.scalar_type() == ScalarType::BFloat16 && multiplies_bf16(isa, shape)) {
+    const Tensor grad = as_contiguous(grad_), weight = as_contiguous(weight_);
+    spiral_conv_input_grad_bf16(isa, shape, grad.const_data_ptr<BFloat16>(),
+                                indices.const_data_ptr<int64_t>(), weight.const_data_ptr<BFloat16>(),
+                                out.mutable_data_ptr<BFloat16>());
+    return out;
+  }
+  const Tensor grad = compute_copy(grad_), weight = compute_copy(weight_);
   dispatch_floating(grad_.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     using T = ComputeType<S>;
@@ -190,7 +200,16 @@ Tensor spiral_conv_weight_grad(const Tensor& grad_, const Tensor& x_, const Tens
   const SpiralShape shape{x_.size(0),      x_.size(1), indices.size(0),
                           indices.size(1), x_.size(2), grad_.size(2)};
   check_range(indices, shape.vertices, "indices");
+  const Isa isa = active_isa();
   const ScalarType type = compute_type(x_.scalar_type());
+  if (x_.scalar_type() == ScalarType::BFloat16 && multiplies_bf16(isa, shape) &&
+      shape.batch * shape.rows * shape.out_channels > 0) {
+    const Tensor grad = as_contiguous(grad_), x = as_contiguous(x_);
+    Tensor out = torch::stable::new_empty(x, {shape.out_channels, shape.length * shape.channels});
+    spiral_conv_weight_grad_bf16(isa, shape, grad.const_data_ptr<BFloat16>(), x.const_data_ptr<BFloat16>(),
+                                 indices.const_data_ptr<int64_t>(), out.mutable_data_ptr<BFloat16>());
+    return out;
+  }
   // Channels are padded to whole vectors of any instruction set, so that no load runs over the end of a row.
   const int64_t vector = type == ScalarType::Double ? 8 : 16,
                 stride = ceil_div(shape.channels, vector) * vector;
@@ -199,7 +218,6 @@ Tensor spiral_conv_weight_grad(const Tensor& grad_, const Tensor& x_, const Tens
   if (stride != shape.channels) x = torch::stable::pad(x, {0, stride - shape.channels});
   Tensor sums = torch::stable::new_zeros(x, {shape.out_channels, shape.length, stride});
   if (sums.numel() > 0 && shape.batch * shape.rows > 0) {
-    const Isa isa = active_isa();
     dispatch_floating(type, [&](auto zero) {
       using T = ComputeType<decltype(zero)>;
       const SpiralTiling tiling = tiling_of<T>(isa);
