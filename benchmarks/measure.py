@@ -22,6 +22,8 @@ class Work:
 
     operations: int
     bytes: int
+    bfloat16: bool = False
+    """Whether the operations may be those that the CPU has for bfloat16."""
 
 
 class Ceilings:
@@ -37,13 +39,14 @@ class Ceilings:
         self.source = torch.ones(max(1, work.bytes // 2 // FLOAT))
         self.moved = 2 * self.source.numel() * FLOAT
         self.rounds = 1 << 16
+        self.bfloat16 = work.bfloat16
         self.operations_per_second: list[float] = []
         self.bytes_per_second: list[float] = []
 
     def sample_arithmetic(self) -> None:
         if _library.LOADED:
             start = self.timer()
-            operations = torch.ops.pahm_ops.cpu_fma(self.rounds)
+            operations = torch.ops.pahm_ops.cpu_fma(self.rounds, self.bfloat16)
             self.operations_per_second.append(operations / (self.timer() - start))
 
     def sample_copy(self) -> None:

@@ -4,7 +4,7 @@
 // clang-format off
 STABLE_TORCH_LIBRARY(pahm_ops, m) {
   m.def("cpu_isa() -> int");
-  m.def("cpu_fma(int rounds) -> int");
+  m.def("cpu_fma(int rounds, bool bfloat16=False) -> int");
   m.def("vertex_sample(Tensor[] features, Tensor vertices, Tensor? camera, int height, int width, bool align_corners, bool border) -> Tensor");
   m.def("vertex_sample_backward(Tensor grad, Tensor[] features, Tensor vertices, Tensor? camera, int height, int width, bool align_corners, bool border, bool[] needs) -> (Tensor[], Tensor, Tensor)");
   m.def("spiral_conv(Tensor x, Tensor indices, Tensor weight, Tensor? bias, int activation=0) -> Tensor");

@@ -1,5 +1,5 @@
 // cpu_fma: nothing but fused multiply-adds in registers, on every thread: the rate that the kernels are held
-// against.
+// against. In float32, or in bfloat16 where the CPU multiplies that itself.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -8,6 +8,7 @@
 
 #include "common/checks.h"
 #include "common/isa.h"
+#include "cpu/spiral_bf16.h"
 
 #define PAHM_KERNEL_FILE "cpu/fma.h"
 #include "common/foreach_isa.h"
@@ -15,7 +16,7 @@
 namespace pahm {
 namespace {
 
-int64_t cpu_fma(int64_t rounds) {
+int64_t cpu_fma(int64_t rounds, bool bfloat16) {
   check(rounds > 0, "rounds must be positive");
   const Isa isa = active_isa();
   const int64_t threads = torch::stable::get_num_threads();
@@ -23,7 +24,8 @@ int64_t cpu_fma(int64_t rounds) {
   std::vector<float> results(static_cast<size_t>(threads));
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      PAHM_ISA_CALL_AS(isa, fma_rounds<float>, rounds, operations[i], results[i]);
+      operations[i] = bfloat16 ? multiply_bf16(isa, rounds) : 0;
+      if (operations[i] == 0) PAHM_ISA_CALL_AS(isa, fma_rounds<float>, rounds, operations[i], results[i]);
     }
   });
   int64_t sum = 0;

@@ -14,6 +14,9 @@ namespace pahm {
 // Whether these serve a call. Few output channels are left to the float32 kernels where there are no tiles.
 bool multiplies_bf16(Isa isa, const SpiralShape& shape);
 
+// Nothing but products of bfloat16 in registers; returns their operations, 0 where `isa` has none.
+int64_t multiply_bf16(Isa isa, int64_t rounds);
+
 // x (B, N, C), indices (M, L), weight (Cout, L * C), bias (Cout,) or null -> out (B, M, Cout).
 void spiral_conv_bf16(Isa isa, const SpiralShape& shape, const c10::BFloat16* x, const int64_t* indices,
                       const c10::BFloat16* weight, const float* bias, Activation activation,

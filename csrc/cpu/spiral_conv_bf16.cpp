@@ -90,6 +90,13 @@ bool multiplies_bf16(Isa isa, const SpiralShape& shape) {
   return isa == Isa::amx || (isa == Isa::avx512_bf16 && shape.out_channels > 4);
 }
 
+int64_t multiply_bf16(Isa isa, int64_t rounds) {
+  const Scratch<float> result(block * block);
+  if (isa == Isa::amx) return isa_bf16::block_rounds<Unit::tiles>(rounds, result.get());
+  if (isa == Isa::avx512_bf16) return isa_bf16::block_rounds<Unit::vectors>(rounds, result.get());
+  return 0;
+}
+
 void spiral_conv_bf16(Isa isa, const SpiralShape& shape, const BFloat16* x, const int64_t* indices,
                       const BFloat16* weight, const float* bias, Activation activation, BFloat16* out) {
   const int64_t depth = padded(shape.channels), panels = ceil_div(shape.out_channels, block);
@@ -153,6 +160,7 @@ void spiral_conv_weight_grad_bf16(Isa isa, const SpiralShape& shape, const BFloa
 namespace pahm {
 
 bool multiplies_bf16(Isa, const SpiralShape&) { return false; }
+int64_t multiply_bf16(Isa, int64_t) { return 0; }
 void spiral_conv_bf16(Isa, const SpiralShape&, const c10::BFloat16*, const int64_t*, const c10::BFloat16*,
                       const float*, Activation, c10::BFloat16*) {}
 void spiral_conv_input_grad_bf16(Isa, const SpiralShape&, const c10::BFloat16*, const int64_t*,
