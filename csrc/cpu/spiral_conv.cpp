@@ -46,10 +46,12 @@ struct SpiralWeightGrad {
   SpiralShape shape;
   const T* grad;
   const T* x;  // (B, N, stride)
-  const int64_t* indices;
-  T* out;  // (Cout, L, stride), zero at first
+  T* out;      // (Cout, L, stride)
   int64_t stride;
-  int64_t block;
+  int64_t meshes;         // in a group
+  int64_t group;          // rows of one
+  const int64_t* places;  // (L, group), where the spirals of a group point, counted in its vertices
+  int64_t block;          // rows that are taken at a time
 };
 
 struct SpiralTiling {
@@ -66,7 +68,21 @@ namespace {
 
 using c10::BFloat16;
 
-constexpr int64_t cache_bytes = 1 << 19;
+// The weight gradient takes no more rows at a time than this, and no more than fit half of a second-level
+// cache.
+constexpr int64_t block_rows = 1024, cache_bytes = 1 << 19;
+
+// Where the spirals of several meshes point, (L, rows of all), counted in the vertices of all.
+void list_places(const SpiralShape& shape, int64_t meshes, const int64_t* indices, int64_t* places) {
+  for (int64_t mesh = 0; mesh < meshes; ++mesh) {
+    for (int64_t row = 0; row < shape.rows; ++row) {
+      int64_t* place = places + mesh * shape.rows + row;
+      for (int64_t l = 0; l < shape.length; ++l, place += meshes * shape.rows) {
+        *place = mesh * shape.vertices + indices[row * shape.length + l];
+      }
+    }
+  }
+}
 
 Tensor compute_copy(const Tensor& t) { return as_contiguous(of_type(t, compute_type(t.scalar_type()))); }
 
@@ -210,14 +226,21 @@ Tensor spiral_conv_weight_grad(const Tensor& grad_, const Tensor& x_, const Tens
                                  indices.const_data_ptr<int64_t>(), out.mutable_data_ptr<BFloat16>());
     return out;
   }
+  if (shape.batch * shape.rows == 0) {
+    return torch::stable::new_zeros(x_, {shape.out_channels, shape.length * shape.channels});
+  }
   // Channels are padded to whole vectors of any instruction set, so that no load runs over the end of a row.
-  const int64_t vector = type == ScalarType::Double ? 8 : 16,
-                stride = ceil_div(shape.channels, vector) * vector;
+  const int64_t vector = type == ScalarType::Double ? 8 : 16;
+  const int64_t stride = ceil_div(shape.channels, vector) * vector;
   const Tensor grad = compute_copy(grad_);
   Tensor x = compute_copy(x_);
   if (stride != shape.channels) x = torch::stable::pad(x, {0, stride - shape.channels});
-  Tensor sums = torch::stable::new_zeros(x, {shape.out_channels, shape.length, stride});
-  if (sums.numel() > 0 && shape.batch * shape.rows > 0) {
+  Tensor sums = torch::stable::new_empty(x, {shape.out_channels, shape.length, stride});
+  if (sums.numel() > 0) {
+    const int64_t meshes = std::clamp<int64_t>(block_rows / shape.rows, 1, shape.batch);
+    const int64_t group = meshes * shape.rows;
+    const Scratch<int64_t> places(shape.length * group);
+    list_places(shape, meshes, indices.const_data_ptr<int64_t>(), places.get());
     dispatch_floating(type, [&](auto zero) {
       using T = ComputeType<decltype(zero)>;
       const SpiralTiling tiling = tiling_of<T>(isa);
@@ -225,10 +248,12 @@ Tensor spiral_conv_weight_grad(const Tensor& grad_, const Tensor& x_, const Tens
       const SpiralWeightGrad<T> arguments{shape,
                                           grad.const_data_ptr<T>(),
                                           x.const_data_ptr<T>(),
-                                          indices.const_data_ptr<int64_t>(),
                                           sums.mutable_data_ptr<T>(),
                                           stride,
-                                          std::max<int64_t>(64, cache_bytes / row_bytes)};
+                                          meshes,
+                                          group,
+                                          places.get(),
+                                          std::clamp<int64_t>(cache_bytes / row_bytes, 64, block_rows)};
       const int64_t tiles =
           ceil_div(shape.out_channels, tiling.rows) * ceil_div(stride, tiling.panel) * shape.length;
       const int64_t work = shape.batch * shape.rows * tiling.rows * tiling.panel;

@@ -251,83 +251,101 @@ void spiral_input_grad(const SpiralInputGrad<S>& a, Compute<S>* sums, int64_t be
 
 // ---- gradient to the weight ----
 
-// Adds the rows first to last of the flattened (B, M) to one tile: MR output channels from `o`, columns from
-// `column` of place l.
+// sums (MR, NV vectors) = grad (rows, MR of Cout) transposed times the rows of x (stride apart) that `places`
+// names. A function of its own: inlined, its accumulators would not all get a register.
 template <typename T, int MR, int NV>
-void spiral_weight_grad_tile(const SpiralWeightGrad<T>& a, int64_t first, int64_t last, int64_t o, int64_t l,
-                             int64_t column) {
-  const SpiralShape& s = a.shape;
+__attribute__((noinline)) void outer_products(const T* grad, int64_t grad_stride, const T* x,
+                                              int64_t x_stride, const int64_t* places, int64_t rows,
+                                              T* sums) {
   Vec<T> acc[MR][NV] = {};
-  const T* grad = a.grad + first * s.out_channels + o;
-  for (int64_t row = first; row < last;) {
-    const int64_t b = row / s.rows, end = last < (b + 1) * s.rows ? last : (b + 1) * s.rows;
-    const T* x = a.x + b * s.vertices * a.stride + column;
-    const int64_t* spiral = a.indices + (row - b * s.rows) * s.length + l;
-    for (; row < end; ++row, grad += s.out_channels, spiral += s.length) {
-      const T* source = x + *spiral * a.stride;
-      Vec<T> values[NV];
+  for (int64_t row = 0; row < rows; ++row, grad += grad_stride) {
+    const T* source = x + places[row] * x_stride;
+    Vec<T> values[NV];
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) values[v] = load(source + v * lanes<T>);
+    for (int v = 0; v < NV; ++v) values[v] = load(source + v * lanes<T>);
 #pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) {
-        const Vec<T> scalar = broadcast(grad[i]);
+    for (int i = 0; i < MR; ++i) {
+      const Vec<T> scalar = broadcast(grad[i]);
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v) acc[i][v] += scalar * values[v];
-      }
+      for (int v = 0; v < NV; ++v) acc[i][v] += scalar * values[v];
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
-    T* out = a.out + ((o + i) * s.length + l) * a.stride + column;
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) store(out + v * lanes<T>, load(out + v * lanes<T>) + acc[i][v]);
+    for (int v = 0; v < NV; ++v) store(sums + (i * NV + v) * lanes<T>, acc[i][v]);
   }
 }
 
-template <typename T, int NV>
-void spiral_weight_grad_rows(const SpiralWeightGrad<T>& a, int64_t first, int64_t last, int64_t o,
-                             int64_t count, int64_t l, int64_t column) {
+// What rows first to last of the flattened (B, M) give one tile: MR output channels from `o`, columns from
+// `column` of place l. Added to what is there; the first rows of all are written.
+template <typename T, int MR, int NV>
+void spiral_weight_grad_tile(const SpiralWeightGrad<T>& a, int64_t first, int64_t last, int64_t o, int64_t l,
+                             int64_t column) {
+  const SpiralShape& s = a.shape;
+  const int64_t mesh = first / a.group * a.meshes, place = l * a.group + first % a.group;
+  alignas(PAHM_VECTOR_BYTES) T sums[MR * NV * lanes<T>];
+  outer_products<T, MR, NV>(a.grad + first * s.out_channels + o, s.out_channels,
+                            a.x + mesh * s.vertices * a.stride + column, a.stride, a.places + place,
+                            last - first, sums);
+  for (int i = 0; i < MR; ++i) {
+    T* out = a.out + ((o + i) * s.length + l) * a.stride + column;
+    for (int v = 0; v < NV; ++v, out += lanes<T>) {
+      const Vec<T> sum = load(sums + (i * NV + v) * lanes<T>);
+      store(out, first > 0 ? load(out) + sum : sum);
+    }
+  }
+}
+
+// Calls f(rows, o) for tiles that make up `count` output channels from `o`; `rows` is a compile-time number.
+template <typename F>
+inline __attribute__((always_inline)) void for_tiles(int64_t o, int64_t count, const F& f) {
   for (const int64_t end = o + count; o < end;) {
     const int64_t left = end - o;
     if (left >= tile_rows) {
-      spiral_weight_grad_tile<T, tile_rows, NV>(a, first, last, o, l, column);
+      f(std::integral_constant<int, tile_rows>{}, o);
       o += tile_rows;
     } else if (left >= 8 && tile_rows > 8) {
-      spiral_weight_grad_tile<T, 8, NV>(a, first, last, o, l, column);
+      f(std::integral_constant<int, 8>{}, o);
       o += 8;
     } else if (left >= 4) {
-      spiral_weight_grad_tile<T, 4, NV>(a, first, last, o, l, column);
+      f(std::integral_constant<int, 4>{}, o);
       o += 4;
     } else if (left == 3) {
-      spiral_weight_grad_tile<T, 3, NV>(a, first, last, o, l, column);
+      f(std::integral_constant<int, 3>{}, o);
       o += 3;
     } else if (left == 2) {
-      spiral_weight_grad_tile<T, 2, NV>(a, first, last, o, l, column);
+      f(std::integral_constant<int, 2>{}, o);
       o += 2;
     } else {
-      spiral_weight_grad_tile<T, 1, NV>(a, first, last, o, l, column);
+      f(std::integral_constant<int, 1>{}, o);
       o += 1;
     }
   }
 }
 
 // Items begin to end of (tiles of output channels, panels, L). Each is summed over all meshes by one thread
-// in one order; all threads walk through the flattened rows in blocks of `a.block`, which stay in the cache.
+// in one order; all threads walk through the flattened rows in blocks, which stay in the cache.
 template <typename T>
 void spiral_weight_grad(const SpiralWeightGrad<T>& a, int64_t begin, int64_t end) {
   const SpiralShape& s = a.shape;
   const int64_t panels = (a.stride + panel_width<T> - 1) / panel_width<T>, rows = s.batch * s.rows;
-  for (int64_t first = 0; first < rows; first += a.block) {
-    const int64_t last = first + a.block < rows ? first + a.block : rows;
+  for (int64_t first = 0, last = 0; first < rows; first = last) {
+    // A block is a part of a group, so that its places follow each other.
+    const int64_t next_group = (first / a.group + 1) * a.group, next = first + a.block;
+    last = next < next_group ? next : next_group;
+    if (last > rows) last = rows;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t l = item % s.length, column = item / s.length % panels * panel_width<T>;
       const int64_t o = item / s.length / panels * tile_rows;
       const int64_t count = s.out_channels - o < tile_rows ? s.out_channels - o : tile_rows;
-      if (a.stride - column > lanes<T>) {
-        spiral_weight_grad_rows<T, 2>(a, first, last, o, count, l, column);
-      } else {
-        spiral_weight_grad_rows<T, 1>(a, first, last, o, count, l, column);
-      }
+      for_tiles(o, count, [&](auto MR, int64_t channel) __attribute__((always_inline)) {
+        if (a.stride - column > lanes<T>) {
+          spiral_weight_grad_tile<T, MR, 2>(a, first, last, channel, l, column);
+        } else {
+          spiral_weight_grad_tile<T, MR, 1>(a, first, last, channel, l, column);
+        }
+      });
     }
   }
 }
