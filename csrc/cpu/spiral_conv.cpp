@@ -26,8 +26,8 @@ struct SpiralForward {
   SpiralShape shape;
   const ComputeType<S>* x;
   const int64_t* indices;
-  const ComputeType<S>* packed;  // panels, or the weight itself where few output channels need none
-  const ComputeType<S>* bias;    // or null
+  const ComputeType<S>* weight;
+  const ComputeType<S>* bias;  // or null
   S* out;
   Activation activation;
 };
@@ -37,7 +37,7 @@ struct SpiralInputGrad {
   SpiralShape shape;
   const ComputeType<S>* grad;
   const int64_t* indices;
-  const ComputeType<S>* packed;
+  const ComputeType<S>* weight;
   S* out;
 };
 
@@ -86,11 +86,6 @@ void list_places(const SpiralShape& shape, int64_t meshes, const int64_t* indice
 
 Tensor compute_copy(const Tensor& t) { return as_contiguous(of_type(t, compute_type(t.scalar_type()))); }
 
-// Columns of a packed weight of `columns` real ones: whole panels.
-int64_t padded(int64_t columns, const SpiralTiling& tiling) {
-  return ceil_div(columns, tiling.panel) * tiling.panel;
-}
-
 template <typename T>
 SpiralTiling tiling_of(Isa isa) {
   SpiralTiling tiling{};
@@ -133,29 +128,23 @@ Tensor spiral_conv(const Tensor& x_, const Tensor& indices_, const Tensor& weigh
     using T = ComputeType<S>;
     const SpiralTiling tiling = tiling_of<T>(isa);
     const int64_t K = shape.length * shape.channels, rows = shape.batch * shape.rows;
-    SpiralForward<S> arguments{shape,
-                               x.const_data_ptr<T>(),
-                               indices.const_data_ptr<int64_t>(),
-                               weight.const_data_ptr<T>(),
-                               bias_.has_value() ? bias.const_data_ptr<T>() : nullptr,
-                               out.mutable_data_ptr<S>(),
-                               static_cast<Activation>(activation)};
+    const SpiralForward<S> arguments{shape,
+                                     x.const_data_ptr<T>(),
+                                     indices.const_data_ptr<int64_t>(),
+                                     weight.const_data_ptr<T>(),
+                                     bias_.has_value() ? bias.const_data_ptr<T>() : nullptr,
+                                     out.mutable_data_ptr<S>(),
+                                     static_cast<Activation>(activation)};
     if (shape.out_channels <= 4 && shape.channels >= tiling.lanes) {
       parallel_for(rows, K * shape.out_channels, [&](int64_t begin, int64_t end) {
         PAHM_ISA_CALL_AS(isa, spiral_forward_thin<S>, arguments, begin, end);
       });
       return;
     }
-    const Scratch<T> packed(padded(shape.out_channels, tiling) * K);
-    const int64_t panels = ceil_div(shape.out_channels, tiling.panel);
-    parallel_for(panels, K * tiling.panel, [&](int64_t begin, int64_t end) {
-      PAHM_ISA_CALL_AS(isa, spiral_pack_forward<T>, shape, weight.const_data_ptr<T>(), packed.get(), begin,
-                       end);
-    });
-    arguments.packed = packed.get();
-    const int64_t tiles = panels * ceil_div(rows, tiling.rows);
+    const int64_t tiles = ceil_div(shape.out_channels, tiling.panel) * ceil_div(rows, tiling.rows);
     parallel_for(tiles, K * tiling.rows * tiling.panel, [&](int64_t begin, int64_t end) {
-      PAHM_ISA_CALL_AS(isa, spiral_forward<S>, arguments, begin, end);
+      const Scratch<T> panel(K * tiling.panel);
+      PAHM_ISA_CALL_AS(isa, spiral_forward<S>, arguments, panel.get(), begin, end);
     });
   });
   return out;
@@ -191,16 +180,11 @@ Tensor spiral_conv_input_grad(const Tensor& grad_, const Tensor& indices_, const
     using T = ComputeType<S>;
     const SpiralTiling tiling = tiling_of<T>(isa);
     const int64_t panels = ceil_div(shape.channels, tiling.panel), K = shape.length * shape.out_channels;
-    const Scratch<T> packed(padded(shape.channels, tiling) * K);
-    parallel_for(panels, K * tiling.panel, [&](int64_t begin, int64_t end) {
-      PAHM_ISA_CALL_AS(isa, spiral_pack_input_grad<T>, shape, weight.const_data_ptr<T>(), packed.get(), begin,
-                       end);
-    });
     const SpiralInputGrad<S> arguments{shape, grad.const_data_ptr<T>(), indices.const_data_ptr<int64_t>(),
-                                       packed.get(), out.mutable_data_ptr<S>()};
-    parallel_for(shape.batch * panels, shape.rows * K * tiling.panel, [&](int64_t begin, int64_t end) {
-      const Scratch<T> sums(shape.vertices * tiling.panel);
-      PAHM_ISA_CALL_AS(isa, spiral_input_grad<S>, arguments, sums.get(), begin, end);
+                                       weight.const_data_ptr<T>(), out.mutable_data_ptr<S>()};
+    parallel_for(panels * shape.batch, shape.rows * K * tiling.panel, [&](int64_t begin, int64_t end) {
+      const Scratch<T> panel(K * tiling.panel), sums(shape.vertices * tiling.panel);
+      PAHM_ISA_CALL_AS(isa, spiral_input_grad<S>, arguments, panel.get(), sums.get(), begin, end);
     });
   });
   return out;

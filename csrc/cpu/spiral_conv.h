@@ -40,21 +40,18 @@ inline __attribute__((always_inline)) void multiply(Vec<T> (&acc)[MR][NV], const
 
 // ---- forward ----
 
-// Lays out weight (Cout, K) as panels (K, width) of consecutive output channels, zero beyond Cout.
+// Lays out a panel of weight (Cout, K), the output channels from `column`: (K, width), zero beyond Cout.
 template <typename T>
-void spiral_pack_forward(const SpiralShape& s, const T* weight, T* packed, int64_t begin, int64_t end) {
-  const int64_t K = s.length * s.channels;
-  for (int64_t p = begin; p < end; ++p) {
-    const int64_t first = p * panel_width<T>, width = stored_width<T>(s.out_channels - first);
-    const int64_t real = s.out_channels - first < width ? s.out_channels - first : width;
-    T* panel = packed + first * K;
-    if (real < width) std::memset(panel, 0, static_cast<size_t>(K * width) * sizeof(T));
-    transpose(weight + first * K, K, real, K, panel, width);
-  }
+void spiral_pack_forward(const SpiralShape& s, const T* weight, int64_t column, T* panel) {
+  const int64_t K = s.length * s.channels, width = stored_width<T>(s.out_channels - column);
+  const int64_t real = s.out_channels - column < width ? s.out_channels - column : width;
+  if (real < width) std::memset(panel, 0, static_cast<size_t>(K * width) * sizeof(T));
+  transpose(weight + column * K, K, real, K, panel, width);
 }
 
 template <typename S, int MR, int NV>
-void spiral_forward_tile(const SpiralForward<S>& a, int64_t first_row, int64_t count, int64_t column) {
+void spiral_forward_tile(const SpiralForward<S>& a, const Compute<S>* panel, int64_t first_row, int64_t count,
+                         int64_t column) {
   using T = Compute<S>;
   const SpiralShape& s = a.shape;
   const T* base[MR];
@@ -75,7 +72,6 @@ void spiral_forward_tile(const SpiralForward<S>& a, int64_t first_row, int64_t c
       for (int i = 0; i < MR; ++i) acc[i][v] = bias;
     }
   }
-  const T* panel = a.packed + column * s.length * s.channels;
   for (int64_t l = 0; l < s.length; ++l) {
     const T* rows[MR];
 #pragma GCC unroll 16
@@ -100,17 +96,19 @@ void spiral_forward_tile(const SpiralForward<S>& a, int64_t first_row, int64_t c
 }
 
 // Tiles begin to end, counted down the rows of the flattened (B, M) within a panel, then panel by panel.
+// `panel` holds one, laid out anew for the next.
 template <typename S>
-void spiral_forward(const SpiralForward<S>& a, int64_t begin, int64_t end) {
+void spiral_forward(const SpiralForward<S>& a, Compute<S>* panel, int64_t begin, int64_t end) {
   using T = Compute<S>;
   const int64_t rows = a.shape.batch * a.shape.rows, tiles = (rows + tile_rows - 1) / tile_rows;
   for (int64_t t = begin; t < end; ++t) {
     const int64_t row = t % tiles * tile_rows, column = t / tiles * panel_width<T>;
     const int64_t count = rows - row < tile_rows ? rows - row : tile_rows;
+    if (t == begin || row == 0) spiral_pack_forward(a.shape, a.weight, column, panel);
     if (a.shape.out_channels - column > lanes<T>) {
-      spiral_forward_tile<S, tile_rows, 2>(a, row, count, column);
+      spiral_forward_tile<S, tile_rows, 2>(a, panel, row, count, column);
     } else {
-      spiral_forward_tile<S, tile_rows, 1>(a, row, count, column);
+      spiral_forward_tile<S, tile_rows, 1>(a, panel, row, count, column);
     }
   }
 }
@@ -132,7 +130,7 @@ void spiral_forward_thin_tile(const SpiralForward<S>& a, int64_t first_row, int6
       const int64_t r = first_row + (i < count ? i : count - 1);
       rows[i] = a.x + (r / s.rows * s.vertices + a.indices[r % s.rows * s.length + l]) * s.channels;
     }
-    const T* weight = a.packed + l * s.channels;
+    const T* weight = a.weight + l * s.channels;
     for (int64_t c = 0; c < whole; c += lanes<T>) {
       Vec<T> x[thin_rows];
 #pragma GCC unroll 4
@@ -182,21 +180,18 @@ void spiral_forward_thin(const SpiralForward<S>& a, int64_t begin, int64_t end) 
 
 // ---- gradient to the input ----
 
-// Lays out weight (Cout, L, C) as panels (L, Cout, width) of consecutive input channels, zero beyond C.
+// Lays out a panel of weight (Cout, L, C), the input channels from `column`: (L, Cout, width), zero beyond C.
 template <typename T>
-void spiral_pack_input_grad(const SpiralShape& s, const T* weight, T* packed, int64_t begin, int64_t end) {
-  for (int64_t p = begin; p < end; ++p) {
-    const int64_t first = p * panel_width<T>, width = stored_width<T>(s.channels - first);
-    const int64_t real = s.channels - first < width ? s.channels - first : width;
-    T* panel = packed + first * s.length * s.out_channels;
-    if (real < width) {
-      std::memset(panel, 0, static_cast<size_t>(s.length * s.out_channels * width) * sizeof(T));
-    }
-    for (int64_t l = 0; l < s.length; ++l) {
-      for (int64_t o = 0; o < s.out_channels; ++o, panel += width) {
-        const T* source = weight + (o * s.length + l) * s.channels + first;
-        std::memcpy(panel, source, static_cast<size_t>(real) * sizeof(T));
-      }
+void spiral_pack_input_grad(const SpiralShape& s, const T* weight, int64_t column, T* panel) {
+  const int64_t width = stored_width<T>(s.channels - column);
+  const int64_t real = s.channels - column < width ? s.channels - column : width;
+  if (real < width) {
+    std::memset(panel, 0, static_cast<size_t>(s.length * s.out_channels * width) * sizeof(T));
+  }
+  for (int64_t l = 0; l < s.length; ++l) {
+    for (int64_t o = 0; o < s.out_channels; ++o, panel += width) {
+      const T* source = weight + (o * s.length + l) * s.channels + column;
+      std::memcpy(panel, source, static_cast<size_t>(real) * sizeof(T));
     }
   }
 }
@@ -204,13 +199,13 @@ void spiral_pack_input_grad(const SpiralShape& s, const T* weight, T* packed, in
 // One mesh and one panel of input channels: each row's product is added where its spiral points, always in
 // the same order. `sums` is (N, NV vectors).
 template <typename S, int NV>
-void spiral_input_grad_panel(const SpiralInputGrad<S>& a, int64_t b, int64_t column, Compute<S>* sums) {
+void spiral_input_grad_panel(const SpiralInputGrad<S>& a, const Compute<S>* panel, int64_t b, int64_t column,
+                             Compute<S>* sums) {
   using T = Compute<S>;
   const SpiralShape& s = a.shape;
   const int64_t width = NV * lanes<T>;
   std::memset(sums, 0, static_cast<size_t>(s.vertices * width) * sizeof(T));
   const T* grad = a.grad + b * s.rows * s.out_channels;
-  const T* panel = a.packed + column * s.length * s.out_channels;
   for (int64_t l = 0; l < s.length; ++l, panel += s.out_channels * width) {
     for (int64_t m = 0; m < s.rows; m += tile_rows) {
       const int64_t count = s.rows - m < tile_rows ? s.rows - m : tile_rows;
@@ -234,17 +229,23 @@ void spiral_input_grad_panel(const SpiralInputGrad<S>& a, int64_t b, int64_t col
   }
 }
 
-// Items begin to end of (B, panels).
+// Items begin to end: a few meshes at a time, all their panels, and for a panel each of these meshes. `panel`
+// is laid out anew for the next, which so many rows share that it hardly counts.
 template <typename S>
-void spiral_input_grad(const SpiralInputGrad<S>& a, Compute<S>* sums, int64_t begin, int64_t end) {
+void spiral_input_grad(const SpiralInputGrad<S>& a, Compute<S>* panel, Compute<S>* sums, int64_t begin,
+                       int64_t end) {
   using T = Compute<S>;
   const int64_t panels = (a.shape.channels + panel_width<T> - 1) / panel_width<T>;
+  const int64_t few = a.shape.rows < 512 ? 512 / (a.shape.rows + 1) + 1 : 1;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t column = item % panels * panel_width<T>;
+    const int64_t first = item / (few * panels) * few, i = item - first * panels;
+    const int64_t meshes = a.shape.batch - first < few ? a.shape.batch - first : few;
+    const int64_t b = first + i % meshes, column = i / meshes * panel_width<T>;
+    if (item == begin || b == first) spiral_pack_input_grad(a.shape, a.weight, column, panel);
     if (a.shape.channels - column > lanes<T>) {
-      spiral_input_grad_panel<S, 2>(a, item / panels, column, sums);
+      spiral_input_grad_panel<S, 2>(a, panel, b, column, sums);
     } else {
-      spiral_input_grad_panel<S, 1>(a, item / panels, column, sums);
+      spiral_input_grad_panel<S, 1>(a, panel, b, column, sums);
     }
   }
 }
