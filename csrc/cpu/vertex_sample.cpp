@@ -21,6 +21,7 @@
 #include "common/dispatch.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/scratch.h"
 #include "cpu/projection.h"
 
 namespace pahm {
@@ -172,7 +173,7 @@ Tensor vertex_sample(const Maps& features, const Tensor& vertices, const std::op
     job.points = points.data();
     job.output = output.mutable_data_ptr();
     parallel_for(batch * job.unit_count, plan.work(), [&](int64_t begin, int64_t end) {
-      const auto scratch = std::make_unique_for_overwrite<T[]>(static_cast<size_t>(plan.scratch));
+      const Scratch<T> scratch(plan.scratch);
       PAHM_ISA_CALL_AS(isa, sample_units<S>, job, begin, end, scratch.get());
     });
   });
@@ -263,7 +264,7 @@ std::tuple<Maps, Tensor, Tensor> vertex_sample_backward(const Tensor& grad, cons
       job.point_grads = shares.get();
     }
     parallel_for(batch * job.unit_count, plan.work(), [&](int64_t begin, int64_t end) {
-      const auto scratch = std::make_unique_for_overwrite<T[]>(static_cast<size_t>(plan.scratch));
+      const Scratch<T> scratch(plan.scratch);
       PAHM_ISA_CALL_AS(isa, backward_units<S>, job, begin, end, scratch.get());
     });
     if (needs_points) {
