@@ -104,6 +104,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
     ) -> None:
         ours, reference, *_ = contenders
         expected = contenders[reference]()
+        result_bytes = sum(r.nbytes for r in (expected if isinstance(expected, tuple) else (expected,)))
         for name, function in contenders.items():
             if name != reference:
                 check_equal(name, function(), expected, tolerance)
@@ -143,6 +144,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
             "case": request.node.name.removeprefix("bench_"),
             "seconds": best,
             "peak_bytes": memory,
+            "result_bytes": result_bytes,
         }
         if work is not None and ceilings is not None:
             row |= ceilings.record(work)

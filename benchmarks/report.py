@@ -47,14 +47,15 @@ def _percent(value: float | None) -> str:
 def table(rows: list[Row]) -> list[str]:
     """Lines of Markdown: a row a case, and a mean for each group."""
     lines = [
-        "| case | ours ms | fastest other ms | which | ratio | of ceiling | ours MB | other MB |",
-        "|---|---:|---:|---|---:|---:|---:|---:|",
+        "| case | ours ms | fastest other ms | which | ratio | of ceiling | result MB | ours MB | other MB |",
+        "|---|---:|---:|---|---:|---:|---:|---:|---:|",
     ]
     groups: dict[str, list[Row]] = {}
     for row in rows:
         other, ours = _fastest_other(row), next(iter(row["seconds"]))
         times = " | ".join(f"{row['seconds'][name] * 1e3:.2f}" for name in (ours, other))
-        memory = " | ".join(_megabytes(row["peak_bytes"][name]) for name in (ours, other))
+        held = (row["result_bytes"], *(row["peak_bytes"][name] for name in (ours, other)))
+        memory = " | ".join(map(_megabytes, held))
         part = _percent(efficiency(row))
         lines.append(f"| {row['case']} | {times} | {other} | {ratio(row):.1f}x | {part} | {memory} |")
         groups.setdefault(row["group"], []).append(row)
@@ -63,7 +64,7 @@ def table(rows: list[Row]) -> list[str]:
             parts = [part for part in map(efficiency, group) if part is not None]
             part = _percent(geometric_mean(parts) if parts else None)
             mean = geometric_mean(map(ratio, group))
-            lines.append(f"| **{name}: mean of {len(group)}** | | | | {mean:.1f}x | {part} | | |")
+            lines.append(f"| **{name}: mean of {len(group)}** | | | | {mean:.1f}x | {part} | | | |")
     return lines
 
 
