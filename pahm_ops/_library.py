@@ -51,6 +51,11 @@ def compiled(device: torch.device) -> bool:
     return LOADED and device.type == "cpu" and not exporting_to_onnx()
 
 
+def widened(*tensors: Any) -> list[Any]:
+    """`tensors`, those of float16 as float32: the CPU kernels have no float16 of their own."""
+    return [t.float() if t is not None and t.dtype == torch.float16 else t for t in tensors]
+
+
 def exporting_to_onnx() -> bool:
     """Whether an ONNX file is being written, which has no op of ours: there the reference is traced."""
     if torch.compiler.is_dynamo_compiling():

@@ -32,8 +32,8 @@ def mesh_pool(x: Tensor, transform: Any, dim: int = 1) -> Tensor:
 
     Differentiable any number of times with respect to x, and in forward mode; the transform is a constant and
     gets no gradient.
-    On the CPU the result and the gradient have the same bits for any number of threads. float16 on the CPU,
-    and devices without a compiled kernel, run `pahm_ops.reference`.
+    On the CPU the result and the gradient have the same bits for any number of threads. Devices without a
+    compiled kernel run `pahm_ops.reference`.
 
     Raises:
         TypeError: x is not a tensor of one of these dtypes, or transform is not a sparse matrix.
@@ -55,8 +55,9 @@ def mesh_pool(x: Tensor, transform: Any, dim: int = 1) -> Tensor:
         )
     forward, backward = transform.forward, transform.backward
     batched = x if x.dim() == 3 else x.unsqueeze(0)
-    if _library.compiled(x.device) and x.dtype != torch.float16:
-        out = _ops.mesh_pool(batched, *forward, *backward)
+    if _library.compiled(x.device):
+        (wide,) = _library.widened(batched)
+        out = _ops.mesh_pool(wide, *forward, *backward).to(x.dtype)
     else:
         out = reference.mesh_pool(batched, *forward)
     return out if x.dim() == 3 else out.squeeze(0)

@@ -36,9 +36,9 @@ def spiral_conv(
         (B, M, Cout) or (M, Cout), contiguous, of x's dtype; bfloat16 is summed in float32.
 
     Differentiable any number of times, and in forward mode, by x, weight and bias. On the CPU the
-    result and the gradients to x and weight have the same bits for any number of threads. float16 on the CPU,
-    and devices without a compiled kernel, run `pahm_ops.reference`. Under autocast floating-point arguments
-    but float64 are cast as for a linear layer.
+    result and the gradients to x and weight have the same bits for any number of threads, and float16 is
+    computed in float32. Devices without a compiled kernel run `pahm_ops.reference`. Under autocast
+    floating-point arguments but float64 are cast as for a linear layer.
 
     Raises:
         TypeError: an argument is not a tensor, or its dtype does not fit.
@@ -52,8 +52,9 @@ def spiral_conv(
         raise ValueError(f"activation must be None, 'relu', 'elu' or 'gelu', got {activation!r}")
     x, weight, bias = _autocast(x, weight, bias)
     batched = x if x.dim() == 3 else x.unsqueeze(0)
-    if _library.compiled(x.device) and x.dtype != torch.float16:
-        out = _ops.spiral_conv(batched, indices, weight, bias, ACTIVATIONS.index(activation))
+    if _library.compiled(x.device):
+        batched, weight, bias = _library.widened(batched, weight, bias)
+        out = _ops.spiral_conv(batched, indices, weight, bias, ACTIVATIONS.index(activation)).to(x.dtype)
     else:
         _check_range(indices, batched.shape[1])
         out = reference.spiral_conv(batched, indices, weight, bias, activation)

@@ -56,9 +56,9 @@ def vertex_sample(
 
     Gradients flow to maps (in each map's memory format), vertices and camera, and are themselves
     differentiable where a compiled kernel serves, as is the sample in forward mode (both by plain PyTorch:
-    slower than the first gradient); `pahm_ops.reference`, which serves float16 and devices without one, has
-    first-order gradients only. On the CPU the result and the gradients have the same bits
-    for any number of threads. Under autocast maps of several dtypes are brought to the widest.
+    slower than the first gradient); `pahm_ops.reference`, which serves devices without one, has first-order
+    gradients only. On the CPU the result and the gradients have the same bits for any number of threads, and
+    float16 is computed in float32. Under autocast maps of several dtypes are brought to the widest.
 
     A vertex with a NaN or infinite coordinate, or whose projection is not finite (a NaN camera, an overflow),
     has zero features and zero gradients in both padding modes.
@@ -79,10 +79,13 @@ def vertex_sample(
     size = _check_image_size(camera, image_size, align_corners)
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"padding_mode must be 'zeros' or 'border', got {padding_mode!r}")
-    if _library.compiled(maps[0].device) and maps[0].dtype != torch.float16:
+    if _library.compiled(maps[0].device):
         height, width = size or (0, 0)
         border = padding_mode == "border"
-        return _ops.vertex_sample(maps, vertices, camera, height, width, bool(align_corners), border)
+        wide = _library.widened(*maps)
+        vertices, camera = _library.widened(vertices, camera)
+        out = _ops.vertex_sample(wide, vertices, camera, height, width, bool(align_corners), border)
+        return out.to(maps[0].dtype)
     return reference.vertex_sample(maps, vertices, camera, size, bool(align_corners), padding_mode)
 
 

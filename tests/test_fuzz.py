@@ -20,8 +20,7 @@ from pahm_ops.spiral_conv import ACTIVATIONS
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OTHERS = (torch.int64, torch.int32, torch.bool, torch.complex64, torch.uint8)
-# float16 is PyTorch's own gather on the CPU, whose gradient adds up in float16.
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11, torch.bfloat16: 3e-2, torch.float16: 1e-1}
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 REFUSALS = (TypeError, ValueError, IndexError)
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]

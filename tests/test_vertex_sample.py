@@ -118,10 +118,11 @@ def test_bfloat16_maps_with_float32_geometry_are_rounded_once():
         assert relative(a.float(), b.float()) < 2**-7
 
 
-def test_float16_is_served():
+def test_float16_is_served(backend):
     maps, points, *_ = make("points", torch.float16)
     expected = vertex_sample([feature.double() for feature in maps], points.double())
-    assert relative(vertex_sample(maps, points).double(), expected) < 1e-2
+    tolerance = 1e-2 if backend == "reference" else 1e-3
+    assert relative(vertex_sample(maps, points).double(), expected) < tolerance
 
 
 @pytest.mark.parametrize(("kind", "memory_format", "align_corners", "padding_mode"), ALL)
