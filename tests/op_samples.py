@@ -26,8 +26,8 @@ class Sample:
     function: Callable[..., Tensor]
     definition: Callable[..., Tensor]
     arguments: tuple[Tensor, ...]
-    raw: tuple[object, tuple[object, ...]]
-    """The registered op and the arguments that the function calls it with."""
+    raw: tuple[object, ...]
+    """The arguments that the function calls the registered op with."""
 
     def leaves(self) -> tuple[Tensor, ...]:
         return tuple(a.detach().clone().requires_grad_() for a in self.arguments)
@@ -63,7 +63,7 @@ def _spiral_conv(dtype: torch.dtype) -> list[Sample]:
             name = f"{n}-{m}-{length}-{cin}-{cout}-{activation}{'-bias' if with_bias else ''}"
             bias = arguments[2] if with_bias else None
             raw = (x, indices, weight, bias, ACTIVATIONS.index(activation))
-            found.append(Sample(name, function, definition, arguments, (torch.ops.pahm_ops.spiral_conv, raw)))
+            found.append(Sample(name, function, definition, arguments, raw))
     return found
 
 
@@ -82,7 +82,7 @@ def _mesh_pool(dtype: torch.dtype) -> list[Sample]:
                 lambda x, transform=transform: mesh_pool(x, transform),
                 lambda x, transform=transform: reference_pool.mesh_pool(x, *transform.forward),
                 (x,),
-                (torch.ops.pahm_ops.mesh_pool, (x, *transform.forward, *transform.backward)),
+                (x, *transform.forward, *transform.backward),
             )
         )
     return found
@@ -129,7 +129,7 @@ def _vertex_sample(dtype: torch.dtype) -> list[Sample]:
                             function,
                             definition,
                             arguments,
-                            (torch.ops.pahm_ops.vertex_sample, raw),
+                            raw,
                         )
                     )
     return found

@@ -14,10 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import pahm_ops
 from pahm_ops import MeshTransform, mesh_pool, spiral_conv, vertex_sample
 from pahm_ops.reference import vertex_sample as reference_sample
 from pahm_ops.spiral_conv import ACTIVATIONS
 
+pytestmark = pytest.mark.skipif(
+    pahm_ops.backends()["spiral_conv"]["cpu"] == "reference", reason="no compiled kernels here"
+)
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OTHERS = (torch.int64, torch.int32, torch.bool, torch.complex64, torch.uint8)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11, torch.bfloat16: 3e-2, torch.float16: 4e-3}

@@ -104,6 +104,7 @@ def lowered(op, dtype):
     return dtype if op == "spiral_conv" else torch.float32
 
 
+@compiled
 @each
 def test_autocast_on_cpu(op, index):
     sample = samples(op, torch.float32)[index]
@@ -205,7 +206,7 @@ def test_compile_with_dynamic_shapes(sample):
 @compiled
 @each
 def test_opcheck(op, index):
-    raw, arguments = samples(op, torch.float32)[index].raw
+    raw, arguments = getattr(torch.ops.pahm_ops, op), samples(op, torch.float32)[index].raw
     differentiable = arguments[:1] if op == "mesh_pool" else arguments
     for leaf in torch.utils._pytree.tree_leaves(differentiable):
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():

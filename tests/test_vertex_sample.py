@@ -72,6 +72,7 @@ def check_against_reference(maps, vertices, camera, size, align_corners, padding
     return out, ours
 
 
+@compiled
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("kind", "memory_format", "align_corners", "padding_mode"), ALL)
 def test_equals_reference(dtype, kind, memory_format, align_corners, padding_mode):
