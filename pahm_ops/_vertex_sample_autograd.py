@@ -1,0 +1,254 @@
+"""The derivatives, the fake kernels and the batching rules of `vertex_sample`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from pahm_ops import _library
+from pahm_ops._derivatives import push_forward, restricted
+from pahm_ops.reference import vertex_sample as reference
+
+_ops = torch.ops.pahm_ops
+
+Options = tuple[int, int, bool, bool]
+
+# An autograd function sees only the tensors among its own arguments, so both take the maps one by one, at the
+# end. `options` are (height, width, align_corners, border). What the kernels do not compute comes from the
+# gather reference: forward mode by computing with it while a dual level is open, derivatives of gradients as
+# the pullback of its pullback.
+
+
+class _VertexSample(_library.OpFunction):
+    @staticmethod
+    def forward(vertices: Tensor, camera: Tensor | None, options: Options, *maps: Tensor) -> Tensor:
+        return _library.below_autograd(_ops.vertex_sample, list(maps), vertices, camera, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        vertices, camera, ctx.options, *maps = inputs
+        ctx.save_for_backward(vertices, camera, *maps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        vertices, camera, *maps = ctx.saved_tensors
+        needs = [*ctx.needs_input_grad[3:], *ctx.needs_input_grad[:2]]
+        map_grads, *others = _ops.vertex_sample_backward(grad, maps, vertices, camera, *ctx.options, needs)
+        found = [g if n else None for g, n in zip([*map_grads, *others], needs, strict=True)]
+        return *found[-2:], None, *found[:-2]
+
+    @classmethod
+    def autograd_kernel(
+        cls, features: list[Tensor], vertices: Tensor, camera: Tensor | None, *options: Any
+    ) -> Tensor:
+        if forward_ad._current_level >= 0:
+            return _gather(options, strict=True)(vertices, camera, *features)
+        return super().autograd_kernel(vertices, camera, options, *features)
+
+
+class _VertexSampleBackward(_library.OpFunction):
+    """Gives its gradients flat: of the maps, then of vertices and camera; empty where `needs` says so."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor,
+        vertices: Tensor,
+        camera: Tensor | None,
+        options: Options,
+        needs: tuple[bool, ...],
+        *maps: Tensor,
+    ) -> tuple[Tensor, ...]:
+        arguments = (grad, list(maps), vertices, camera, *options, list(needs))
+        map_grads, *others = _library.below_autograd(_ops.vertex_sample_backward, *arguments)
+        return *map_grads, *others
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        grad, vertices, camera, ctx.options, ctx.needs, *maps = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad, vertices, camera, *maps)
+        ctx.save_for_forward(grad, vertices, camera, *maps)
+
+    @staticmethod
+    def backward(ctx: Any, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = list(ctx.saved_tensors)
+        needs = [*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:]]
+        inputs = [i for i, need in enumerate(needs) if need]
+        asked = [i for i, weight in zip(_order(saved), weights, strict=True) if weight is not None]
+        found: list[Tensor | None] = [None] * len(saved)
+        if asked:
+            function = restricted(_gradients(ctx.options, asked), saved, inputs)
+            pull = torch.func.vjp(function, *(saved[i] for i in inputs))[1]
+            for i, value in zip(inputs, pull(tuple(w for w in weights if w is not None)), strict=True):
+                found[i] = value
+        return *found[:3], None, None, *found[3:]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        saved = list(ctx.saved_tensors)
+        _, vertices, camera, *maps = saved
+        grad, *moved = *tangents[:3], *tangents[5:]
+        if grad is None:
+            grad = torch.zeros_like(saved[0])
+        map_parts, *parts = _ops.vertex_sample_backward(
+            grad, maps, vertices, camera, *ctx.options, list(ctx.needs)
+        )
+        found = dict(zip(_order(saved), [*map_parts, *parts], strict=True))
+        inputs = [i for i, tangent in enumerate(moved, start=1) if tangent is not None]
+        if inputs:
+            asked = [i for i, part in found.items() if part.dim() > 1]
+            function = restricted(_gradients(ctx.options, asked), saved, inputs)
+            pushed = push_forward(function, [saved[i] for i in inputs], [moved[i - 1] for i in inputs])
+            for i, part in zip(asked, pushed, strict=True):
+                found[i] = found[i] + part
+        return tuple(found.values())
+
+    @classmethod
+    def autograd_kernel(
+        cls,
+        grad: Tensor,
+        features: list[Tensor],
+        vertices: Tensor,
+        camera: Tensor | None,
+        *options: Any,
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        *sizes, needs = options
+        *maps, vertex_grad, camera_grad = super().autograd_kernel(
+            grad, vertices, camera, tuple(sizes), tuple(needs), *features
+        )
+        return maps, vertex_grad, camera_grad
+
+
+def _gather(options: Options, strict: bool = False) -> Callable[..., Tensor]:
+    """The op in differentiable PyTorch, of (vertices, camera, *maps)."""
+    height, width, align_corners, border = options
+    mode = "border" if border else "zeros"
+
+    def sample(vertices: Tensor, camera: Tensor | None, *maps: Tensor) -> Tensor:
+        size = (height, width)
+        return reference.vertex_sample_gather(maps, vertices, camera, size, align_corners, mode, strict)
+
+    return sample
+
+
+def _order(saved: list[Tensor | None]) -> list[int]:
+    """Where, among (grad, vertices, camera, *maps), each gradient's tensor is."""
+    return [*range(3, len(saved)), 1, 2]
+
+
+def _gradients(options: Options, asked: list[int]) -> Callable[..., tuple[Tensor, ...]]:
+    """The gradients of those of (grad, vertices, camera, *maps) that are asked for, as a function of all."""
+
+    def gradients(grad: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        places = [i - 1 for i in asked]
+        function = restricted(_gather(options), list(others), places)
+        pull = torch.func.vjp(function, *(others[i] for i in places))[1]
+        return pull(grad)
+
+    return gradients
+
+
+def _fake_vertex_sample(
+    features: list[Tensor],
+    vertices: Tensor,
+    camera: Tensor | None,
+    height: int,
+    width: int,
+    align_corners: bool,
+    border: bool,
+) -> Tensor:
+    channels = sum(feature.shape[1] for feature in features)
+    return features[0].new_empty(vertices.shape[0], vertices.shape[1], channels)
+
+
+def _fake_vertex_sample_backward(
+    grad: Tensor,
+    features: list[Tensor],
+    vertices: Tensor,
+    camera: Tensor | None,
+    height: int,
+    width: int,
+    align_corners: bool,
+    border: bool,
+    needs: list[bool],
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    *need_maps, need_vertices, need_camera = needs
+    need_camera = need_camera and camera is not None
+    map_grads = [
+        torch.empty_like(feature, memory_format=_grad_format(feature)) if need else feature.new_empty(0)
+        for feature, need in zip(features, need_maps, strict=True)
+    ]
+    vertex_grad = vertices.new_empty(vertices.shape if need_vertices or need_camera else 0)
+    camera_grad = vertices.new_empty(camera.shape if camera is not None and need_camera else 0)
+    return map_grads, vertex_grad, camera_grad
+
+
+def _grad_format(feature: Tensor) -> torch.memory_format:
+    last = not feature.is_contiguous() and feature.stride(1) == 1
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _vmap_vertex_sample(
+    info: Any, dims: Any, features: list[Tensor], vertices: Tensor, camera: Tensor | None, *options: Any
+) -> tuple[Tensor, int]:
+    in_features, in_vertices, in_camera, *_ = dims
+    count = info.batch_size
+    if in_camera is None and all(dim is None for dim in in_features):
+        # The same maps at other vertices are the same maps at more vertices.
+        out = _ops.vertex_sample(features, _library.merged(vertices, in_vertices, into=1), camera, *options)
+        return out.unflatten(1, (count, out.shape[1] // count)), 1
+    maps = [_spread(m, dim, count) for m, dim in zip(features, in_features, strict=True)]
+    out = _ops.vertex_sample(
+        maps, _spread(vertices, in_vertices, count), _spread(camera, in_camera, count), *options
+    )
+    return _split(out, count), 0
+
+
+def _vmap_vertex_sample_backward(
+    info: Any,
+    dims: Any,
+    grad: Tensor,
+    features: list[Tensor],
+    vertices: Tensor,
+    camera: Tensor | None,
+    *options: Any,
+) -> tuple[Any, Any]:
+    in_grad, in_features, in_vertices, in_camera, *_ = dims
+    count = info.batch_size
+    map_grads, *others = _ops.vertex_sample_backward(
+        _spread(grad, in_grad, count),
+        [_spread(m, dim, count) for m, dim in zip(features, in_features, strict=True)],
+        _spread(vertices, in_vertices, count),
+        _spread(camera, in_camera, count),
+        *options,
+    )
+    # A gradient that is not needed is an empty vector.
+    batched = [[0 if g.dim() > 1 else None for g in map_grads], *(0 if g.dim() > 1 else None for g in others)]
+    map_grads = [_split(g, count) if g.dim() > 1 else g for g in map_grads]
+    return (map_grads, *(_split(g, count) if g.dim() > 1 else g for g in others)), tuple(batched)
+
+
+def _spread(tensor: Any, dim: int | None, count: int) -> Any:
+    """`count` batches as one, repeated where there is only one."""
+    if tensor is None:
+        return None
+    if dim is None:
+        tensor, dim = tensor.expand(count, *tensor.shape), 0
+    return _library.merged(tensor, dim)
+
+
+def _split(tensor: Tensor, count: int) -> Tensor:
+    return tensor.unflatten(0, (count, tensor.shape[0] // count))
+
+
+_library.register("vertex_sample", _fake_vertex_sample, _VertexSample.autograd_kernel, _vmap_vertex_sample)
+_library.register(
+    "vertex_sample_backward",
+    _fake_vertex_sample_backward,
+    _VertexSampleBackward.autograd_kernel,
+    _vmap_vertex_sample_backward,
+)
