@@ -14,7 +14,8 @@ cd "$work"
 flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 CFLAGS=$flags LDFLAGS=$flags python setup.py --quiet build_ext --inplace
 
-# Python itself is not instrumented: the runtimes come first, and its own leaks are not ours to find.
+# Python itself is not instrumented: the runtimes come first, and its own leaks are not ours to find. pytest must not
+# capture what a sanitizer writes before it ends the process.
 libraries="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
 LD_PRELOAD=$libraries ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$work \
-  python -m pytest tests/test_fuzz.py "$@"
+  python -m pytest --capture=no tests/test_fuzz.py "$@"

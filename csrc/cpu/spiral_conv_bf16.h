@@ -132,7 +132,7 @@ void spiral_input_grad_bf16(const SpiralInputGradBf16& a, int64_t begin, int64_t
               static_cast<size_t>(padded_rows * a.depth) * sizeof(BFloat16));
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / panels, first = item % panels * block_columns;
-    if (item == begin || item % panels == 0) {
+    if (s.out_channels > 0 && (item == begin || item % panels == 0)) {
       for (int64_t m = 0; m < s.rows; ++m) {
         std::memcpy(static_cast<void*>(grad.get() + m * a.depth), a.grad + (b * s.rows + m) * s.out_channels,
                     static_cast<size_t>(s.out_channels) * sizeof(BFloat16));
