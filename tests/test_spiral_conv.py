@@ -151,6 +151,13 @@ def test_bfloat16_is_exact_for_small_integers(isa, shape):
         assert torch.equal(actual, wanted.to(torch.bfloat16))
 
 
+def test_bfloat16_weight_on_an_odd_address(isa):
+    x, indices, weight, bias = arguments((2, 20, 18, 4, 16, 8), torch.bfloat16)
+    odd = torch.empty(weight.numel() + 1, dtype=torch.bfloat16)[1:].view(weight.shape).copy_(weight)
+    assert odd.data_ptr() % 4 == 2
+    assert torch.equal(spiral_conv(x, indices, odd, bias), spiral_conv(x, indices, weight, bias))
+
+
 @pytest.mark.parametrize("activation", ["relu", "elu", "gelu"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("out_channels", [40, 3])

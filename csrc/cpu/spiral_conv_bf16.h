@@ -21,7 +21,7 @@ inline void pack_forward(const SpiralForwardBf16& a, const BFloat16* weight, BFl
   if (columns < block_columns || s.channels < a.depth) {
     std::memset(static_cast<void*>(out), 0, static_cast<size_t>(a.depth * block_columns) * sizeof(BFloat16));
   }
-  if (s.channels % 2 == 0) {
+  if (s.channels % 2 == 0 && reinterpret_cast<uintptr_t>(in) % alignof(float) == 0) {
     // Pairs are moved as numbers of 32 bits.
     transpose(reinterpret_cast<const float*>(in), K / 2, columns, s.channels / 2,
               reinterpret_cast<float*>(out), block_columns);
