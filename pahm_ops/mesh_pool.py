@@ -54,10 +54,10 @@ def mesh_pool(x: Tensor, transform: Any, dim: int = 1) -> Tensor:
             "writes sums over a row wrongly"
         )
     forward, backward = transform.forward, transform.backward
-    batched = x if x.dim() == 3 else x.unsqueeze(0)
+    batched, half = x if x.dim() == 3 else x.unsqueeze(0), x.dtype == torch.float16
     if _library.compiled(x.device):
-        (wide,) = _library.widened(batched)
-        out = _ops.mesh_pool(wide, *forward, *backward).to(x.dtype)
+        out = _ops.mesh_pool(batched.float() if half else batched, *forward, *backward)
+        out = out.half() if half else out
     else:
         out = reference.mesh_pool(batched, *forward)
     return out if x.dim() == 3 else out.squeeze(0)
