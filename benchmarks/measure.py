@@ -55,12 +55,13 @@ class Ceilings:
             self.source.clone()
         self.bytes_per_second.append(self.calls * self.moved / (self.timer() - start))
 
-    def record(self, work: Work) -> dict[str, float]:
+    def record(self, work: Work) -> dict[str, float | bool]:
         """The best rates seen, and the time that the slower of the two allows for `work`."""
         operations = max(self.operations_per_second, default=0.0)
         copied = max(self.bytes_per_second)
         arithmetic = work.operations / operations if operations else 0.0
         return {
+            "bfloat16": work.bfloat16,
             "operations": work.operations,
             "bytes": work.bytes,
             "operations_per_second": operations,

@@ -77,14 +77,18 @@ def roofline(rows: list[Row], title: str, path: Path) -> None:
     import numpy as np
 
     rows = [row for row in rows if row.get("operations") and row["operations_per_second"]]
-    peak = float(np.median([row["operations_per_second"] for row in rows]))
     copy = float(np.median([row["bytes_per_second"] for row in rows]))
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    x = np.geomspace(0.05, 1000, 200)
-    axes.loglog(x, np.minimum(peak, x * copy) / 1e9, color="black", label="ceiling: copy rate, then FMA rate")
+    x = np.geomspace(0.05, 2000, 200)
+    for bfloat16, style in ((False, "-"), (True, "--")):
+        rates = [row["operations_per_second"] for row in rows if row["bfloat16"] == bfloat16]
+        if rates:
+            ceiling = np.minimum(float(np.median(rates)), x * copy) / 1e9
+            kind = "FMA rate in bfloat16" if bfloat16 else "FMA rate"
+            axes.loglog(x, ceiling, style, color="black", label=f"ceiling: copy rate, then {kind}")
     colours = {}
     for row in rows:
-        op = row["case"].split("[")[0]
+        op = row["case"].split("[")[0] + (", bfloat16" if row["bfloat16"] else "")
         colour = colours.setdefault(op, f"C{len(colours)}")
         intensity = row["operations"] / row["bytes"]
         ours = next(iter(row["seconds"]))
@@ -95,7 +99,7 @@ def roofline(rows: list[Row], title: str, path: Path) -> None:
             axes.plot(intensity, rate, marker, color=colour, label=None if seen else label)
     axes.set(xlabel="operations a byte, at the least possible traffic", ylabel="GFLOP/s", title=title)
     axes.grid(which="both", alpha=0.2)
-    axes.legend()
+    axes.legend(loc="upper left", fontsize="small")
     figure.savefig(path, dpi=110)
 
 
