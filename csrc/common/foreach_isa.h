@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include <torch/headeronly/util/BFloat16.h>
 

@@ -79,15 +79,19 @@ inline __attribute__((always_inline)) void store_first(S* p, Vec<Compute<S>> v, 
   std::memcpy(p, buffer, static_cast<size_t>(count) * sizeof(S));
 }
 
-// The sum of all lanes, in a fixed order.
+// The sum of all lanes, in a fixed order: halves are added until one lane is left.
+template <typename T, size_t... I>
+inline __attribute__((always_inline)) T add_halves(Vec<T> v, std::index_sequence<I...>) {
+  constexpr size_t n = lanes<T>;
+  if constexpr (n > 8) v += __builtin_shufflevector(v, v, static_cast<int>((I + 8) % n)...);
+  if constexpr (n > 4) v += __builtin_shufflevector(v, v, static_cast<int>((I + 4) % n)...);
+  if constexpr (n > 2) v += __builtin_shufflevector(v, v, static_cast<int>((I + 2) % n)...);
+  v += __builtin_shufflevector(v, v, static_cast<int>((I + 1) % n)...);
+  return v[0];
+}
 template <typename T>
 inline __attribute__((always_inline)) T sum_lanes(Vec<T> v) {
-  T part[lanes<T>];
-  std::memcpy(part, &v, sizeof v);
-  for (int width = lanes<T> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) part[i] += part[i + width];
-  }
-  return part[0];
+  return add_halves<T>(v, std::make_index_sequence<lanes<T>>{});
 }
 
 }  // namespace pahm::PAHM_ISA

@@ -124,12 +124,16 @@ void spiral_forward_thin_tile(const SpiralForward<S>& a, int64_t first_row, int6
   const int64_t K = s.length * s.channels, whole = s.channels / lanes<T> * lanes<T>;
   Vec<T> acc[thin_rows][Outputs] = {};
   T rest[thin_rows][Outputs] = {};
+  const T* base[thin_rows];
+  const int64_t* spiral[thin_rows];
+  for (int i = 0; i < thin_rows; ++i) {
+    const int64_t r = first_row + (i < count ? i : count - 1);
+    base[i] = a.x + r / s.rows * s.vertices * s.channels;
+    spiral[i] = a.indices + r % s.rows * s.length;
+  }
   for (int64_t l = 0; l < s.length; ++l) {
     const T* rows[thin_rows];
-    for (int i = 0; i < thin_rows; ++i) {
-      const int64_t r = first_row + (i < count ? i : count - 1);
-      rows[i] = a.x + (r / s.rows * s.vertices + a.indices[r % s.rows * s.length + l]) * s.channels;
-    }
+    for (int i = 0; i < thin_rows; ++i) rows[i] = base[i] + spiral[i][l] * s.channels;
     const T* weight = a.weight + l * s.channels;
     for (int64_t c = 0; c < whole; c += lanes<T>) {
       Vec<T> x[thin_rows];
@@ -148,12 +152,19 @@ void spiral_forward_thin_tile(const SpiralForward<S>& a, int64_t first_row, int6
       }
     }
   }
-  for (int i = 0; i < count; ++i) {
+  // The rows' results follow each other in memory.
+  constexpr int results = thin_rows * Outputs, width = lanes<T>;
+  alignas(PAHM_VECTOR_BYTES) T sums[(results + width - 1) / width * width] = {};
+#pragma GCC unroll 4
+  for (int i = 0; i < thin_rows; ++i) {
+#pragma GCC unroll 4
     for (int o = 0; o < Outputs; ++o) {
-      const T bias = a.bias == nullptr ? T(0) : a.bias[o];
-      const T sum = sum_lanes<T>(acc[i][o]) + rest[i][o] + bias;
-      a.out[(first_row + i) * Outputs + o] = static_cast<S>(activate<T>(broadcast(sum), a.activation)[0]);
+      sums[i * Outputs + o] = sum_lanes<T>(acc[i][o]) + rest[i][o] + (a.bias == nullptr ? T(0) : a.bias[o]);
     }
+  }
+  S* out = a.out + first_row * Outputs;
+  for (int64_t first = 0, left = count * Outputs; left > 0; first += width, left -= width) {
+    store_first(out + first, activate<T>(load(sums + first), a.activation), left < width ? left : width);
   }
 }
 
