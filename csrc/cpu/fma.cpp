@@ -8,7 +8,7 @@
 
 #include "common/checks.h"
 #include "common/isa.h"
-#include "cpu/spiral_bf16.h"
+#include "cpu/spiral_conv_shared.h"
 
 #define PAHM_KERNEL_FILE "cpu/fma.h"
 #include "common/foreach_isa.h"

@@ -13,8 +13,7 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
-#include "cpu/spiral_bf16.h"
-#include "cpu/spiral_shape.h"
+#include "cpu/spiral_conv_shared.h"
 
 namespace pahm {
 
@@ -202,16 +201,15 @@ Tensor spiral_conv_weight_grad(const Tensor& grad_, const Tensor& x_, const Tens
   check_range(indices, shape.vertices, "indices");
   const Isa isa = active_isa();
   const ScalarType type = compute_type(x_.scalar_type());
-  if (x_.scalar_type() == ScalarType::BFloat16 && multiplies_bf16(isa, shape) &&
-      shape.batch * shape.rows * shape.out_channels > 0) {
+  if (shape.batch * shape.rows == 0) {
+    return torch::stable::new_zeros(x_, {shape.out_channels, shape.length * shape.channels});
+  }
+  if (x_.scalar_type() == ScalarType::BFloat16 && multiplies_bf16(isa, shape) && shape.out_channels > 0) {
     const Tensor grad = as_contiguous(grad_), x = as_contiguous(x_);
     Tensor out = torch::stable::new_empty(x, {shape.out_channels, shape.length * shape.channels});
     spiral_conv_weight_grad_bf16(isa, shape, grad.const_data_ptr<BFloat16>(), x.const_data_ptr<BFloat16>(),
                                  indices.const_data_ptr<int64_t>(), out.mutable_data_ptr<BFloat16>());
     return out;
-  }
-  if (shape.batch * shape.rows == 0) {
-    return torch::stable::new_zeros(x_, {shape.out_channels, shape.length * shape.channels});
   }
   // Channels are padded to whole vectors of any instruction set, so that no load runs over the end of a row.
   const int64_t vector = type == ScalarType::Double ? 8 : 16;

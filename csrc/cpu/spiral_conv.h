@@ -49,6 +49,20 @@ void spiral_pack_forward(const SpiralShape& s, const T* weight, int64_t column, 
   transpose(weight + column * K, K, real, K, panel, width);
 }
 
+// Where the meshes and the spirals of Rows rows from `first_row` of the flattened (B, M) begin; rows past
+// `count` repeat the last.
+template <int Rows, typename S>
+inline __attribute__((always_inline)) void locate_rows(const SpiralForward<S>& a, int64_t first_row,
+                                                       int64_t count, const Compute<S>* (&base)[Rows],
+                                                       const int64_t* (&spiral)[Rows]) {
+  const SpiralShape& s = a.shape;
+  for (int i = 0; i < Rows; ++i) {
+    const int64_t r = first_row + (i < count ? i : count - 1);
+    base[i] = a.x + r / s.rows * s.vertices * s.channels;
+    spiral[i] = a.indices + r % s.rows * s.length;
+  }
+}
+
 template <typename S, int MR, int NV>
 void spiral_forward_tile(const SpiralForward<S>& a, const Compute<S>* panel, int64_t first_row, int64_t count,
                          int64_t column) {
@@ -56,11 +70,7 @@ void spiral_forward_tile(const SpiralForward<S>& a, const Compute<S>* panel, int
   const SpiralShape& s = a.shape;
   const T* base[MR];
   const int64_t* spiral[MR];
-  for (int i = 0; i < MR; ++i) {
-    const int64_t r = first_row + (i < count ? i : count - 1);
-    base[i] = a.x + r / s.rows * s.vertices * s.channels;
-    spiral[i] = a.indices + r % s.rows * s.length;
-  }
+  locate_rows(a, first_row, count, base, spiral);
   const int64_t columns = s.out_channels - column < NV * lanes<T> ? s.out_channels - column : NV * lanes<T>;
   Vec<T> acc[MR][NV] = {};
   if (a.bias != nullptr) {
@@ -126,11 +136,7 @@ void spiral_forward_thin_tile(const SpiralForward<S>& a, int64_t first_row, int6
   T rest[thin_rows][Outputs] = {};
   const T* base[thin_rows];
   const int64_t* spiral[thin_rows];
-  for (int i = 0; i < thin_rows; ++i) {
-    const int64_t r = first_row + (i < count ? i : count - 1);
-    base[i] = a.x + r / s.rows * s.vertices * s.channels;
-    spiral[i] = a.indices + r % s.rows * s.length;
-  }
+  locate_rows(a, first_row, count, base, spiral);
   for (int64_t l = 0; l < s.length; ++l) {
     const T* rows[thin_rows];
     for (int i = 0; i < thin_rows; ++i) rows[i] = base[i] + spiral[i][l] * s.channels;

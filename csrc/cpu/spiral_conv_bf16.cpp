@@ -1,3 +1,5 @@
+// spiral_conv and its gradients in bfloat16 on the products that x86-64 CPUs have: checked and called by
+// spiral_conv.cpp.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -6,7 +8,7 @@
 
 #include "common/parallel.h"
 #include "common/scratch.h"
-#include "cpu/spiral_bf16.h"
+#include "cpu/spiral_conv_shared.h"
 
 #if defined(__x86_64__)
 

@@ -54,6 +54,19 @@ void crowd(float* out, bool one) {
   pahm::store(out + threadIdx.x, static_cast<float>(tile[0]));
 }
 
+// All read one element, then a thread of warp 1 writes it: its own warp's barrier does not hold the others
+// back.
+void overwrite(float* out, bool block_barrier) {
+  PAHM_SHARED(float, tile, 1);
+  const int i = static_cast<int>(threadIdx.x);
+  if (i == 0) tile[0] = 3.0f;
+  __syncthreads();
+  pahm::store(out + i, static_cast<float>(tile[0]));
+  if (block_barrier) __syncthreads();
+  if (i / 32 == 1) __syncwarp(full);
+  if (i == 32) tile[0] = 4.0f;
+}
+
 // Every thread adds to one number, without an atomic: no shared memory, only the order of threads shows it.
 void count_up(float* out, bool atomic) {
   if (atomic) {
@@ -142,6 +155,8 @@ std::string run(const std::string& name, uint64_t seed) {
     if (name == "neighbour in the warp") launch([&] { neighbour(y, 1, 1); });
     if (name == "neighbour, no barrier") launch([&] { neighbour(y, 0, 1); });
     if (name == "neighbour, warp barrier only") launch([&] { neighbour(y, 1, 32); });
+    if (name == "overwrite") launch([&] { overwrite(y, true); });
+    if (name == "overwrite, warp barrier only") launch([&] { overwrite(y, false); });
     if (name == "crowd") launch([&] { crowd(y, true); });
     if (name == "crowd, all") launch([&] { crowd(y, false); });
     if (name == "count_up") launch([&] { count_up(y, true); });

@@ -97,14 +97,14 @@ class Machine {
   Dim3 block_size() const { return block_; }
   Dim3 grid_size() const { return grid_; }
 
-  void block_barrier(Place place) { wait(State::block_barrier, place, 0, 0, 0); }
+  void block_barrier(Place place) { wait(State::block_barrier, place, 0, 0); }
 
   // Meets the lanes of `mask`; then returns what each of them brought.
   const std::array<uint64_t, warp_size>& meet(uint32_t mask, uint64_t value, bool orders_memory,
                                               Place place) {
     const int lane = current_->index % warp_size;
     if (!(mask >> lane & 1)) fail("lane " + std::to_string(lane) + " is not in its own mask", place);
-    wait(orders_memory ? State::warp_barrier : State::warp_exchange, place, mask, value, lane);
+    wait(orders_memory ? State::warp_barrier : State::warp_exchange, place, mask, value);
     return current_->met;
   }
 
@@ -121,33 +121,31 @@ class Machine {
     maybe_yield();
   }
 
-  // One element of shared memory.
+  // Who touched an element of shared memory last: the writer, and the readers since.
   struct Cell {
-    bool written = false;
     struct Access {
       int thread = -1;
       int64_t block_epoch = -1, warp_epoch = -1;
-    } write, read;
-    bool many_readers = false;
+    };
+    Access write;
+    std::vector<Access> reads;
   };
 
   void shared_access(Cell& cell, uintptr_t offset, size_t bytes, bool store, Place place) {
-    if (!store && !cell.written) fail("shared memory is read that nobody wrote", place);
+    if (!store && cell.write.thread < 0) fail("shared memory is read that nobody wrote", place);
     const Cell::Access now{static_cast<int>(current_->index), block_epoch_,
                            warp_epochs_[current_->index / warp_size]};
-    if (races(cell.write, now))
+    if (races(cell.write, now)) {
       fail("two threads touch shared memory, one writes, no barrier between", place);
-    if (store && (races(cell.read, now) || (cell.many_readers && cell.read.block_epoch == now.block_epoch &&
-                                            cell.read.warp_epoch == now.warp_epoch))) {
-      fail("shared memory is overwritten that another thread may yet read", place);
     }
     if (store) {
+      for (const Cell::Access& read : cell.reads) {
+        if (races(read, now)) fail("shared memory is overwritten that another thread may yet read", place);
+      }
+      cell.reads.clear();
       cell.write = now;
-      cell.written = true;
     } else {
-      cell.many_readers =
-          cell.read.thread >= 0 && cell.read.thread != now.thread && cell.read.block_epoch == now.block_epoch;
-      cell.read = now;
+      cell.reads.push_back(now);
     }
     request(shared_requests_, place).emplace_back(offset, bytes);
     maybe_yield();
@@ -278,7 +276,7 @@ class Machine {
     return *threads_[0];
   }
 
-  void wait(State state, Place place, uint32_t mask, uint64_t value, int) {
+  void wait(State state, Place place, uint32_t mask, uint64_t value) {
     current_->state = state;
     current_->place = place;
     current_->mask = mask;

@@ -1,5 +1,4 @@
-// spiral_conv and its gradients where the CPU multiplies bfloat16 numbers itself. Tensors are contiguous and
-// not empty, indices in range.
+// What the files of spiral_conv share: its shape, and the kernels of bfloat16 as the ops call them.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -7,9 +6,20 @@
 #include <cstdint>
 
 #include "common/isa.h"
-#include "cpu/spiral_shape.h"
 
 namespace pahm {
+
+// x (batch, vertices, channels), indices (rows, length) -> (batch, rows, out_channels).
+struct SpiralShape {
+  int64_t batch, vertices, rows, length, channels, out_channels;
+};
+
+// Numbers as the op takes them.
+enum class Activation : int64_t { none = 0, relu = 1, elu = 2, gelu = 3 };
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- where the CPU multiplies bfloat16 itself: tensors contiguous and not empty, indices in range ----
 
 // Whether these serve a call. Few output channels are left to the float32 kernels where there are no tiles.
 bool multiplies_bf16(Isa isa, const SpiralShape& shape);
