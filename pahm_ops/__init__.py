@@ -1,6 +1,7 @@
 """Operators on meshes and pixels for PyTorch. `pahm_ops.mesh` makes the tables that they take."""
 
-from pahm_ops._library import backends
+from pahm_ops import _gpu  # noqa: F401  (registers the kernels for GPUs)
+from pahm_ops._paths import backends
 from pahm_ops.mesh_pool import MeshPool, MeshTransform, mesh_pool
 from pahm_ops.spiral_conv import SpiralConv, spiral_conv
 from pahm_ops.vertex_sample import vertex_sample

@@ -1,4 +1,4 @@
-"""Finds and loads what was compiled, and tells what serves each op."""
+"""Finds and loads what was compiled, and registers what Python adds to an op."""
 
 from __future__ import annotations
 
@@ -16,27 +16,48 @@ from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
-OPS = ("vertex_sample", "spiral_conv", "mesh_pool")
-_ISAS = ("plain", "neon", "avx2", "avx512", "avx512_bf16", "amx")
-
-
+_DEFINITIONS = torch.library.Library("pahm_ops", "FRAGMENT")
 _IMPLEMENTATIONS = torch.library.Library("pahm_ops", "IMPL")
 
 
-def _find() -> Path | None:
+# csrc/ops.cpp has the same; these are for a machine where it was not compiled, but Triton serves a GPU.
+SCHEMAS = (
+    "vertex_sample(Tensor[] features, Tensor vertices, Tensor? camera, int height, int width, "
+    "bool align_corners, bool border) -> Tensor",
+    "vertex_sample_backward(Tensor grad, Tensor[] features, Tensor vertices, Tensor? camera, int height, "
+    "int width, bool align_corners, bool border, bool[] needs) -> (Tensor[], Tensor, Tensor)",
+    "spiral_conv(Tensor x, Tensor indices, Tensor weight, Tensor? bias, int activation=0) -> Tensor",
+    "spiral_conv_input_grad(Tensor grad, Tensor indices, Tensor weight, SymInt vertices) -> Tensor",
+    "spiral_conv_weight_grad(Tensor grad, Tensor x, Tensor indices) -> Tensor",
+    "mesh_pool(Tensor x, Tensor row_pointers, Tensor columns, Tensor values, Tensor t_row_pointers, "
+    "Tensor t_columns, Tensor t_values) -> Tensor",
+)
+
+
+def _find(name: str) -> Path | None:
     folder = Path(__file__).parent
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = folder / f"_ops{suffix}"
+        path = folder / f"{name}{suffix}"
         if path.exists():
             return path
     return None
 
 
 def _load() -> bool:
-    path = _find()
-    if path is None:
-        folder = Path(__file__).parent
-        warnings.warn(f"no compiled kernels in {folder}: the ops run as plain PyTorch", stacklevel=2)
+    path = _find("_ops")
+    if path is not None:
+        torch.ops.load_library(path)
+        return True
+    warnings.warn(f"no compiled kernels in {Path(__file__).parent}: the CPU runs plain PyTorch", stacklevel=2)
+    for schema in SCHEMAS:
+        _DEFINITIONS.define(schema)
+    return False
+
+
+def _load_cuda() -> bool:
+    # Its stream calls need the part of torch that a build for the CPU or for AMD lacks.
+    path = _find("_cuda")
+    if not LOADED or path is None or torch.version.cuda is None:
         return False
     torch.ops.load_library(path)
     return True
@@ -44,16 +65,13 @@ def _load() -> bool:
 
 #: True where the compiled op library was found and loaded.
 LOADED = _load()
-
-
-def compiled(device: torch.device) -> bool:
-    """Whether tensors on `device` are served by compiled kernels."""
-    return LOADED and device.type == "cpu" and not exporting_to_onnx()
+#: True where the compiled CUDA library was as well. Whether it has code for a device is another question.
+CUDA_LOADED = _load_cuda()
 
 
 def widened(*tensors: Any) -> list[Any]:
-    """`tensors`, those of float16 as float32: the CPU kernels have no float16 of their own."""
-    return [t.float() if t is not None and t.dtype == torch.float16 else t for t in tensors]
+    """`tensors`, those of float16 on the CPU as float32: its kernels have no float16 of their own."""
+    return [t.float() if t is not None and t.dtype == torch.float16 and t.is_cpu else t for t in tensors]
 
 
 def exporting_to_onnx() -> bool:
@@ -113,12 +131,17 @@ def register(
 ) -> None:
     """Gives a compiled op its fake kernel, its derivatives and its batching rule.
 
-    `vmap` is a rule as `torch.library.register_vmap` takes it. Does nothing where nothing was compiled.
+    `vmap` is a rule as `torch.library.register_vmap` takes it.
     """
-    if LOADED:
-        torch.library.register_fake(f"pahm_ops::{name}", fake)
-        torch.library.register_vmap(f"pahm_ops::{name}", vmap)
-        _IMPLEMENTATIONS.impl(name, autograd, "Autograd")
+    torch.library.register_fake(f"pahm_ops::{name}", fake)
+    torch.library.register_vmap(f"pahm_ops::{name}", vmap)
+    _IMPLEMENTATIONS.impl(name, autograd, "Autograd")
+
+
+def register_gpu(name: str, function: Callable[..., Any], keys: list[str]) -> None:
+    """Gives an op its kernel for the dispatch keys of GPUs."""
+    for key in keys:
+        _IMPLEMENTATIONS.impl(name, function, key)
 
 
 def one_by_one(op: Callable[..., Any], count: int, dims: Any, arguments: Any) -> tuple[Any, Any]:
@@ -141,22 +164,3 @@ def one_by_one(op: Callable[..., Any], count: int, dims: Any, arguments: Any) ->
 def merged(tensor: Tensor, dim: int, into: int = 0) -> Tensor:
     """`tensor` with its batched dimension `dim` merged into the entries' dimension `into`, outermost."""
     return tensor.movedim(dim, into).flatten(into, into + 1)
-
-
-def backends() -> dict[str, dict[str, str]]:
-    """What serves each op, by device: {"spiral_conv": {"cpu": "avx512", "cuda": "reference"}, ...}.
-
-    For the CPU it is the instruction set of the compiled kernels, chosen at run time: "plain", "avx2",
-    "avx512", "avx512_bf16" or "amx" on x86-64, "neon" on aarch64 (the environment variable PAHM_CPU_ISA
-    forces one). The last two of x86-64 have products of bfloat16, for spiral_conv; everything else is as with
-    "avx512". "reference" means plain PyTorch. "cuda" is listed where torch sees a CUDA device. Raises
-    ValueError if PAHM_CPU_ISA names a set that this CPU lacks.
-    """
-    isa = torch.ops.pahm_ops.cpu_isa() if LOADED else None
-    served = {}
-    for op in OPS:
-        widest = len(_ISAS) - 1 if op == "spiral_conv" else _ISAS.index("avx512")
-        served[op] = {"cpu": "reference" if isa is None else _ISAS[min(isa, widest)]}
-        if torch.cuda.is_available():
-            served[op]["cuda"] = "reference"
-    return served

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pahm_ops import _library
+from pahm_ops import _library, _paths
 from pahm_ops.reference import mesh_pool as reference
 
 _ops = torch.ops.pahm_ops
@@ -54,10 +54,9 @@ def mesh_pool(x: Tensor, transform: Any, dim: int = 1) -> Tensor:
             "writes sums over a row wrongly"
         )
     forward, backward = transform.forward, transform.backward
-    batched, half = x if x.dim() == 3 else x.unsqueeze(0), x.dtype == torch.float16
-    if _library.compiled(x.device):
-        out = _ops.mesh_pool(batched.float() if half else batched, *forward, *backward)
-        out = out.half() if half else out
+    batched = x if x.dim() == 3 else x.unsqueeze(0)
+    if _paths.served(x.device):
+        out = _ops.mesh_pool(*_library.widened(batched), *forward, *backward).to(x.dtype)
     else:
         out = reference.mesh_pool(batched, *forward)
     return out if x.dim() == 3 else out.squeeze(0)

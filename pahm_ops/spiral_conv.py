@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from pahm_ops import _library
+from pahm_ops import _library, _paths
 from pahm_ops.reference import spiral_conv as reference
 
 _ops = torch.ops.pahm_ops
@@ -52,7 +52,7 @@ def spiral_conv(
         raise ValueError(f"activation must be None, 'relu', 'elu' or 'gelu', got {activation!r}")
     x, weight, bias = _autocast(x, weight, bias)
     batched = x if x.dim() == 3 else x.unsqueeze(0)
-    if _library.compiled(x.device):
+    if _paths.served(x.device):
         batched, weight, bias = _library.widened(batched, weight, bias)
         out = _ops.spiral_conv(batched, indices, weight, bias, ACTIVATIONS.index(activation)).to(x.dtype)
     else:

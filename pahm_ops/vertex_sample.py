@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pahm_ops import (
     _library,
+    _paths,
     _vertex_sample_autograd,  # noqa: F401  (registers the op's derivatives)
 )
 from pahm_ops.reference import vertex_sample as reference
@@ -78,7 +79,7 @@ def vertex_sample(
     size = _check_image_size(camera, image_size, align_corners)
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"padding_mode must be 'zeros' or 'border', got {padding_mode!r}")
-    if _library.compiled(maps[0].device):
+    if _paths.served(maps[0].device):
         height, width = size or (0, 0)
         border = padding_mode == "border"
         wide = _library.widened(*maps)

@@ -1,233 +1,330 @@
-"""CUDA kernels on the CPU: the machine of tests/simt catches planted faults; kernels equal the reference."""
+"""The machine that runs CUDA kernels on the CPU (tests/simt): it catches planted faults, and counts right."""
 
-import ctypes
-import shutil
-import subprocess
-from pathlib import Path
+import re
 
 import pytest
 import torch
+from simt_kernels import SEEDS, Kernels, needs_gxx
 from torch import Tensor
 
-from pahm_ops import MeshTransform
-from pahm_ops.reference import mesh_pool as reference_pool
+pytestmark = needs_gxx
+FAULTS = Kernels("faults.cpp")
+THREADS = 128
+FULL = 0xFFFFFFFF
 
-SIMT = Path(__file__).parent / "simt"
-FLAGS = [
-    "-O1",
-    "-std=c++20",
-    "-Wall",
-    "-Wno-unknown-pragmas",
-    f"-I{SIMT.parent.parent / 'csrc'}",
-    f"-I{SIMT}",
-]
-#: as tests/simt/run.h numbers them
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-SEEDS = range(20)
-RACE = (
-    "two threads touch shared memory, one writes, no barrier between",
-    "shared memory is overwritten that another thread may yet read",
-)
-
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+UNORDERED = "two threads touch shared memory, one writes, no barrier between"
+OVERWRITTEN = "shared memory is overwritten that another thread may yet read"
+GLOBAL_UNORDERED = UNORDERED.replace("shared", "global")
+GLOBAL_OVERWRITTEN = OVERWRITTEN.replace("shared", "global")
+READ_ONLY = "the read-only cache is asked for what this launch wrote"
+UNWRITTEN = "shared memory is read that nobody wrote"
 
 
-def build(folder: Path, source: str, *flags: str) -> Path:
-    result = folder / source.replace(".cpp", "")
-    command = ["g++", *FLAGS, *flags, str(SIMT / source), "-o", str(result)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return result
+def numbers(count: int = THREADS, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.arange(count, dtype=torch.float64).to(dtype)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("simt")
+def launch(
+    name: str, *arguments: object, shared: int = 0, blocks: int = 1, launches: int = 1, **options: object
+):
+    """Runs a kernel of faults.cpp; `out` among the arguments stands for a tensor, which is given back."""
+    out = torch.zeros(4 * THREADS)
+    values = [out if a is OUT else a for a in arguments]
+    return out, FAULTS.call(name, blocks, shared, launches, *values, **options)
 
 
-@pytest.fixture(scope="module")
-def faults(folder: Path) -> Path:
-    return build(folder, "faults.cpp")
+OUT = object()
+IN = numbers()
+#: in any order: smallest -7, largest 100
+SCATTERED = (torch.arange(THREADS, dtype=torch.int32) * 55 % THREADS).clamp(max=100) - 7
 
 
-def said(faults: Path, name: str) -> set[str]:
-    """What the machine says of a kernel of faults.cpp, over all seeds."""
-    done = subprocess.run([faults, name, str(len(SEEDS))], capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
-    assert len(lines) == len(SEEDS)
-    return set(lines)
+def sound(name: str, *arguments: object, seeds: range = SEEDS, **options: object):
+    """The one result of all orders, and its counts."""
+    (first, counts), *others = [launch(name, *arguments, seed=seed, **options) for seed in seeds]
+    for out, other in others:
+        assert torch.equal(out, first)
+        assert bytes(other) == bytes(counts)
+    return first, counts
 
 
-@pytest.mark.parametrize(
-    ("name", "result"),
-    [
-        ("reverse", "sum 8128.000000, first 127.000000, conflicts 0, sectors 32 of 32, atomics 0"),
-        ("tree_sum", "sum 8128.000000, first 8128.000000, conflicts 0, sectors 17 of 17, atomics 0"),
-        ("neighbour", "sum 8128.000000, first 32.000000, conflicts 0, sectors 16 of 16, atomics 0"),
-        (
-            "neighbour in the warp",
-            "sum 8128.000000, first 1.000000, conflicts 0, sectors 16 of 16, atomics 0",
-        ),
-        ("overwrite", "sum 384.000000, first 3.000000, conflicts 0, sectors 16 of 16, atomics 0"),
-        ("crowd", "sum 384.000000, first 3.000000, conflicts 0, sectors 16 of 16, atomics 0"),
-        ("count_up", "sum 128.000000, first 128.000000, conflicts 0, sectors 4 of 4, atomics 128"),
-        ("barrier", "sum 128.000000, first 1.000000, conflicts 0, sectors 16 of 16, atomics 0"),
-        ("warp_sum", "sum 8128.000000, first 496.000000, conflicts 0, sectors 20 of 20, atomics 0"),
-        ("warp_sum of half", "sum 3552.000000, first 120.000000, conflicts 0, sectors 20 of 20, atomics 0"),
-        ("vote", "sum 2048.000000, first 16.000000, conflicts 0, sectors 16 of 16, atomics 0"),
-        ("shift", "sum 8128.000000, first 0.000000, conflicts 0, sectors 32 of 32, atomics 0"),
-        ("unwritten", "sum 256.000000, first 2.000000, conflicts 0, sectors 16 of 16, atomics 0"),
-        ("column", "sum 65472.000000, first 0.000000, conflicts 0, sectors 16 of 16, atomics 0"),
-        ("column, conflict", "sum 63488.000000, first 0.000000, conflicts 124, sectors 16 of 16, atomics 0"),
-        ("strided", "sum 1984.000000, first 0.000000, conflicts 0, sectors 32 of 32, atomics 0"),
-        ("strided, far", "sum 15872.000000, first 0.000000, conflicts 0, sectors 144 of 32, atomics 0"),
-    ],
-)
-def test_sound_kernels_run_the_same_in_any_order_and_are_counted(faults, name, result):
-    assert said(faults, name) == {result}
-
-
-@pytest.mark.parametrize(
-    ("name", "complaint"),
-    [
-        (
-            "reverse, no barrier",
-            ("shared memory is read that nobody wrote", "two threads touch shared memory"),
-        ),
-        ("tree_sum, missing barrier", ("shared memory is overwritten", "two threads touch shared memory")),
-        ("neighbour, no barrier", RACE),
-        ("neighbour, warp barrier only", RACE),
-        ("overwrite, warp barrier only", RACE),
-        ("crowd, all", RACE[:1]),
-        ("barrier, half has ended", ("a barrier is not reached by a thread that has ended",)),
-        ("barrier, two places", ("threads wait at different barriers",)),
-        ("warp_sum, absent lanes", ("a warp operation waits for lane 16",)),
-        ("warp_sum, lane left out", ("a shuffle reads lane", "lane")),
-        ("vote, not asked", ("lane 31 is not in its own mask",)),
-        ("shift, off by one", ("an access of 4 bytes outside every buffer",)),
-        ("unwritten, half", ("shared memory is read that nobody wrote",)),
-    ],
-)
-def test_planted_faults_are_caught_in_every_order(faults, name, complaint):
-    for line in said(faults, name):
-        assert line.startswith(tuple(f"failed: {part}" for part in complaint)), line
-
-
-def test_a_race_in_global_memory_shows_between_orders(faults):
-    assert len(said(faults, "count_up, race")) > 1
-
-
-class Counts(ctypes.Structure):
-    """simt::Counts."""
-
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in (
-            "loaded_bytes",
-            "stored_bytes",
-            "requests",
-            "sectors",
-            "ideal_sectors",
-            "atomics",
-            "shared_requests",
-            "bank_conflicts",
-        )
-    ]
-
-
-class Kernels:
-    """A library of kernels; `call` names the tensors that they may touch and raises what the machine says."""
-
-    def __init__(self, path: Path) -> None:
-        self.library = ctypes.CDLL(str(path))
-
-    def call(self, name: str, *arguments: object, seed: int = 0) -> Counts:
-        self.library.forget_buffers()
-        raw, counts = [], Counts()
-        for value in arguments:
-            if isinstance(value, Tensor):
-                assert value.is_contiguous()
-                self.library.allow(ctypes.c_void_p(value.data_ptr()), ctypes.c_size_t(value.nbytes))
-                raw.append(ctypes.c_void_p(value.data_ptr()))
-            else:
-                raw.append(value)
-        function = getattr(self.library, name)
-        function.restype = ctypes.c_char_p
-        complaint = function(*raw, ctypes.c_uint64(seed), ctypes.byref(counts))
-        if complaint is not None:
-            raise RuntimeError(complaint.decode())
-        return counts
-
-
-@pytest.fixture(scope="module")
-def pool(folder: Path) -> Kernels:
-    return Kernels(build(folder, "mesh_pool.cpp", "-shared", "-fPIC"))
-
-
-def up_sampling(rows: int, vertices: int) -> MeshTransform:
-    """Three entries a row but for the last, which has none."""
-    columns = torch.randint(0, vertices, (3 * (rows - 1),))
-    places = torch.stack([torch.arange(rows - 1).repeat_interleave(3), columns])
-    values = torch.rand(columns.numel())
-    return MeshTransform.prepare(torch.sparse_coo_tensor(places, values, (rows, vertices)))
-
-
-def run_pool(
-    pool: Kernels, x: Tensor, transform: MeshTransform, together: int = 16, seed: int = 0
-) -> tuple[Tensor, Counts]:
-    pointers, columns, values = transform.forward
-    out = torch.full((x.shape[0], transform.shape[0], x.shape[2]), torch.nan, dtype=x.dtype)
-    sizes = (ctypes.c_int64 * 4)(x.shape[0], x.shape[1], transform.shape[0], x.shape[2])
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    tables = pointers.int(), columns.int(), values.to(wide)
-    counts = pool.call("mesh_pool", DTYPES[x.dtype], together, x, *tables, out, sizes, 2, seed=seed)
-    return out, counts
-
-
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-
-@pytest.mark.parametrize("channels", [1, 3, 30, 64, 71, 1025])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_mesh_pool_equals_the_reference(pool, dtype, channels):
-    batch, vertices, rows = (2, 5, 9) if channels > 100 else (2, 20, 39)
-    x = torch.randn(batch, vertices, channels).to(dtype)
-    transform = up_sampling(rows, vertices)
-    pointers, columns, values = transform.forward
-    expected = reference_pool.mesh_pool(x.double(), pointers, columns, values.double())
-    for together in (1, 16):
-        if together > 1 and channels * x.element_size() % 16:
-            continue
-        out, _ = run_pool(pool, x, transform, together)
-        torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCE[dtype] * 3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_numbers_survive_both_conversions(pool, dtype):
-    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    x = numbers.nan_to_num(1.0, torch.inf, -torch.inf).view(1, 64, 1024)
-    identity = MeshTransform.prepare(torch.eye(64).to_sparse())
-    assert torch.equal(run_pool(pool, x, identity)[0], x)
-
-
-def test_mesh_pool_has_the_same_bits_in_any_order(pool):
-    x, transform = torch.randn(1, 20, 64), up_sampling(39, 20)
-    first, _ = run_pool(pool, x, transform)
+def complaints(name: str, *arguments: object, **options: object) -> set[str]:
+    """What the machine says of a kernel, without the place: it must speak in every order."""
+    found = set()
     for seed in SEEDS:
-        assert torch.equal(run_pool(pool, x, transform, seed=seed)[0], first)
+        with pytest.raises(RuntimeError) as e:
+            launch(name, *arguments, seed=seed, **options)
+        what = str(e.value)
+        assert re.search(r" \(thread \d+ of block \d+, \w+\.\w+:\d+\)$", what), what
+        found.add(what[: what.rindex(" (")])
+    return found
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_mesh_pool_reads_and_writes_whole_sectors(pool, dtype):
-    x, transform = torch.randn(1, 20, 64).to(dtype), up_sampling(39, 20)
-    _, counts = run_pool(pool, x, transform)
-    assert counts.stored_bytes == 39 * 64 * x.element_size()
-    assert counts.atomics == counts.shared_requests == 0
-    assert counts.sectors <= 1.1 * counts.ideal_sectors
+# ---- races, barriers, shared memory ----
 
 
-def test_mesh_pool_is_stopped_outside_its_buffers(pool):
-    x, transform = torch.randn(1, 20, 64), up_sampling(39, 20)
-    transform.forward[1][0] = 20
-    with pytest.raises(RuntimeError, match="an access of 16 bytes outside every buffer"):
-        run_pool(pool, x, transform)
+@pytest.mark.parametrize(
+    ("kernel", "right", "wrong", "expected"),
+    [
+        ("reverse", (IN, OUT, True), (IN, OUT, False), {UNORDERED, UNWRITTEN}),
+        ("tree_sum", (IN, OUT, True), (IN, OUT, False), {UNORDERED, OVERWRITTEN}),
+        ("neighbour", (OUT, 3, 32), (OUT, 0, 1), {UNORDERED, OVERWRITTEN}),
+        ("neighbour", (OUT, 1, 31), (OUT, 1, 32), {UNORDERED, OVERWRITTEN}),
+        ("neighbour", (OUT, 2, 15), (OUT, 2, 16), {UNORDERED, OVERWRITTEN}),
+        ("overwrite", (OUT, 3, 32), (OUT, 0, 1), {UNORDERED, OVERWRITTEN}),
+        ("overwrite", (OUT, 1, 31), (OUT, 1, 32), {UNORDERED, OVERWRITTEN}),
+        ("overwrite", (OUT, 2, 15), (OUT, 2, 16), {UNORDERED, OVERWRITTEN}),
+        ("overwrite_one", (OUT, True), (OUT, False), {UNORDERED, OVERWRITTEN}),
+        ("overwrite_lane", (OUT, True), (OUT, False), {UNORDERED, OVERWRITTEN}),
+        ("crowd", (OUT, False), (OUT, True), {UNORDERED}),
+        ("unwritten", (OUT, True), (OUT, False), {UNWRITTEN}),
+        ("extremes", (SCATTERED, SCATTERED.clone(), True, True), (SCATTERED, OUT, True, False), {UNORDERED}),
+        ("extremes", (SCATTERED, SCATTERED.clone(), True, True), (SCATTERED, OUT, False, True), {UNWRITTEN}),
+        (
+            "divergent",
+            (OUT, 0),
+            (OUT, 1),
+            {"a barrier is not reached by a thread that has ended"},
+        ),
+        ("divergent", (OUT, 0), (OUT, 2), {"threads wait at different barriers"}),
+        (
+            "warp_sum",
+            (IN, OUT, FULL, False),
+            (IN, OUT, FULL, True),
+            {"a warp operation waits for lane 16, which its mask names and which has ended"},
+        ),
+        (
+            "broadcast",
+            (OUT, 0xFFFF, 15),
+            (OUT, 0xFFFF, 16),
+            {"a shuffle reads lane 16, which its mask leaves out"},
+        ),
+        (
+            "broadcast",
+            (OUT, FULL, 31),
+            (OUT, FULL, 32),
+            {"a shuffle reads lane 32, which its mask leaves out"},
+        ),
+        ("vote", (OUT, FULL), (OUT, 0x7FFFFFFF), {"lane 31 is not in its own mask"}),
+        (
+            "two_votes",
+            (OUT, True),
+            (OUT, False),
+            {"a warp operation waits for lane 16, which its mask names and which is elsewhere"},
+        ),
+        ("shift", (IN, OUT, 0), (IN, OUT, 1), {"an access of 4 bytes outside every buffer"}),
+        ("shift", (IN, OUT, 0), (IN, OUT, -1), {"an access of 4 bytes outside every buffer"}),
+        ("crooked", (IN, OUT, 0), (IN[:-1].clone(), OUT, 0), {"an access of 8 bytes outside every buffer"}),
+        ("crooked", (IN, OUT, 0), (numbers(200), OUT, 1), {"an access of 8 bytes at a crooked address"}),
+    ],
+)
+def test_planted_faults_are_caught_in_every_order(kernel, right, wrong, expected):
+    found = complaints(kernel, *wrong)
+    assert found and found <= expected
+    sound(kernel, *right)
+
+
+@pytest.mark.parametrize("lanes", [0xFFFF, 0x7FFFFFFF])
+def test_a_mask_that_lies_is_caught_in_every_order(lanes):
+    for found in complaints("warp_sum", IN, OUT, lanes, False):
+        assert re.fullmatch(
+            r"a shuffle reads lane \d+, which its mask leaves out|lane \d+ is not in its own mask", found
+        )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "arguments", "elements", "expected"),
+    [
+        ("dynamic", (OUT, 128, 1), 128, "shared memory is touched beyond its end"),
+        ("dynamic", (OUT, 129, 0), 128, "shared memory is touched beyond its end"),
+        ("dynamic", (OUT, 128, -1), 128, "shared memory is touched beyond its end"),
+        ("dynamic", (OUT, 128, 1), 129, UNWRITTEN),
+        ("packs", (OUT, 128, 4), 128, "shared memory is touched beyond its end"),
+        ("packs", (OUT, 128, 4), 130, "shared memory is touched beyond its end"),
+        ("packs", (OUT, 128, 4), 132, UNWRITTEN),
+        ("packs", (OUT, 128, 1), 132, "a pack in shared memory begins at a crooked index"),
+        ("two_names", (OUT, False), 128, "dynamic shared memory has two names"),
+    ],
+)
+def test_faults_in_dynamic_shared_memory_are_caught_in_every_order(kernel, arguments, elements, expected):
+    assert complaints(kernel, *arguments, shared=4 * elements) == {expected}
+
+
+def test_sound_kernels_give_the_right_result_in_every_order():
+    assert torch.equal(sound("reverse", IN, OUT, True)[0][:THREADS], IN.flip(0))
+    assert sound("tree_sum", IN, OUT, True)[0][0] == IN.sum()
+    order = torch.arange(THREADS)
+    assert torch.equal(sound("neighbour", OUT, 3, 32)[0][:THREADS], IN[order ^ 32])
+    assert torch.equal(sound("warp_sum", IN, OUT, FULL, False)[0][:4], IN.view(4, 32).sum(1))
+    assert torch.equal(sound("warp_sum", IN, OUT, 0xFFFF, True)[0][:4], IN.view(4, 32)[:, :16].sum(1))
+    assert torch.equal(
+        sound("broadcast", OUT, 0xFF0, 9)[0][:THREADS].view(4, 32)[:, 4:12], torch.full((4, 8), 9.0)
+    )
+    assert sound("vote", OUT, FULL)[0][:THREADS].eq(16).all()
+    assert torch.equal(sound("dynamic", OUT, 128, 0, shared=4 * 128)[0][:THREADS], IN)
+    assert torch.equal(sound("packs", OUT, 132, 4, shared=4 * 132)[0][:THREADS], IN + 4)
+    assert torch.equal(sound("move_down", torch.zeros(1025), True, blocks=1)[0], torch.zeros(4 * THREADS))
+
+
+def test_atomics_of_shared_memory():
+    for seed in SEEDS:
+        out = torch.zeros(2, dtype=torch.int32)
+        counts = FAULTS.call("extremes", 1, 0, 1, SCATTERED, out, True, True, seed=seed)
+        assert out.tolist() == [-7, 93]
+        assert counts.shared_atomics == 2 * THREADS
+        assert counts.atomics == 0
+
+
+# ---- races for global memory ----
+
+
+@pytest.mark.parametrize(
+    ("kernel", "right", "wrong", "expected"),
+    [
+        ("count_up", (OUT, True), (OUT, False), {GLOBAL_UNORDERED, GLOBAL_OVERWRITTEN}),
+        ("count_and_read", (OUT, True), (OUT, False), {GLOBAL_UNORDERED}),
+        ("global_neighbour", (OUT, 3, 32), (OUT, 0, 1), {GLOBAL_UNORDERED, GLOBAL_OVERWRITTEN}),
+        ("global_neighbour", (OUT, 1, 31), (OUT, 1, 32), {GLOBAL_UNORDERED, GLOBAL_OVERWRITTEN}),
+        ("global_neighbour", (OUT, 2, 15), (OUT, 2, 16), {GLOBAL_UNORDERED, GLOBAL_OVERWRITTEN}),
+        (
+            "move_down",
+            (IN.new_zeros(129), True),
+            (IN.new_zeros(129), False),
+            {GLOBAL_UNORDERED, GLOBAL_OVERWRITTEN},
+        ),
+        (
+            "halves_and_word",
+            (numbers(128, torch.int16), True),
+            (numbers(128, torch.int16), False),
+            {GLOBAL_UNORDERED, GLOBAL_OVERWRITTEN},
+        ),
+        ("read_only", (OUT, False, False), (OUT, True, False), {READ_ONLY}),
+        ("read_only", (OUT, False, True), (OUT, True, True), {READ_ONLY}),
+    ],
+)
+def test_faults_in_global_memory_are_caught_in_every_order(kernel, right, wrong, expected):
+    found = complaints(kernel, *wrong)
+    assert found and found <= expected
+    sound(kernel, *right)
+
+
+def test_a_barrier_does_not_hold_back_other_blocks():
+    data = torch.zeros(2 * THREADS + 1)
+    assert complaints("move_down", data, True, blocks=2) <= {GLOBAL_UNORDERED, GLOBAL_OVERWRITTEN}
+    sound("move_down", data, True, blocks=1)
+    assert complaints("one_writes", data, 1, blocks=2) <= {GLOBAL_UNORDERED, GLOBAL_OVERWRITTEN}
+    sound("one_writes", data, 2, blocks=2)
+    out = torch.zeros(2 * THREADS, dtype=torch.int16)
+    assert complaints("halves", out, THREADS - 1, blocks=2) == {GLOBAL_UNORDERED}
+    sound("halves", out, THREADS, blocks=2)
+
+
+def test_launches_do_not_race_with_each_other():
+    data = numbers(THREADS + 3)
+    for seed in SEEDS:
+        FAULTS.call("move_down", 1, 0, 3, data := numbers(THREADS + 3), True, seed=seed)
+        assert data[0] == 3
+
+
+def test_where_races_are_not_looked_for_they_show_between_orders():
+    found = {float(launch("count_up", OUT, False, seed=seed, races=False)[0][0]) for seed in SEEDS}
+    assert len(found) > 1
+    assert float(sound("count_up", OUT, True)[0][0]) == THREADS
+
+
+# ---- limits ----
+
+
+def test_launches_beyond_the_limits_of_a_device():
+    out = torch.zeros(1024)
+
+    def launched(blocks: int = 1, threads: int = 128, shared: int = 0, limit: int = 4096) -> None:
+        FAULTS.call("limits", blocks, threads, shared, limit, out)
+
+    launched()
+    launched(blocks=0, threads=7)
+    launched(shared=4096 - 512)
+    with pytest.raises(
+        RuntimeError, match="a block asks for 4112 bytes of shared memory, the device has 4096"
+    ):
+        launched(shared=4096 - 512 + 16)
+    with pytest.raises(
+        RuntimeError, match="a block asks for 4100 bytes of shared memory, the device has 4096"
+    ):
+        launched(shared=4100)
+    with pytest.raises(RuntimeError, match="a block has 48 threads, not whole warps up to 1024"):
+        launched(threads=48)
+    with pytest.raises(RuntimeError, match="a block has 1056 threads"):
+        launched(threads=1056)
+    with pytest.raises(RuntimeError, match="a grid of 2147483648 blocks: at most 2147483647 are possible"):
+        launched(blocks=2**31)
+    with pytest.raises(RuntimeError, match="arrays of fixed size take 49168 bytes of shared memory"):
+        launch("large_array", OUT)
+
+
+# ---- counts ----
+
+
+def test_traffic_is_counted_by_request_block_and_launch():
+    """Two blocks of 4 warps read the same 16 sectors twice and write 16 each."""
+    out = torch.zeros(2 * THREADS)
+    for seed in SEEDS:
+        counts = FAULTS.call("traffic", 2, 0, 3, IN, out, seed=seed)
+        assert counts.launches == 3 and counts.blocks == 6
+        assert counts.loaded_bytes == 3 * 2 * 2 * 512 and counts.stored_bytes == 3 * 2 * 512
+        assert counts.requests == 3 * 2 * 3 * 4
+        assert counts.sectors == counts.ideal_sectors == 3 * 2 * 3 * 16
+        assert counts.l2_bytes == 3 * 32 * (2 * 16 + 2 * 16)
+        assert counts.dram_bytes == 3 * 32 * (16 + 2 * 16)
+        assert counts.threads == THREADS and counts.shared_bytes == 0
+        assert counts.shared_requests == counts.atomics == counts.bank_conflicts == 0
+
+
+def test_sectors_of_requests():
+    """Four warps read words that lie 32 bytes apart, two words in turn, and side by side; stores lie so."""
+    counts = sound("strided", numbers(1024), OUT, 8, 256)[1]
+    assert (counts.sectors, counts.ideal_sectors) == (4 * 32 + 16, 4 * 4 + 16)
+    assert counts.dram_bytes == 32 * (32 + 16)
+    counts = sound("strided", numbers(1024), OUT, 8, 16)[1]
+    assert (counts.sectors, counts.ideal_sectors) == (4 * 2 + 16, 4 * 1 + 16)
+    assert counts.dram_bytes == 32 * (2 + 16)
+    counts = sound("strided", numbers(1024), OUT, 1, 128)[1]
+    assert counts.sectors == counts.ideal_sectors == 32
+
+
+def test_a_sector_that_is_loaded_and_stored_moves_twice():
+    counts = sound("move_down", torch.zeros(THREADS + 1), True)[1]
+    assert counts.dram_bytes == counts.l2_bytes == 32 * (17 + 16)
+
+
+def test_a_request_that_not_all_lanes_come_to_is_counted():
+    counts = sound("tree_sum", IN, OUT, True)[1]
+    assert counts.requests == 4 + 1 and counts.sectors == 16 + 1
+    # One store a warp; 2 + 1 requests a warp in each round, down to one warp; a load.
+    assert counts.shared_requests == 4 + 3 * (2 + 1 + 1 + 1 + 1 + 1 + 1) + 1
+
+
+def test_bank_conflicts():
+    assert sound("column", OUT, 33)[1].bank_conflicts == 0
+    assert sound("column", OUT, 32)[1].bank_conflicts == 4 * 31
+    # A quarter of a warp, 8 packs, passes at a time; 32 words apart they share 4 banks.
+    assert sound("pack_column", OUT, 4)[1].bank_conflicts == 0
+    assert sound("pack_column", OUT, 36)[1].bank_conflicts == 0
+    assert sound("pack_column", OUT, 32)[1].bank_conflicts == 4 * 4 * 7
+
+
+def test_elements_move_in_pieces_of_their_alignment():
+    """Four warps, three words an element: 12 sectors of global memory each, no conflicts in shared memory."""
+    out, counts = sound("threes", OUT)
+    assert torch.equal(out[: 3 * THREADS].view(-1, 3), torch.tensor([[1.0, 2, 3]]).repeat(THREADS, 1))
+    assert counts.shared_requests == 2 * 4 * 3 and counts.bank_conflicts == 0
+    assert (counts.requests, counts.sectors, counts.ideal_sectors) == (4 * 3, 4 * 3 * 12, 4 * 3 * 4)
+    assert counts.shared_bytes == 12 * THREADS
+
+
+def test_atomics_and_shared_memory_are_counted():
+    counts = sound("count_up", OUT, True)[1]
+    assert counts.atomics == THREADS and counts.stored_bytes == 4 * THREADS
+    assert (counts.sectors, counts.dram_bytes) == (4, 32)
+    assert sound("dynamic", OUT, 128, 0, shared=2000)[1].shared_bytes == 2000
+    assert sound("unwritten", OUT, True, shared=2000)[1].shared_bytes == 2512

@@ -1,16 +1,74 @@
-// The few things that kernels do with the device, so that the same kernel also runs on a CPU, where they are
+// The few things that kernels do with the device, so that the same kernel also runs on a CPU, where it is
 // watched and counted (tests/simt). Kernels reach global memory through load, store and atomic_add alone.
 #pragma once
 
 #if defined(__CUDACC__)
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+namespace pahm {
+
+// What memory of type S is summed in.
+template <typename S>
+struct SumOf {
+  using type = float;
+};
+template <>
+struct SumOf<double> {
+  using type = double;
+};
+template <typename S>
+using Sum = typename SumOf<S>::type;
+
+// `Count` numbers that are moved together.
+template <typename S, int Count>
+struct alignas(sizeof(S) * Count) Pack {
+  S values[Count];
+};
+
+#if defined(__CUDACC__)
+using Stream = cudaStream_t;
+#else
+using Stream = int;  // the seed of the order in which threads run
+#endif
+
+// Where a kernel is launched.
+struct Device {
+  Stream stream;
+  int processors;
+  int64_t shared_limit;  // bytes of shared memory that a block may have
+};
+
+inline void check_grid(int64_t blocks) {
+  if (blocks > 0x7fffffff) {
+    throw std::invalid_argument("a grid of " + std::to_string(blocks) +
+                                " blocks: at most 2147483647 are possible");
+  }
+}
+
+template <typename T>
+inline constexpr bool has_atomic_add =
+    std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, int>;
+
+}  // namespace pahm
+
+#if defined(__CUDACC__)
 
 // An array of `count` elements of T that the threads of a block share.
-#define PAHM_SHARED(T, name, count) __shared__ T name[count]
+#define PAHM_SHARED(T, name, count) __shared__ __align__(16) T name[count]
+
+// The same of the size that launch() was told: one a kernel.
+#define PAHM_DYNAMIC_SHARED(T, name)                                   \
+  extern __shared__ __align__(16) unsigned char pahm_dynamic_shared[]; \
+  T* const name = reinterpret_cast<T*>(pahm_dynamic_shared)
 
 namespace pahm {
 
@@ -39,7 +97,10 @@ __device__ __forceinline__ S from_float(T x) {
   return FromFloat<S>::convert(x);
 }
 
-// A type of 16 bytes is moved by one instruction.
+// ---- global memory ----
+
+// A type of 16 bytes is moved by one instruction, and read by way of the read-only cache: nothing that the
+// same launch writes may be read so.
 template <typename T>
 __device__ __forceinline__ T load(const T* address) {
   if constexpr (sizeof(T) == 16) {
@@ -65,8 +126,44 @@ __device__ __forceinline__ void store(T* address, T value) {
 
 template <typename T>
 __device__ __forceinline__ void atomic_add(T* address, T value) {
+  static_assert(has_atomic_add<T>);
   atomicAdd(address, value);
 }
+
+// ---- shared memory ----
+
+// Elements i to i + Count - 1, side by side; i is a multiple of Count.
+template <int Count, typename T>
+__device__ __forceinline__ Pack<T, Count> load_shared(const T* array, int i) {
+  Pack<T, Count> pack;
+  if constexpr (sizeof pack == 16) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(array + i);
+    memcpy(&pack, &bits, sizeof pack);
+  } else {
+    pack = *reinterpret_cast<const Pack<T, Count>*>(array + i);
+  }
+  return pack;
+}
+
+template <int Count, typename T>
+__device__ __forceinline__ void store_shared(T* array, int i, Pack<T, Count> pack) {
+  if constexpr (sizeof pack == 16) {
+    uint4 bits;
+    memcpy(&bits, &pack, sizeof bits);
+    *reinterpret_cast<uint4*>(array + i) = bits;
+  } else {
+    *reinterpret_cast<Pack<T, Count>*>(array + i) = pack;
+  }
+}
+
+__device__ __forceinline__ void shared_atomic_min(int32_t* array, int i, int32_t value) {
+  atomicMin(array + i, value);
+}
+__device__ __forceinline__ void shared_atomic_max(int32_t* array, int i, int32_t value) {
+  atomicMax(array + i, value);
+}
+
+// ---- between the lanes of a warp ----
 
 template <typename T>
 __device__ __forceinline__ T shuffle(uint32_t mask, T value, int lane) {
@@ -80,30 +177,29 @@ __device__ __forceinline__ uint32_t ballot(uint32_t mask, bool predicate) {
   return __ballot_sync(mask, predicate);
 }
 
+// ---- the host's side ----
+
+// Runs a kernel on `blocks` blocks of `threads` threads, with `shared_bytes` of dynamic shared memory each.
+// std::invalid_argument where the grid is too large, std::runtime_error where CUDA refuses.
+template <typename... P, typename... A>
+void launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, const Device& device,
+            A&&... arguments) {
+  check_grid(blocks);
+  if (blocks == 0) return;
+  const auto check = [](cudaError_t error) {
+    if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+  };
+  const auto grid = static_cast<unsigned>(blocks), block = static_cast<unsigned>(threads);
+  const auto bytes = static_cast<size_t>(shared_bytes);
+  if (bytes > 0) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  }
+  kernel<<<grid, block, bytes, device.stream>>>(std::forward<A>(arguments)...);
+  check(cudaGetLastError());
+}
+
 }  // namespace pahm
 
 #else
 #include "device_on_cpu.h"
 #endif
-
-namespace pahm {
-
-// What memory of type S is summed in.
-template <typename S>
-struct SumOf {
-  using type = float;
-};
-template <>
-struct SumOf<double> {
-  using type = double;
-};
-template <typename S>
-using Sum = typename SumOf<S>::type;
-
-// `Count` numbers that are moved together.
-template <typename S, int Count>
-struct alignas(sizeof(S) * Count) Pack {
-  S values[Count];
-};
-
-}  // namespace pahm

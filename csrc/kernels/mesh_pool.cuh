@@ -1,37 +1,73 @@
 // mesh_pool: x (B, N, C), a CSR matrix (M, N) -> (B, M, C). The backward is the same with the transpose.
 #pragma once
 
-#include "kernels/device.cuh"
+#include "kernels/plan.cuh"
 
 namespace pahm {
 
-inline constexpr int mesh_pool_threads = 256;
+template <typename S>
+struct MeshPoolArguments {
+  const S* x;
+  const int32_t* row_pointers;
+  const int32_t* columns;
+  const Sum<S>* values;
+  S* out;
+  int64_t batch, vertices, rows, channels;
+};
 
-// A thread has `Count` neighbouring channels of one output row, so that the lanes of a warp read and write
-// memory side by side, over the ends of rows. C is a multiple of `Count`.
+// A block has `1 << lane_bits` packs of channels of one mesh (a slab) and `block_rows` rows of the matrix, so
+// that its L1 cache sees each row of x once.
+struct MeshPoolPlan {
+  int lane_bits, slabs, block_rows, row_blocks;
+};
+
 template <typename S, int Count>
-__global__ void __launch_bounds__(mesh_pool_threads)
-    mesh_pool_kernel(const S* x, const int32_t* row_pointers, const int32_t* columns, const Sum<S>* values,
-                     S* out, int64_t batch, int64_t vertices, int64_t rows, int64_t channels) {
-  const int64_t packs = channels / Count, work = batch * rows * packs;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < work; i += stride) {
-    const int64_t row = i / packs, channel = i % packs * Count, mesh = row / rows, m = row % rows;
-    const S* const source = x + mesh * vertices * channels + channel;
+__global__ void __launch_bounds__(block_threads, 2)
+    mesh_pool_kernel(const __grid_constant__ MeshPoolArguments<S> a,
+                     const __grid_constant__ MeshPoolPlan plan) {
+  const int64_t row_block = blockIdx.x % plan.row_blocks, slab = blockIdx.x / plan.row_blocks % plan.slabs;
+  const int64_t mesh = blockIdx.x / plan.row_blocks / plan.slabs;
+  const int lane = threadIdx.x & ((1 << plan.lane_bits) - 1), step = block_threads >> plan.lane_bits;
+  const int64_t channel = (slab << plan.lane_bits | lane) * Count;
+  if (channel >= a.channels) return;
+  const S* const source = a.x + mesh * a.vertices * a.channels + channel;
+  S* const target = a.out + mesh * a.rows * a.channels + channel;
+  const int64_t begin = row_block * plan.block_rows;
+  const int64_t end = begin + plan.block_rows < a.rows ? begin + plan.block_rows : a.rows;
+  for (int64_t row = begin + (threadIdx.x >> plan.lane_bits); row < end; row += step) {
     Sum<S> sum[Count] = {};
-    const int32_t last = load(row_pointers + m + 1);
-    for (int32_t e = load(row_pointers + m); e < last; ++e) {
-      const Sum<S> value = load(values + e);
-      const int64_t column = load(columns + e);
-      const auto pack = load(reinterpret_cast<const Pack<S, Count>*>(source + column * channels));
+    const int32_t last = load(a.row_pointers + row + 1);
+    for (int32_t e = load(a.row_pointers + row); e < last; ++e) {
+      const Sum<S> value = load(a.values + e);
+      const int64_t column = load(a.columns + e);
+      const auto pack = load_pack<Count>(source + column * a.channels);
 #pragma unroll
       for (int c = 0; c < Count; ++c) sum[c] += value * to_float(pack.values[c]);
     }
-    Pack<S, Count> result;
-#pragma unroll
-    for (int c = 0; c < Count; ++c) result.values[c] = from_float<S>(sum[c]);
-    store(reinterpret_cast<Pack<S, Count>*>(out + row * channels + channel), result);
+    store_sums(target + row * a.channels, sum);
   }
+}
+
+template <typename S, int Count>
+void mesh_pool_launch(const MeshPoolArguments<S>& a, const Device& device) {
+  const int64_t packs = a.channels / Count;
+  const int lane_bits = bits_for(packs, 5);
+  const int64_t slabs = divide_up(packs, int64_t{1} << lane_bits), step = block_threads >> lane_bits;
+  // As many rows as leave four blocks a processor.
+  const int64_t blocks = a.batch * slabs, wanted = divide_up(4 * device.processors, blocks);
+  const int64_t block_rows = step * divide_up(a.rows, step * wanted),
+                row_blocks = divide_up(a.rows, block_rows);
+  const MeshPoolPlan plan{lane_bits, static_cast<int>(slabs), static_cast<int>(block_rows),
+                          static_cast<int>(row_blocks)};
+  launch(mesh_pool_kernel<S, Count>, blocks * row_blocks, block_threads, 0, device, a, plan);
+}
+
+template <typename S>
+void mesh_pool_launch(const MeshPoolArguments<S>& a, const Device& device) {
+  if (a.batch * a.rows * a.channels == 0) return;
+  constexpr int wide = 16 / sizeof(S);
+  if (a.channels % wide == 0 && aligned(a.x) && aligned(a.out)) return mesh_pool_launch<S, wide>(a, device);
+  mesh_pool_launch<S, 1>(a, device);
 }
 
 }  // namespace pahm

@@ -1,9 +1,12 @@
 // What csrc/kernels/device.cuh gives kernels on a GPU, for kernels that run in simt.h.
 #pragma once
 
-#include <cmath>
+#include <math.h>
+
+#include <bit>
 #include <cstdint>
 #include <cstring>
+#include <tuple>
 
 #include "simt.h"
 
@@ -11,6 +14,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 #define threadIdx (::simt::Machine::get().thread_index())
@@ -24,6 +28,14 @@
 // An array of `count` elements of T that the threads of a block share.
 #define PAHM_SHARED(T, name, count) \
   auto& name = ::simt::Machine::get().shared_array<::pahm::SharedArray<T>>(count, ::simt::Place::current())
+
+// The same of the size that launch() was told: one a kernel.
+#define PAHM_DYNAMIC_SHARED(T, name) \
+  auto& name = ::simt::Machine::get().dynamic_array<::pahm::SharedArray<T>>(::simt::Place::current())
+
+inline int __popc(uint32_t bits) { return std::popcount(bits); }
+inline int __ffs(uint32_t bits) { return bits ? std::countr_zero(bits) + 1 : 0; }
+inline int __clz(uint32_t bits) { return std::countl_zero(bits); }
 
 namespace pahm {
 
@@ -95,7 +107,7 @@ S from_float(T x) {
 
 template <typename T>
 T load(const T* address, Place place = Place::current()) {
-  simt::Machine::get().global_access(address, sizeof(T), false, false, place);
+  simt::Machine::get().global_access(address, sizeof(T), alignof(T), simt::Access::load, place);
   T value;
   std::memcpy(&value, address, sizeof value);
   return value;
@@ -103,13 +115,14 @@ T load(const T* address, Place place = Place::current()) {
 
 template <typename T>
 void store(T* address, T value, Place place = Place::current()) {
-  simt::Machine::get().global_access(address, sizeof(T), true, false, place);
+  simt::Machine::get().global_access(address, sizeof(T), alignof(T), simt::Access::store, place);
   std::memcpy(address, &value, sizeof value);
 }
 
 template <typename T>
 void atomic_add(T* address, T value, Place place = Place::current()) {
-  simt::Machine::get().global_access(address, sizeof(T), true, true, place);
+  static_assert(has_atomic_add<T>);
+  simt::Machine::get().global_access(address, sizeof(T), alignof(T), simt::Access::atomic, place);
   *address += value;
 }
 
@@ -120,36 +133,29 @@ class SharedArray {
  public:
   using Element = T;
 
-  // One element, as an expression: its reads and writes are watched.
+  // One element, as an expression: its reads and writes are watched. `auto` would keep the reference, and
+  // read later: what is kept so cannot be read.
   class Reference {
    public:
     Reference(SharedArray& array, size_t index, Place place) : array_(array), index_(index), place_(place) {}
-    operator T() const {
-      touch(false);
-      return array_.values_[index_];
-    }
-    Reference& operator=(T value) {
-      touch(true);
-      array_.values_[index_] = value;
+    operator T() && { return array_.at(index_, 1, simt::Access::load, place_)[0]; }
+    Reference& operator=(T value) && {
+      array_.at(index_, 1, simt::Access::store, place_)[0] = value;
       return *this;
     }
-    Reference& operator=(const Reference& other) { return *this = static_cast<T>(other); }
-    Reference& operator+=(T value) { return *this = static_cast<T>(*this) + value; }
+    Reference& operator=(Reference&& other) && { return std::move(*this) = static_cast<T>(std::move(other)); }
+    Reference& operator+=(T value) && {
+      const T before = array_.at(index_, 1, simt::Access::load, place_)[0];
+      return std::move(*this) = before + value;
+    }
 
    private:
-    void touch(bool store) const {
-      if (index_ >= array_.values_.size()) {
-        simt::Machine::get().fail("shared memory is touched beyond its end", place_);
-      }
-      simt::Machine::get().shared_access(array_.cells_[index_], array_.offset_ + index_ * sizeof(T),
-                                         sizeof(T), store, place_);
-    }
     SharedArray& array_;
     size_t index_;
     Place place_;
   };
 
-  SharedArray(size_t count, size_t offset) : values_(count), cells_(count), offset_(offset) {}
+  explicit SharedArray(size_t count) : values_(count), cells_(count) {}
 
   // `operator[]` takes one argument: the place comes with the index.
   struct Index {
@@ -160,11 +166,45 @@ class SharedArray {
   };
   Reference operator[](Index index) { return {*this, index.value, index.place}; }
 
+  // `count` elements that are touched together.
+  T* at(size_t index, size_t count, simt::Access access, const Place& place) {
+    auto& machine = simt::Machine::get();
+    if (index + count > values_.size() || index + count < count) {
+      machine.fail("shared memory is touched beyond its end", place);
+    }
+    if (index % count) machine.fail("a pack in shared memory begins at a crooked index", place);
+    machine.shared_access(&cells_[index], count, index * sizeof(T), count * sizeof(T),
+                          count > 1 ? count * sizeof(T) : alignof(T), access, place);
+    return &values_[index];
+  }
+
  private:
   std::vector<T> values_;
-  std::vector<simt::Machine::Cell> cells_;
-  size_t offset_;
+  std::vector<simt::Cell> cells_;
 };
+
+template <int Count, typename T>
+Pack<T, Count> load_shared(SharedArray<T>& array, int64_t i, Place place = Place::current()) {
+  Pack<T, Count> pack;
+  std::memcpy(&pack, array.at(static_cast<size_t>(i), Count, simt::Access::load, place), sizeof pack);
+  return pack;
+}
+
+template <int Count, typename T>
+void store_shared(SharedArray<T>& array, int64_t i, Pack<T, Count> pack, Place place = Place::current()) {
+  std::memcpy(array.at(static_cast<size_t>(i), Count, simt::Access::store, place), &pack, sizeof pack);
+}
+
+inline void shared_atomic_min(SharedArray<int32_t>& array, int64_t i, int32_t value,
+                              Place place = Place::current()) {
+  int32_t& element = *array.at(static_cast<size_t>(i), 1, simt::Access::atomic, place);
+  element = std::min(element, value);
+}
+inline void shared_atomic_max(SharedArray<int32_t>& array, int64_t i, int32_t value,
+                              Place place = Place::current()) {
+  int32_t& element = *array.at(static_cast<size_t>(i), 1, simt::Access::atomic, place);
+  element = std::max(element, value);
+}
 
 // ---- between the lanes of a warp ----
 
@@ -194,6 +234,20 @@ inline uint32_t ballot(uint32_t mask, bool predicate, Place place = Place::curre
     if (mask >> lane & 1) bits |= static_cast<uint32_t>(met[static_cast<size_t>(lane)]) << lane;
   }
   return bits;
+}
+
+// ---- the host's side ----
+
+// As device.cuh has it on a GPU, and std::runtime_error where the kernel breaks a rule of the device.
+template <typename... P, typename... A>
+void launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, const Device& device,
+            A&&... arguments) {
+  check_grid(blocks);
+  if (blocks == 0) return;
+  const std::tuple<P...> copies(std::forward<A>(arguments)...);
+  simt::Machine::get().launch(static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes,
+                              device.shared_limit, static_cast<uint64_t>(device.stream),
+                              [&] { std::apply(kernel, copies); });
 }
 
 }  // namespace pahm

@@ -1,35 +1,26 @@
-// mesh_pool's kernel on the CPU, for tests/test_simt.py.
+// mesh_pool's kernel on the CPU, for tests/test_simt_mesh_pool.py.
 #include "kernels/mesh_pool.cuh"
 
 #include "run.h"
 
-namespace {
-
-template <typename S, int Count>
-void launch(const void* x, const int32_t* row_pointers, const int32_t* columns, const void* values, void* out,
-            const int64_t* sizes, int blocks, uint64_t seed) {
-  using T = pahm::Sum<S>;
-  simt::Machine::get().launch(blocks, pahm::mesh_pool_threads, seed, [&] {
-    pahm::mesh_pool_kernel<S, Count>(static_cast<const S*>(x), row_pointers, columns,
-                                     static_cast<const T*>(values), static_cast<S*>(out), sizes[0], sizes[1],
-                                     sizes[2], sizes[3]);
-  });
-}
-
-}  // namespace
-
-// sizes: batch, vertices, rows, channels. `together` channels are moved at a time: 16 bytes of them, or 1.
-extern "C" const char* mesh_pool(int dtype, int together, const void* x, const int32_t* row_pointers,
-                                 const int32_t* columns, const void* values, void* out, const int64_t* sizes,
-                                 int blocks, uint64_t seed, simt::Counts* counts) {
+extern "C" const char* mesh_pool(int dtype, const void* x, const int32_t* row_pointers,
+                                 const int32_t* columns, const void* values, void* out, int64_t batch,
+                                 int64_t vertices, int64_t rows, int64_t channels, int processors,
+                                 uint64_t seed, simt::Counts* counts) {
   return run(counts, [&] {
     for_dtype(dtype, [&](auto zero) {
       using S = decltype(zero);
-      if (together == 1) {
-        launch<S, 1>(x, row_pointers, columns, values, out, sizes, blocks, seed);
-      } else {
-        launch<S, 16 / sizeof(S)>(x, row_pointers, columns, values, out, sizes, blocks, seed);
-      }
+      const pahm::MeshPoolArguments<S> arguments{static_cast<const S*>(x),
+                                                 row_pointers,
+                                                 columns,
+                                                 static_cast<const pahm::Sum<S>*>(values),
+                                                 static_cast<S*>(out),
+                                                 batch,
+                                                 vertices,
+                                                 rows,
+                                                 channels};
+      pahm::mesh_pool_launch<S>(arguments, device(seed, processors));
     });
   });
 }
+PAHM_CASE(mesh_pool);

@@ -1,12 +1,12 @@
-// What the libraries of kernels that Python calls have in common.
+// What each file of kernels that Python calls includes, once.
 #pragma once
 
+#include <cstddef>
+#include <exception>
 #include <string>
 
+#include "cases.h"
 #include "kernels/device.cuh"
-
-extern "C" void allow(const void* data, size_t bytes) { simt::Machine::get().allow(data, bytes); }
-extern "C" void forget_buffers() { simt::Machine::get().forget_buffers(); }
 
 // Calls f with a zero of float32, float64, float16 or bfloat16: 0 to 3.
 template <typename F>
@@ -17,16 +17,49 @@ void for_dtype(int dtype, const F& f) {
   if (dtype == 3) f(pahm::bfloat16{});
 }
 
-// Null, or what the machine complained of.
+// A device that runs threads in an order of its own for each seed. 227 KiB: what an H100 gives a block.
+inline pahm::Device device(uint64_t seed, int processors = 4, int64_t shared_limit = 227 * 1024) {
+  return {static_cast<int>(seed), processors, shared_limit};
+}
+
+// Null, or what the machine or the launch complained of.
 template <typename F>
 const char* run(simt::Counts* counts, const F& launch) {
   static std::string complaint;
+  simt::Machine& machine = simt::Machine::get();
+  machine.reset_counts();
   try {
     launch();
-  } catch (const simt::Failure& failure) {
-    complaint = failure.what();
+  } catch (const std::exception& e) {
+    complaint = e.what();
     return complaint.c_str();
   }
-  *counts = simt::Machine::get().counts();
+  *counts = machine.counts();
   return nullptr;
+}
+
+inline void allow(const simt::Argument& a) {
+  if (a.kind == simt::Kind::tensor) {
+    simt::Machine::get().allow(a.data, static_cast<size_t>(a.length));
+  } else if (a.kind == simt::Kind::tensors) {
+    for (int64_t i = 0; i < a.length; ++i) allow(static_cast<const simt::Argument*>(a.data)[i]);
+  }
+}
+
+extern "C" const char* simt_call(const char* name, const simt::Argument* arguments, int64_t count,
+                                 uint64_t seed, int races, simt::Counts* counts) {
+  static std::string complaint;
+  simt::Machine& machine = simt::Machine::get();
+  machine.forget_buffers();
+  machine.look_for_races(races != 0);
+  for (int64_t i = 0; i < count; ++i) allow(arguments[i]);
+  try {
+    const auto found = simt::cases().find(name);
+    if (found == simt::cases().end()) throw std::invalid_argument(std::string("no case is called ") + name);
+    simt::Call call(name, arguments, count);
+    return found->second(call, seed, counts);
+  } catch (const std::exception& e) {
+    complaint = e.what();
+    return complaint.c_str();
+  }
 }

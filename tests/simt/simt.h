@@ -4,30 +4,28 @@
 //
 //   - a barrier that not every thread reaches, or that threads reach at different places;
 //   - a warp operation whose mask names a lane that does not come, or leaves out the caller or the source;
-//   - an access outside the buffers that Machine::allow() named;
-//   - shared memory that is read before it is written, or touched by two threads with no barrier in between.
+//   - an access outside the buffers that Machine::allow() named, or at an address that its type does not
+//   allow;
+//   - memory that two threads touch, one of which writes, with no barrier in between: shared memory, and
+//   global
+//     memory within a launch;
+//   - shared memory that is read before it is written, touched beyond its end, or more than the device has.
 //
 // Threads are picked at random from a seed, and also change over at memory accesses, so that a result that
-// depends on their order shows as a difference between seeds. Accesses are counted by warp: the k-th access
-// of each lane at one place in the source is one request.
+// depends on their order shows as a difference between seeds.
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <cstdint>
-#include <cstring>
 #include <exception>
 #include <map>
 #include <memory>
-#include <random>
-#include <set>
-#include <source_location>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "fiber.h"
+#include "requests.h"
 
 namespace simt {
 
@@ -35,22 +33,10 @@ struct Failure : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-struct Dim3 {
-  unsigned x = 1, y = 1, z = 1;
-  Dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
-  unsigned count() const { return x * y * z; }
+// What threadIdx and its like are: kernels here have one dimension.
+struct Index {
+  unsigned x;
 };
-
-using Place = std::source_location;
-
-// What a launch did, all blocks together. A sector has 32 bytes; `ideal_sectors` is what the same bytes would
-// take side by side. A bank conflict is one more pass over the banks of shared memory.
-struct Counts {
-  int64_t loaded_bytes = 0, stored_bytes = 0, requests = 0, sectors = 0, ideal_sectors = 0;
-  int64_t atomics = 0, shared_requests = 0, bank_conflicts = 0;
-};
-
-inline constexpr int warp_size = 32;
 
 class Machine {
  public:
@@ -60,295 +46,332 @@ class Machine {
   }
 
   // Buffers that kernels may touch.
-  void allow(const void* data, size_t bytes) {
-    const auto begin = reinterpret_cast<uintptr_t>(data);
-    buffers_[begin] = std::max(buffers_[begin], begin + bytes);
-  }
-  void forget_buffers() { buffers_.clear(); }
+  void allow(const void* data, size_t bytes) { buffers_.allow(data, bytes); }
+  void forget_buffers() { buffers_.forget(); }
+
+  // Whether races for global memory are looked for.
+  void look_for_races(bool yes) { look_for_races_ = yes; }
 
   const Counts& counts() const { return counts_; }
+  void reset_counts() { counts_ = {}; }
 
   // Runs `kernel()` on every thread of the grid.
   template <typename Kernel>
-  void launch(Dim3 grid, Dim3 block, uint64_t seed, const Kernel& kernel) {
-    counts_ = {};
-    random_.seed(seed);
-    grid_ = grid;
-    block_ = block;
-    if (block.count() == 0 || block.count() > 1024 || block.count() % warp_size) {
-      throw Failure("a block has " + std::to_string(block.count()) + " threads, not whole warps up to 1024");
+  void launch(unsigned blocks, unsigned threads, int64_t shared_bytes, int64_t shared_limit, uint64_t seed,
+              const Kernel& kernel) {
+    if (threads == 0 || threads > 1024 || threads % warp_size) {
+      throw Failure("a block has " + std::to_string(threads) + " threads, not whole warps up to 1024");
     }
-    std::vector<unsigned> order(grid.count());
-    for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
-    std::shuffle(order.begin(), order.end(), random_);
-    for (const unsigned index : order) {
-      block_index_ = {index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y};
-      run_block(kernel);
+    random_ = (seed + 1) * 0x9e3779b97f4a7c15u | 1;
+    for (int i = 0; i < 8; ++i) random();
+    blocks_ = blocks;
+    block_threads_ = threads;
+    dynamic_bytes_ = shared_bytes;
+    shared_limit_ = shared_limit;
+    body_ = [](const void* k) { (*static_cast<const Kernel*>(k))(); };
+    kernel_ = &kernel;
+    buffers_.start_launch();
+    ++counts_.launches;
+    counts_.blocks += blocks;
+    counts_.threads = std::max<int64_t>(counts_.threads, threads);
+    std::vector<unsigned> order(blocks);
+    for (unsigned i = 0; i < blocks; ++i) order[i] = i;
+    for (unsigned i = blocks; i > 1; --i) std::swap(order[i - 1], order[random() % i]);
+    try {
+      for (const unsigned block : order) run_block(block);
+    } catch (...) {
+      for (const auto& thread : threads_) thread->fiber->restart();
+      current_ = nullptr;
+      throw;
     }
   }
 
   // ---- what kernels call ----
 
-  Dim3 thread_index() const {
-    const unsigned i = current_->index;
-    return {i % block_.x, i / block_.x % block_.y, i / block_.x / block_.y};
-  }
-  Dim3 block_index() const { return block_index_; }
-  Dim3 block_size() const { return block_; }
-  Dim3 grid_size() const { return grid_; }
+  Index thread_index() const { return {static_cast<unsigned>(current_->index)}; }
+  Index block_index() const { return {block_}; }
+  Index block_size() const { return {block_threads_}; }
+  Index grid_size() const { return {blocks_}; }
 
-  void block_barrier(Place place) { wait(State::block_barrier, place, 0, 0); }
+  void block_barrier(const Place& place) { wait(State::block_barrier, place, 0, 0); }
 
   // Meets the lanes of `mask`; then returns what each of them brought.
   const std::array<uint64_t, warp_size>& meet(uint32_t mask, uint64_t value, bool orders_memory,
-                                              Place place) {
+                                              const Place& place) {
     const int lane = current_->index % warp_size;
     if (!(mask >> lane & 1)) fail("lane " + std::to_string(lane) + " is not in its own mask", place);
     wait(orders_memory ? State::warp_barrier : State::warp_exchange, place, mask, value);
-    return current_->met;
+    return *current_->met;
   }
 
-  void global_access(const void* address, size_t bytes, bool store, bool atomic, Place place) {
+  void global_access(const void* address, size_t bytes, size_t alignment, Access access, const Place& place) {
     const auto begin = reinterpret_cast<uintptr_t>(address);
-    auto after = buffers_.upper_bound(begin);
-    if (after == buffers_.begin() || std::prev(after)->second < begin + bytes) {
-      fail("an access of " + std::to_string(bytes) + " bytes outside every buffer", place);
-    }
-    if (begin % bytes) fail("an access of " + std::to_string(bytes) + " bytes at a crooked address", place);
+    const int number = sites_.number(place, bytes, std::min<size_t>(alignment, 16), false);
+    const int buffer = buffers_.find(begin, bytes, sites_[number].buffer);
+    if (buffer < 0) fail("an access of " + std::to_string(bytes) + " bytes outside every buffer", place);
+    sites_[number].buffer = buffer;
+    if (begin % alignment)
+      fail("an access of " + std::to_string(bytes) + " bytes at a crooked address", place);
+    const bool store = access != Access::load;
     (store ? counts_.stored_bytes : counts_.loaded_bytes) += static_cast<int64_t>(bytes);
-    counts_.atomics += atomic;
-    request(global_requests_, place).emplace_back(begin, bytes);
+    counts_.atomics += access == Access::atomic;
+    const Buffers::Fresh fresh = buffers_.mark(buffer, begin, bytes, store);
+    counts_.dram_bytes += fresh.launch * static_cast<int64_t>(sector_bytes);
+    counts_.l2_bytes += fresh.block * static_cast<int64_t>(sector_bytes);
+    if (look_for_races_) {
+      const Moment now = order_.now(current_->index);
+      buffers_.for_cells(buffer, begin, bytes, std::min<size_t>(alignment, 16), [&](Cell& cell) {
+        if (bytes == 16 && access == Access::load && cell.stored) {
+          fail("the read-only cache is asked for what this launch wrote", place);
+        }
+        touch("global", cell, access, now, place);
+      });
+    }
+    requests_.add(number, current_->index, begin, counts_);
     maybe_yield();
   }
 
-  // Who touched an element of shared memory last: the writer, and the readers since.
-  struct Cell {
-    struct Access {
-      int thread = -1;
-      int64_t block_epoch = -1, warp_epoch = -1;
-    };
-    Access write;
-    std::vector<Access> reads;
-  };
-
-  void shared_access(Cell& cell, uintptr_t offset, size_t bytes, bool store, Place place) {
-    if (!store && cell.write.thread < 0) fail("shared memory is read that nobody wrote", place);
-    const Cell::Access now{static_cast<int>(current_->index), block_epoch_,
-                           warp_epochs_[current_->index / warp_size]};
-    if (races(cell.write, now)) {
-      fail("two threads touch shared memory, one writes, no barrier between", place);
+  // Elements of an array in shared memory, from byte `offset` of the array on.
+  void shared_access(Cell* cells, size_t count, uintptr_t offset, size_t bytes, size_t alignment,
+                     Access access, const Place& place) {
+    const Moment now = order_.now(current_->index);
+    for (size_t i = 0; i < count; ++i) {
+      cells[i].enter(block_serial_);
+      if (access != Access::store && !cells[i].stored) fail("shared memory is read that nobody wrote", place);
+      touch("shared", cells[i], access, now, place);
     }
-    if (store) {
-      for (const Cell::Access& read : cell.reads) {
-        if (races(read, now)) fail("shared memory is overwritten that another thread may yet read", place);
-      }
-      cell.reads.clear();
-      cell.write = now;
-    } else {
-      cell.reads.push_back(now);
-    }
-    request(shared_requests_, place).emplace_back(offset, bytes);
+    counts_.shared_atomics += access == Access::atomic;
+    const int number = sites_.number(place, bytes, std::min<size_t>(alignment, 16), true);
+    requests_.add(number, current_->index, offset, counts_);
     maybe_yield();
   }
 
   // An array of shared memory: one a block and place.
   template <typename Array>
-  Array& shared_array(size_t count, Place place) {
-    auto& slot = shared_[{place.file_name(), place.line()}];
+  Array& shared_array(size_t count, const Place& place) {
+    auto& slot = shared_[sites_.number(place, 0, 0, true)];
     if (!slot) {
-      slot = std::make_shared<Array>(count, shared_bytes_);
-      shared_bytes_ += sizeof(typename Array::Element) * count;
+      slot = std::make_shared<Array>(count);
+      static_bytes_ += static_cast<int64_t>((sizeof(typename Array::Element) * count + 15) / 16 * 16);
+      if (static_bytes_ > most_static_bytes) {
+        fail("arrays of fixed size take " + std::to_string(static_bytes_) + " bytes of shared memory", place);
+      }
+      check_shared_bytes(place);
     }
     return *static_cast<Array*>(slot.get());
   }
 
-  [[noreturn]] void fail(const std::string& what, Place place) const {
-    throw Failure(what + " (thread " + std::to_string(current_ ? current_->index : 0) + " of block " +
-                  std::to_string(block_index_.x) + ", line " + std::to_string(place.line()) + ")");
+  // The shared memory whose size the launch gives.
+  template <typename Array>
+  Array& dynamic_array(const Place& place) {
+    if (!dynamic_) {
+      dynamic_ =
+          std::make_shared<Array>(static_cast<size_t>(dynamic_bytes_) / sizeof(typename Array::Element));
+      dynamic_site_ = sites_.number(place, 0, 0, true);
+    }
+    if (dynamic_site_ != sites_.number(place, 0, 0, true)) fail("dynamic shared memory has two names", place);
+    return *static_cast<Array*>(dynamic_.get());
+  }
+
+  [[noreturn]] void fail(const std::string& what, const Place& place) const {
+    const std::string path = place.file_name();
+    throw Failure(what + " (thread " + std::to_string(current_->index) + " of block " +
+                  std::to_string(block_) + ", " + path.substr(path.rfind('/') + 1) + ":" +
+                  std::to_string(place.line()) + ")");
   }
 
  private:
   enum class State { ready, block_barrier, warp_barrier, warp_exchange, done };
 
   struct Thread {
-    unsigned index = 0;
+    int index = 0;
     State state = State::ready;
     Place place;
+    int site = 0;
     uint32_t mask = 0;
     uint64_t value = 0;
-    std::array<uint64_t, warp_size> met{};
-    std::map<std::tuple<const char*, unsigned, unsigned>, int64_t> visits;
+    std::array<uint64_t, warp_size> gathered;  // what its lanes brought, where it is the first of them
+    const std::array<uint64_t, warp_size>* met = nullptr;
     std::unique_ptr<Fiber> fiber;
-    std::exception_ptr error;
   };
 
-  using Request = std::vector<std::pair<uintptr_t, size_t>>;
-  using Requests = std::map<std::tuple<unsigned, const char*, unsigned, unsigned, int64_t>, Request>;
+  static constexpr int64_t most_static_bytes = 48 * 1024;
 
-  template <typename Kernel>
-  void run_block(const Kernel& kernel) {
-    threads_.clear();
-    shared_.clear();
-    shared_bytes_ = 0;
-    block_epoch_ = 0;
-    warp_epochs_.assign(block_.count() / warp_size, 0);
-    for (unsigned i = 0; i < block_.count(); ++i) {
-      threads_.push_back(std::make_unique<Thread>());
-      Thread* thread = threads_.back().get();
-      thread->index = i;
-      thread->fiber = std::make_unique<Fiber>([thread, &kernel] {
-        try {
-          kernel();
-        } catch (...) {
-          thread->error = std::current_exception();
-        }
-        thread->state = State::done;
-      });
-    }
-    std::vector<Thread*> ready;
+  Machine() : requests_(sites_) {}
+
+  // A fiber runs its thread of one block after the other.
+  static void run_thread(void* argument) {
+    auto* const thread = static_cast<Thread*>(argument);
+    Machine& machine = get();
     for (;;) {
-      ready.clear();
-      for (const auto& thread : threads_) {
-        if (thread->state == State::ready) ready.push_back(thread.get());
+      try {
+        machine.body_(machine.kernel_);
+      } catch (...) {
+        machine.error_ = std::current_exception();
       }
-      if (ready.empty()) {
-        if (std::all_of(threads_.begin(), threads_.end(), [](auto& t) { return t->state == State::done; }))
-          break;
-        release();
-        continue;
-      }
-      current_ = ready[random_() % ready.size()];
+      thread->state = State::done;
+      thread->fiber->suspend();
+    }
+  }
+
+  void run_block(unsigned block) {
+    block_ = block;
+    ++block_serial_;
+    shared_.clear();
+    dynamic_.reset();
+    static_bytes_ = 0;
+    error_ = nullptr;
+    buffers_.start_block();
+    order_.start_block(static_cast<int>(block_threads_));
+    requests_.start_block(static_cast<int>(block_threads_));
+    while (threads_.size() < block_threads_) {
+      threads_.push_back(std::make_unique<Thread>());
+      threads_.back()->index = static_cast<int>(threads_.size()) - 1;
+      threads_.back()->fiber = std::make_unique<Fiber>(&Machine::run_thread, threads_.back().get());
+    }
+    ready_.clear();
+    for (unsigned i = 0; i < block_threads_; ++i) wake(*threads_[i]);
+    current_ = threads_[0].get();
+    check_shared_bytes(Place::current());
+    for (unsigned running = block_threads_; running > 0;) {
+      if (ready_.empty()) release();
+      const size_t pick = random() % ready_.size();
+      current_ = ready_[pick];
       current_->fiber->resume();
-      if (current_->error) std::rethrow_exception(current_->error);
+      if (error_) std::rethrow_exception(error_);
+      if (current_->state == State::ready) continue;
+      running -= current_->state == State::done;
+      ready_[pick] = ready_.back();
+      ready_.pop_back();
     }
     current_ = nullptr;
-    count_requests();
+    requests_.finish_block(counts_);
+  }
+
+  void wake(Thread& thread) {
+    thread.state = State::ready;
+    ready_.push_back(&thread);
   }
 
   // Nobody can run: lets those go on who have met, or says why nobody can.
   void release() {
-    bool released = false;
-    for (unsigned first = 0; first < threads_.size(); first += warp_size) {
+    for (unsigned first = 0; first < block_threads_; first += warp_size) {
       for (unsigned i = first; i < first + warp_size; ++i) {
         Thread& thread = *threads_[i];
-        if (thread.state != State::warp_barrier && thread.state != State::warp_exchange) continue;
-        std::array<uint64_t, warp_size> met{};
-        for (unsigned lane = 0; lane < warp_size; ++lane) {
-          if (!(thread.mask >> lane & 1)) continue;
-          const Thread& other = *threads_[first + lane];
-          if (other.state != thread.state || other.mask != thread.mask || !same(other.place, thread.place)) {
-            current_ = &thread;
-            fail("a warp operation waits for lane " + std::to_string(lane) +
-                     ", which its mask names and which " +
-                     (other.state == State::done ? "has ended" : "is elsewhere"),
-                 thread.place);
-          }
-          met[lane] = other.value;
+        if (thread.state == State::warp_barrier || thread.state == State::warp_exchange) {
+          release_lanes(thread, first);
         }
-        if (thread.state == State::warp_barrier) ++warp_epochs_[first / warp_size];
-        const uint32_t mask = thread.mask;
-        for (unsigned lane = 0; lane < warp_size; ++lane) {
-          if (!(mask >> lane & 1)) continue;
-          threads_[first + lane]->met = met;
-          threads_[first + lane]->state = State::ready;
-        }
-        released = true;
       }
     }
-    if (released) return;
-    for (const auto& thread : threads_) {
-      if (thread->state == State::done || !same(thread->place, threads_[0]->place)) {
-        const Thread& waiting = thread->state == State::done ? waiting_thread() : *thread;
-        current_ = threads_[waiting.index].get();
-        fail(thread->state == State::done ? "a barrier is not reached by a thread that has ended"
-                                          : "threads wait at different barriers",
-             waiting.place);
+    if (!ready_.empty()) return;
+    Thread* waiting = nullptr;
+    bool ended = false;
+    for (unsigned i = 0; i < block_threads_; ++i) {
+      Thread* const thread = threads_[i].get();
+      if (thread->state == State::done) {
+        ended = true;
+      } else if (waiting && waiting->site != thread->site) {
+        current_ = thread;
+        fail("threads wait at different barriers", thread->place);
+      } else {
+        waiting = thread;
       }
     }
-    ++block_epoch_;
-    for (const auto& thread : threads_) thread->state = State::ready;
-  }
-
-  const Thread& waiting_thread() const {
-    for (const auto& thread : threads_) {
-      if (thread->state != State::done) return *thread;
+    if (ended) {
+      current_ = waiting;
+      fail("a barrier is not reached by a thread that has ended", waiting->place);
     }
-    return *threads_[0];
+    order_.block_barrier();
+    for (unsigned i = 0; i < block_threads_; ++i) wake(*threads_[i]);
   }
 
-  void wait(State state, Place place, uint32_t mask, uint64_t value) {
+  // The lanes that a thread meets, of the warp from thread `first` on.
+  void release_lanes(Thread& thread, unsigned first) {
+    for (unsigned lane = 0; lane < warp_size; ++lane) {
+      if (!(thread.mask >> lane & 1)) continue;
+      const Thread& other = *threads_[first + lane];
+      if (other.state != thread.state || other.mask != thread.mask || other.site != thread.site) {
+        current_ = &thread;
+        fail("a warp operation waits for lane " + std::to_string(lane) + ", which its mask names and which " +
+                 (other.state == State::done ? "has ended" : "is elsewhere"),
+             thread.place);
+      }
+      thread.gathered[lane] = other.value;
+    }
+    if (thread.state == State::warp_barrier)
+      order_.warp_barrier(static_cast<int>(first) / warp_size, thread.mask);
+    for (unsigned lane = 0; lane < warp_size; ++lane) {
+      if (!(thread.mask >> lane & 1)) continue;
+      threads_[first + lane]->met = &thread.gathered;
+      wake(*threads_[first + lane]);
+    }
+  }
+
+  void wait(State state, const Place& place, uint32_t mask, uint64_t value) {
     current_->state = state;
     current_->place = place;
+    current_->site = sites_.number(place, 0, 0, false);
     current_->mask = mask;
     current_->value = value;
     current_->fiber->suspend();
   }
 
   void maybe_yield() {
-    if (random_() % 8 == 0) current_->fiber->suspend();
+    if (random() % 8 == 0) current_->fiber->suspend();
   }
 
-  static bool same(const Place& a, const Place& b) {
-    return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
+  // xorshift64*
+  uint64_t random() {
+    random_ ^= random_ >> 12;
+    random_ ^= random_ << 25;
+    random_ ^= random_ >> 27;
+    return random_ * 0x2545f4914f6cdd1du >> 16;
   }
 
-  static bool races(const Cell::Access& before, const Cell::Access& now) {
-    if (before.thread < 0 || before.thread == now.thread || before.block_epoch != now.block_epoch)
-      return false;
-    const bool one_warp = before.thread / warp_size == now.thread / warp_size;
-    return !(one_warp && before.warp_epoch < now.warp_epoch);
+  void touch(const char* memory, Cell& cell, Access access, const Moment& now, const Place& place) const {
+    const Race race = order_.touch(cell, access, now);
+    if (race == Race::none) return;
+    const std::string name = std::string(memory) + " memory";
+    fail(race == Race::overwrites ? name + " is overwritten that another thread may yet read"
+                                  : "two threads touch " + name + ", one writes, no barrier between",
+         place);
   }
 
-  Request& request(Requests& all, Place place) {
-    const int64_t visit = current_->visits[{place.file_name(), place.line(), place.column()}]++;
-    return all[{current_->index / warp_size, place.file_name(), place.line(), place.column(), visit}];
-  }
-
-  void count_requests() {
-    for (const auto& [key, request] : global_requests_) {
-      std::set<uintptr_t> sectors;
-      std::set<std::pair<uintptr_t, size_t>> distinct(request.begin(), request.end());
-      size_t bytes = 0;
-      for (const auto& [begin, size] : distinct) {
-        bytes += size;
-        for (uintptr_t sector = begin / 32; sector <= (begin + size - 1) / 32; ++sector)
-          sectors.insert(sector);
-      }
-      ++counts_.requests;
-      counts_.sectors += static_cast<int64_t>(sectors.size());
-      counts_.ideal_sectors += static_cast<int64_t>((bytes + 31) / 32);
+  void check_shared_bytes(const Place& place) {
+    const int64_t bytes = static_bytes_ + dynamic_bytes_;
+    counts_.shared_bytes = std::max(counts_.shared_bytes, bytes);
+    if (bytes > shared_limit_) {
+      fail("a block asks for " + std::to_string(bytes) + " bytes of shared memory, the device has " +
+               std::to_string(shared_limit_),
+           place);
     }
-    for (const auto& [key, request] : shared_requests_) {
-      // Words of 4 bytes; lanes that read one word together do not conflict. A request of more than 128 bytes
-      // is split, which is no conflict.
-      std::array<std::set<uintptr_t>, 32> banks;
-      std::set<uintptr_t> words;
-      for (const auto& [begin, size] : request) {
-        for (uintptr_t word = begin / 4; word <= (begin + size - 1) / 4; ++word) {
-          banks[word % 32].insert(word);
-          words.insert(word);
-        }
-      }
-      size_t passes = 1;
-      for (const auto& bank : banks) passes = std::max(passes, bank.size());
-      ++counts_.shared_requests;
-      counts_.bank_conflicts += static_cast<int64_t>(passes - std::max<size_t>(1, (words.size() + 31) / 32));
-    }
-    global_requests_.clear();
-    shared_requests_.clear();
   }
 
-  std::map<uintptr_t, uintptr_t> buffers_;
+  Sites sites_;
+  Buffers buffers_;
+  Order order_;
+  Requests requests_;
   Counts counts_;
-  std::mt19937_64 random_;
-  Dim3 grid_, block_, block_index_;
+  bool look_for_races_ = true;
+
+  // The launch.
+  void (*body_)(const void*) = nullptr;
+  const void* kernel_ = nullptr;
+  unsigned blocks_ = 0, block_threads_ = 0;
+  int64_t dynamic_bytes_ = 0, shared_limit_ = 0;
+  uint64_t random_ = 1;
+
+  // The block.
+  unsigned block_ = 0;
+  uint32_t block_serial_ = 0;
   std::vector<std::unique_ptr<Thread>> threads_;
+  std::vector<Thread*> ready_;
   Thread* current_ = nullptr;
-  int64_t block_epoch_ = 0;
-  std::vector<int64_t> warp_epochs_;
-  std::map<std::pair<std::string, unsigned>, std::shared_ptr<void>> shared_;
-  size_t shared_bytes_ = 0;
-  Requests global_requests_, shared_requests_;
+  std::exception_ptr error_;
+  std::map<int, std::shared_ptr<void>> shared_;
+  std::shared_ptr<void> dynamic_;
+  int dynamic_site_ = 0;
+  int64_t static_bytes_ = 0;
 };
 
 }  // namespace simt

@@ -1,0 +1,29 @@
+// Whether the kernels of this library run on a device.
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/launch.h"
+
+namespace pahm {
+namespace {
+
+__global__ void nothing() {}
+
+// False where the library has no code for the device, or the driver is older than the CUDA of the build.
+bool cuda_runs(int64_t device) {
+  int count = 0;
+  bool runs = cudaGetDeviceCount(&count) == cudaSuccess && device < count;
+  if (runs) {
+    const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
+    cudaFuncAttributes attributes;
+    runs = cudaFuncGetAttributes(&attributes, nothing) == cudaSuccess;
+  }
+  cudaGetLastError();  // Else the next launch would find the error.
+  return runs;
+}
+
+}  // namespace
+}  // namespace pahm
+
+STABLE_TORCH_LIBRARY_IMPL(pahm_ops, CompositeExplicitAutograd, m) {
+  m.impl("cuda_runs", TORCH_BOX(&pahm::cuda_runs));
+}

@@ -1,0 +1,124 @@
+// From tensors on a GPU to the launch plans of csrc/kernels: what is checked, the device and the stream.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <string>
+
+#include "common/checks.h"
+#include "kernels/device.cuh"
+
+namespace pahm {
+
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+inline std::string device_name(const Tensor& t) {
+  if (t.is_cuda()) return "cuda:" + std::to_string(t.get_device_index());
+  return t.is_cpu() ? "cpu" : "another kind of device";
+}
+
+inline std::string dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "another dtype";
+  }
+}
+
+// What tensors of this dtype are summed in, as Sum<S> has it.
+inline ScalarType sum_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_rank(const Tensor& t, int64_t dims, const char* name) {
+  check(t.dim() == dims,
+        std::string(name) + " must have rank " + std::to_string(dims) + ", got " + std::to_string(t.dim()));
+}
+
+inline void check_floating(const Tensor& x, int64_t dims, const char* name) {
+  check(x.is_cuda(), std::string(name) + " must be on a CUDA device, got " + device_name(x));
+  const ScalarType type = x.scalar_type();
+  check(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
+            type == ScalarType::BFloat16,
+        std::string(name) + " must be float32, float64, float16 or bfloat16, got " + dtype_name(type));
+  check_rank(x, dims, name);
+}
+
+// The tensor that all others must fit to, contiguous.
+inline Tensor first_operand(const Tensor& x, int64_t dims, const char* name) {
+  check_floating(x, dims, name);
+  return as_contiguous(x);
+}
+
+// Another tensor, contiguous: on the device of the first, of this dtype and rank.
+inline Tensor operand(const Tensor& t, const Tensor& first, ScalarType type, int64_t dims, const char* name) {
+  check(t.is_cuda() && t.get_device_index() == first.get_device_index(),
+        std::string(name) + " must be on " + device_name(first) + ", got " + device_name(t));
+  check(t.scalar_type() == type,
+        std::string(name) + " must be " + dtype_name(type) + ", got " + dtype_name(t.scalar_type()));
+  check_rank(t, dims, name);
+  return as_contiguous(t);
+}
+
+// The memory of a tensor whose dtype was checked.
+template <typename T>
+const T* pointer(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <typename T>
+T* mutable_pointer(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// Calls f with a value-initialised float, double, half or bfloat16: the type of what `first_operand` let
+// pass.
+template <typename F>
+void dispatch_floating(ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Half:
+      return f(half{});
+    default:
+      return f(bfloat16{});
+  }
+}
+
+// Makes the device of `x` the current one, until the end of the scope, and tells what launches need of it.
+class OnDeviceOf {
+ public:
+  explicit OnDeviceOf(const Tensor& x) : guard_(x.get_device_index()) {
+    const int32_t index = x.get_device_index();
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    int shared_limit = 0;
+    check(cudaDeviceGetAttribute(&device_.processors, cudaDevAttrMultiProcessorCount, index));
+    check(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+    device_.stream = static_cast<cudaStream_t>(stream);
+    device_.shared_limit = shared_limit;
+  }
+  const Device& device() const { return device_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  Device device_{};
+};
+
+}  // namespace pahm

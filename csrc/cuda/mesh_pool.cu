@@ -1,0 +1,43 @@
+// mesh_pool on a GPU: x (B, N, C), a CSR matrix (M, N) -> (B, M, C). Column indices were checked in Python.
+#include "kernels/mesh_pool.cuh"
+
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/launch.h"
+
+namespace pahm {
+namespace {
+
+Tensor mesh_pool_cuda(const Tensor& x_, const Tensor& row_pointers_, const Tensor& columns_,
+                      const Tensor& values_) {
+  const Tensor x = first_operand(x_, 3, "x");
+  const ScalarType type = x.scalar_type();
+  const Tensor row_pointers = operand(row_pointers_, x, ScalarType::Int, 1, "row_pointers");
+  const Tensor columns = operand(columns_, x, ScalarType::Int, 1, "columns");
+  const Tensor values = operand(values_, x, sum_type(type), 1, "values");
+  check(row_pointers.numel() > 0, "row_pointers must have one number more than there are rows, got none");
+  check(values.numel() == columns.numel(), "values must have one number a column index");
+
+  const int64_t batch = x.size(0), rows = row_pointers.numel() - 1, channels = x.size(2);
+  const OnDeviceOf on(x);
+  Tensor out = torch::stable::new_empty(x, {batch, rows, channels});
+  dispatch_floating(type, [&](auto zero) {
+    using S = decltype(zero);
+    const MeshPoolArguments<S> arguments{pointer<S>(x),
+                                         pointer<int32_t>(row_pointers),
+                                         pointer<int32_t>(columns),
+                                         pointer<Sum<S>>(values),
+                                         mutable_pointer<S>(out),
+                                         batch,
+                                         x.size(1),
+                                         rows,
+                                         channels};
+    mesh_pool_launch<S>(arguments, on.device());
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace pahm
+
+STABLE_TORCH_LIBRARY_IMPL(pahm_ops, CUDA, m) { m.impl("mesh_pool_cuda", TORCH_BOX(&pahm::mesh_pool_cuda)); }

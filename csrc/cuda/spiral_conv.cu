@@ -1,0 +1,141 @@
+// spiral_conv and its two gradients on a GPU. Python has checked the values of the tables and made the lists
+// of the transposed one. No size is 0 but those of a result.
+#include "kernels/spiral_conv.cuh"
+
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+
+#include "cuda/launch.h"
+
+namespace pahm {
+namespace {
+
+// A size as the kernels count it.
+int small(int64_t size, const char* name) {
+  check(size <= 0x7fffffff, std::string(name) + " must be below 2147483648, got " + std::to_string(size));
+  return static_cast<int>(size);
+}
+
+// Launches a product, with memory for the sums of its splits.
+template <typename Product>
+void run(const typename Product::Arguments& arguments, const Tensor& like, const OnDeviceOf& on) {
+  ProductPlan plan = plan_product<Product>(arguments, on.device().processors);
+  Tensor partial =
+      torch::stable::new_empty(like, {partial_bytes<Product>(arguments, plan)}, ScalarType::Byte);
+  plan.partial = partial.mutable_data_ptr();
+  product_launch<Product>(arguments, plan, on.device());
+}
+
+Tensor spiral_conv_cuda(const Tensor& x_, const Tensor& table_, const Tensor& weight_,
+                        const std::optional<Tensor>& bias_, int64_t activation) {
+  const Tensor x = first_operand(x_, 3, "x");
+  const ScalarType type = x.scalar_type();
+  const Tensor table = operand(table_, x, ScalarType::Int, 2, "table");
+  const Tensor weight = operand(weight_, x, type, 2, "weight");
+  std::optional<Tensor> bias;
+  if (bias_) bias = operand(*bias_, x, type, 1, "bias");
+  const int64_t batch = x.size(0), channels = x.size(2), length = table.size(0), rows = table.size(1);
+  const int64_t out_channels = weight.size(0);
+  check(channels > 0 && length > 0 && weight.size(1) == length * channels, "weight must be (Cout, L * C)");
+  check(!bias || bias->numel() == out_channels, "bias must be (Cout,)");
+  check(activation >= 0 && activation <= gelu, "activation must be 0, 1, 2 or 3");
+
+  const OnDeviceOf on(x);
+  Tensor out = torch::stable::new_empty(x, {batch, rows, out_channels});
+  if (out.numel() == 0) return out;
+  dispatch_floating(type, [&](auto zero) {
+    using S = decltype(zero);
+    const SpiralConvArguments<S> arguments{pointer<S>(x),
+                                           pointer<int32_t>(table),
+                                           pointer<S>(weight),
+                                           bias ? pointer<S>(*bias) : nullptr,
+                                           static_cast<int>(activation),
+                                           mutable_pointer<S>(out),
+                                           batch,
+                                           small(x.size(1), "N"),
+                                           small(rows, "M"),
+                                           small(length, "L"),
+                                           small(channels, "C"),
+                                           small(out_channels, "Cout")};
+    run<SpiralForward<S>>(arguments, x, on);
+  });
+  return out;
+}
+
+Tensor spiral_conv_input_grad_cuda(const Tensor& grad_, const Tensor& t_pointers_, const Tensor& t_rows_,
+                                   const Tensor& weight_, int64_t vertices) {
+  const Tensor grad = first_operand(grad_, 3, "grad");
+  const ScalarType type = grad.scalar_type();
+  const Tensor t_pointers = operand(t_pointers_, grad, ScalarType::Int, 1, "t_pointers");
+  const Tensor t_rows = operand(t_rows_, grad, ScalarType::Int, 1, "t_rows");
+  const Tensor weight = operand(weight_, grad, type, 2, "weight");
+  const int64_t batch = grad.size(0), rows = grad.size(1), out_channels = grad.size(2);
+  const int64_t length = rows > 0 ? t_rows.numel() / rows : 0;
+  check(length > 0 && t_rows.numel() == rows * length, "t_rows must have L numbers a row of grad");
+  check(vertices >= 0 && t_pointers.numel() == vertices * length + 1,
+        "t_pointers must be (L * vertices + 1,)");
+  check(out_channels > 0 && weight.size(0) == out_channels, "weight must be (Cout, L * C)");
+  check(weight.size(1) % length == 0, "weight must be (Cout, L * C)");
+  const int64_t channels = weight.size(1) / length;
+
+  const OnDeviceOf on(grad);
+  Tensor out = torch::stable::new_empty(grad, {batch, vertices, channels});
+  if (out.numel() == 0) return out;
+  dispatch_floating(type, [&](auto zero) {
+    using S = decltype(zero);
+    const SpiralInputGradArguments<S> arguments{pointer<S>(grad),
+                                                pointer<int32_t>(t_pointers),
+                                                pointer<int32_t>(t_rows),
+                                                pointer<S>(weight),
+                                                mutable_pointer<S>(out),
+                                                batch,
+                                                small(vertices, "vertices"),
+                                                small(rows, "M"),
+                                                small(length, "L"),
+                                                small(channels, "C"),
+                                                small(out_channels, "Cout")};
+    run<SpiralInputGrad<S>>(arguments, grad, on);
+  });
+  return out;
+}
+
+Tensor spiral_conv_weight_grad_cuda(const Tensor& grad_, const Tensor& x_, const Tensor& table_) {
+  const Tensor grad = first_operand(grad_, 3, "grad");
+  const ScalarType type = grad.scalar_type();
+  const Tensor x = operand(x_, grad, type, 3, "x");
+  const Tensor table = operand(table_, grad, ScalarType::Int, 2, "table");
+  const int64_t batch = grad.size(0), rows = grad.size(1), out_channels = grad.size(2);
+  const int64_t length = table.size(0), channels = x.size(2);
+  check(x.size(0) == batch && table.size(1) == rows,
+        "grad must be (B, M, Cout) for x (B, N, C) and table (L, M)");
+  check(rows > 0, "grad must have at least one vertex");
+
+  const OnDeviceOf on(grad);
+  Tensor out = torch::stable::new_empty(grad, {out_channels, length * channels});
+  if (out.numel() == 0) return out;
+  dispatch_floating(type, [&](auto zero) {
+    using S = decltype(zero);
+    const SpiralWeightGradArguments<S> arguments{pointer<S>(grad),
+                                                 pointer<S>(x),
+                                                 pointer<int32_t>(table),
+                                                 mutable_pointer<S>(out),
+                                                 batch,
+                                                 small(x.size(1), "N"),
+                                                 small(rows, "M"),
+                                                 small(length, "L"),
+                                                 small(channels, "C"),
+                                                 small(out_channels, "Cout")};
+    run<SpiralWeightGrad<S>>(arguments, grad, on);
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace pahm
+
+STABLE_TORCH_LIBRARY_IMPL(pahm_ops, CUDA, m) {
+  m.impl("spiral_conv_cuda", TORCH_BOX(&pahm::spiral_conv_cuda));
+  m.impl("spiral_conv_input_grad_cuda", TORCH_BOX(&pahm::spiral_conv_input_grad_cuda));
+  m.impl("spiral_conv_weight_grad_cuda", TORCH_BOX(&pahm::spiral_conv_weight_grad_cuda));
+}

@@ -1,0 +1,44 @@
+// What the launch plans and the kernels of all ops share.
+#pragma once
+
+#include "kernels/device.cuh"
+
+namespace pahm {
+
+inline constexpr int block_threads = 256;
+
+__host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The least number of bits, up to `most`, that count to `size`.
+inline int bits_for(int64_t size, int most) {
+  int bits = 0;
+  while (bits < most && (int64_t{1} << bits) < size) ++bits;
+  return bits;
+}
+
+inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Where kernels run on a CPU, an access is known by the place in the source that asks for it.
+#if defined(__CUDACC__)
+#define PAHM_PLACE_PARAMETER
+#define PAHM_PLACE_ARGUMENT
+#else
+#define PAHM_PLACE_PARAMETER , Place place = Place::current()
+#define PAHM_PLACE_ARGUMENT , place
+#endif
+
+template <int Count, typename S>
+__device__ __forceinline__ Pack<S, Count> load_pack(const S* address PAHM_PLACE_PARAMETER) {
+  return load(reinterpret_cast<const Pack<S, Count>*>(address) PAHM_PLACE_ARGUMENT);
+}
+
+// Rounds `Count` sums and stores them side by side.
+template <typename S, int Count>
+__device__ __forceinline__ void store_sums(S* address, const Sum<S> (&sums)[Count] PAHM_PLACE_PARAMETER) {
+  Pack<S, Count> pack;
+#pragma unroll
+  for (int c = 0; c < Count; ++c) pack.values[c] = from_float<S>(sums[c]);
+  store(reinterpret_cast<Pack<S, Count>*>(address), pack PAHM_PLACE_ARGUMENT);
+}
+
+}  // namespace pahm

@@ -1,0 +1,151 @@
+"""Which implementation serves an op, by device, dtype and size."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+from pahm_ops import _library
+
+OPS = ("vertex_sample", "spiral_conv", "mesh_pool")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_ISAS = ("plain", "neon", "avx2", "avx512", "avx512_bf16", "amx")
+
+#: The kinds of device that GPU kernels serve. "cuda" is also AMD's, with Triton alone.
+GPUS = ("cuda", "xpu")
+#: Results of spiral_conv with fewer channels would leave most of a tensor core's tile empty.
+THIN = 16
+#: On a GPU the first of these that the machine has: "cuda", csrc/cuda; "triton", pahm_ops/triton;
+#: "reference", plain PyTorch. The environment variable PAHM_GPU_PATH forces one.
+PATHS: dict[str, dict[str, tuple[str, ...]]] = {
+    "vertex_sample": {"any": ("cuda", "triton", "reference")},
+    "mesh_pool": {"any": ("cuda", "triton", "reference")},
+    "spiral_conv": {
+        "float64": ("cuda", "triton", "reference"),
+        "float32": ("cuda", "triton", "reference"),
+        "float32, TF32 allowed": ("triton", "cuda", "reference"),
+        "float16": ("triton", "cuda", "reference"),
+        "bfloat16": ("triton", "cuda", "reference"),
+        f"fewer than {THIN} output channels": ("cuda", "triton", "reference"),
+    },
+}
+
+
+def tf32_allowed() -> bool:
+    """Whether PyTorch's own float32 products may use TF32."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def _row(op: str, dtype: torch.dtype, columns: int) -> str:
+    if op != "spiral_conv":
+        return "any"
+    if columns < THIN:
+        return f"fewer than {THIN} output channels"
+    name = str(dtype).removeprefix("torch.")
+    return "float32, TF32 allowed" if dtype == torch.float32 and tf32_allowed() else name
+
+
+@functools.cache
+def _cuda_runs(index: int) -> bool:
+    return _library.CUDA_LOADED and bool(torch.ops.pahm_ops.cuda_runs(index))
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _has(path: str, device: torch.device) -> bool:
+    if path == "cuda":
+        index = (
+            torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
+        )
+        return device.type == "cuda" and _cuda_runs(index)
+    return path == "reference" or (_has_triton() and (device.type != "cuda" or _triton_compiles()))
+
+
+def _triton_compiles() -> bool:
+    # NVIDIA's before Volta are unknown to Triton.
+    return torch.version.hip is not None or torch.cuda.get_device_capability() >= (7, 0)
+
+
+def forced() -> str | None:
+    """The path that PAHM_GPU_PATH names. Raises ValueError where it names none."""
+    path = os.environ.get("PAHM_GPU_PATH") or None
+    if path not in (None, "cuda", "triton", "reference"):
+        raise ValueError(f"PAHM_GPU_PATH must be cuda, triton or reference, got {path!r}")
+    return path
+
+
+def choose(op: str, dtype: torch.dtype, device: torch.device, columns: int = THIN) -> str:
+    """The path that serves an op on a GPU; `columns` are the output channels of spiral_conv.
+
+    Raises ValueError if PAHM_GPU_PATH names a path that this machine lacks.
+    """
+    path = forced()
+    if path is not None:
+        if not _has(path, device):
+            raise ValueError(f"PAHM_GPU_PATH={path}, but {_why_not(path, device)}")
+        return path
+    return next(path for path in PATHS[op][_row(op, dtype, columns)] if _has(path, device))
+
+
+def _why_not(path: str, device: torch.device) -> str:
+    if path == "triton":
+        return f"Triton is not installed or does not support {device}"
+    if not _library.CUDA_LOADED:
+        return "no compiled CUDA library was found"
+    return f"the compiled CUDA library has no code that runs on {device}"
+
+
+def served(device: torch.device) -> bool:
+    """Whether tensors on `device` are served by kernels of this package, not by the reference."""
+    if _library.exporting_to_onnx():
+        return False
+    if device.type == "cpu":
+        return _library.LOADED
+    return device.type in GPUS and choose("mesh_pool", torch.float32, device) != "reference"
+
+
+class Backends(dict[str, dict[str, Any]]):
+    """What serves each op; prints as a table."""
+
+    def __str__(self) -> str:
+        lines = [f"{'op':14} {'device':6} {'':32} served by"]
+        for op, devices in self.items():
+            for device, by in devices.items():
+                for row, path in by.items() if isinstance(by, dict) else [("", by)]:
+                    lines.append(f"{op:14} {device:6} {row:32} {path}")
+        return "\n".join(lines)
+
+
+def backends() -> Backends:
+    """What serves each op, by device; prints as a table.
+
+    ``backends()["spiral_conv"]["cpu"]`` is the instruction set of the compiled kernels, chosen at run time:
+    "plain", "avx2", "avx512", "avx512_bf16" or "amx" on x86-64, "neon" on aarch64 (the environment variable
+    PAHM_CPU_ISA forces one). The last two of x86-64 have products of bfloat16, for spiral_conv; everything
+    else is as with "avx512". "reference" means plain PyTorch.
+
+    ``backends()["spiral_conv"]["cuda"]`` is there where torch sees a GPU, and has an entry for each dtype or
+    size that is served apart, such as ``{"float16": "triton", "float32": "cuda", ...}``: "cuda" are the
+    compiled kernels, "triton" Triton's (the environment variable PAHM_GPU_PATH forces "cuda", "triton" or
+    "reference"). Raises ValueError if a variable names what this machine lacks.
+    """
+    isa = torch.ops.pahm_ops.cpu_isa() if _library.LOADED else None
+    table = Backends()
+    for op in OPS:
+        widest = len(_ISAS) - 1 if op == "spiral_conv" else _ISAS.index("avx512")
+        table[op] = {"cpu": "reference" if isa is None else _ISAS[min(isa, widest)]}
+        for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
+            if module.is_available():
+                device = torch.device(kind, module.current_device())
+                table[op][kind] = {
+                    row: forced() or next(path for path in paths if _has(path, device))
+                    for row, paths in PATHS[op].items()
+                }
+    return table

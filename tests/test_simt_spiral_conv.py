@@ -1,0 +1,130 @@
+"""spiral_conv's CUDA kernels, run on the CPU by the machine of tests/simt."""
+
+import pytest
+import torch
+from paper_levels import CHANNELS, levels
+from simt_kernels import DTYPES, SEEDS, needs_gxx
+from simt_ops import SPIRAL_CONV, spiral_inputs, spiral_least_bytes, spiral_product
+from torch import Tensor
+
+from pahm_ops.reference import spiral_conv as reference
+
+pytestmark = needs_gxx
+
+#: batch, vertices, rows, spiral length, channels in and out
+SHAPES = [
+    (1, 1, 1, 1, 1, 1),
+    (2, 1, 1, 9, 3, 5),
+    (1, 98, 98, 9, 30, 30),
+    (2, 98, 98, 27, 3, 3),
+    (1, 98, 195, 9, 64, 64),
+    (3, 50, 70, 9, 71, 66),
+    (1, 5, 4, 1, 1025, 8),
+    (1, 7, 5, 2, 8, 1025),
+    (1, 778, 778, 9, 16, 3),
+    (1, 778, 778, 27, 1, 1),
+    (1, 6890, 6890, 9, 3, 3),
+    (1, 6890, 6890, 1, 1, 8),
+]
+#: rounding of a result of the order of 1, and of sums in float32
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+PRODUCTS = ("forward", "input_grad", "weight_grad")
+
+
+def expected(product: str, tensors: tuple[Tensor, ...], activation: str | None = None) -> Tensor:
+    """In float64, of the rounded inputs."""
+    x, indices, weight, offset, grad = (t if t.dtype == torch.int64 else t.double() for t in tensors)
+    if product == "forward":
+        return reference.spiral_conv(x, indices, weight, offset, activation)
+    x.requires_grad_()
+    weight.requires_grad_()
+    result = reference.spiral_conv(x, indices, weight)
+    return torch.autograd.grad(result, x if product == "input_grad" else weight, grad)[0]
+
+
+def assert_close(actual: Tensor, wanted: Tensor) -> None:
+    scale = max(1.0, float(wanted.abs().max()))
+    torch.testing.assert_close(actual.double(), wanted, rtol=0, atol=TOLERANCE[actual.dtype] * scale)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_reference(shape, dtype, product):
+    tensors = spiral_inputs(shape, dtype)
+    assert_close(spiral_product(product, tensors)[0], expected(product, tensors))
+
+
+@pytest.mark.parametrize("activation", ["relu", "elu", "gelu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out_channels", [3, 20])
+def test_activations_are_fused(activation, dtype, out_channels):
+    tensors = spiral_inputs((1, 20, 20, 3, 8, out_channels), dtype)
+    assert_close(
+        spiral_product("forward", tensors, activation=activation)[0], expected("forward", tensors, activation)
+    )
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_split_sums_are_added_up_with_bias_and_activation(dtype, product):
+    shape = {
+        "forward": (1, 20, 20, 9, 64, 24),
+        "input_grad": (1, 20, 20, 9, 24, 64),
+        "weight_grad": (16, 98, 98, 3, 16, 24),
+    }[product]
+    tensors = spiral_inputs(shape, dtype)
+    out, counts = spiral_product(
+        product, tensors, activation="elu" if product == "forward" else None, processors=64
+    )
+    assert counts.launches == 2
+    assert_close(out, expected(product, tensors, "elu"))
+
+
+def test_without_a_bias():
+    x, indices, weight, offset, grad = spiral_inputs((1, 20, 20, 3, 8, 8), torch.float32)
+    out, _ = spiral_product("forward", (x, indices, weight, offset, grad), bias=False)
+    assert_close(out, expected("forward", (x, indices, weight, torch.zeros_like(offset), grad)))
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("shape", [(2, 70, 70, 3, 8, 8), (2, 70, 70, 3, 8, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_in_any_order(shape, dtype, product):
+    tensors = spiral_inputs(shape, dtype)
+    first, _ = spiral_product(product, tensors)
+    for seed in SEEDS:
+        assert torch.equal(spiral_product(product, tensors, seed=seed)[0], first)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("shape", [(1, 20, 20, 3, 8, 8), (2, 9, 9, 2, 5, 3)], ids=str)
+def test_sanitizers_find_nothing(shape, product):
+    tensors = spiral_inputs(shape, torch.float32)
+    assert_close(spiral_product(product, tensors, sanitize=True)[0], expected(product, tensors))
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("level", range(4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_memory_traffic_at_the_papers_levels(dtype, level, product):
+    at, (channels, out_channels) = levels()[level], CHANNELS[level]
+    tensors = list(spiral_inputs((1, at.count, at.count, 9, channels, out_channels), dtype))
+    tensors[1] = at.indices
+    _, counts = spiral_product(product, tuple(tensors), processors=108)
+    assert counts.dram_bytes <= 1.5 * spiral_least_bytes(product, tuple(tensors))
+    # Of 64 channels in half precision, what the lists add to the rows shows most.
+    assert counts.sectors <= (1.11 if level == 3 else 1.1) * counts.ideal_sectors
+    assert counts.atomics == 0
+    assert counts.bank_conflicts == 0
+
+
+def test_an_index_outside_the_vertices_is_stopped():
+    x, indices, weight, *_ = spiral_inputs((1, 20, 20, 3, 8, 8), torch.float32)
+    table = indices.t().int().contiguous()
+    table[1, 3] = 20
+    out = torch.zeros(1, 20, 8)
+    with pytest.raises(RuntimeError, match="outside every buffer"):
+        SPIRAL_CONV.call(
+            "spiral_conv", x.dtype, x, table, weight, None, 0, out, None, 0, 1, 20, 20, 3, 8, 8, 4
+        )

@@ -1,0 +1,174 @@
+"""vertex_sample's CUDA kernels, run on the CPU by the machine of tests/simt."""
+
+import pytest
+import torch
+from paper_levels import MAPS, levels
+from simt_kernels import DTYPES, SEEDS, needs_gxx
+from simt_ops import Scene, level_scene, sample, sample_backward, sample_least_bytes, scene
+from torch import Tensor
+
+from pahm_ops.reference import vertex_sample as reference
+
+pytestmark = needs_gxx
+
+CAMERAS = ("none", "weak", "perspective")
+#: of results of the order of 1
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def expected(s: Scene) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
+    """The output and all gradients, in float64, of the rounded inputs."""
+    maps = [m.double().requires_grad_() for m in s.maps]
+    vertices = s.vertices.double().requires_grad_()
+    camera = None if s.camera is None else s.camera.double().requires_grad_()
+    mode = "border" if s.border else "zeros"
+    out = reference.vertex_sample_gather(maps, vertices, camera, s.size, s.align_corners, mode, strict=False)
+    leaves = [*maps, vertices, *([] if camera is None else [camera])]
+    grads = torch.autograd.grad(out, leaves, s.grad.double())
+    return out.detach(), list(grads[: len(maps)]), grads[len(maps)], None if camera is None else grads[-1]
+
+
+def assert_close(actual: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    scale = max(1.0, float(wanted.abs().max()) if wanted.numel() else 0.0)
+    torch.testing.assert_close(actual.double(), wanted, rtol=0, atol=TOLERANCE[dtype] * scale)
+
+
+def check(s: Scene, **options: object) -> None:
+    dtype = s.grad.dtype
+    out, map_grads, vertex_grad, camera_grad = expected(s)
+    assert_close(sample(s, **options)[0], out, dtype)
+    actual_maps, actual_vertices, actual_camera, _ = sample_backward(s, **options)
+    for a, e in zip(actual_maps, map_grads, strict=True):
+        assert_close(a, e, dtype)
+    # Gradients of geometry are sums in float32, also of half-precision maps.
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert_close(actual_vertices, vertex_grad, wide)
+    if camera_grad is not None:
+        assert_close(actual_camera, camera_grad, wide)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("border", [False, True])
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("kind", CAMERAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_the_reference(dtype, kind, align_corners, border, last):
+    maps = [(16, 5, 6), (8, 9, 4)]
+    check(scene(maps, dtype, kind=kind, last=last, align_corners=align_corners, border=border, count=20))
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("channels", [1, 3, 30, 64, 71, 1025])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_number_of_channels(dtype, channels, last):
+    check(
+        scene([(channels, 4, 5)], dtype, last=last, batch=1, count=5 if channels > 100 else 20, kind="weak")
+    )
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 98, 778, 6890])
+def test_any_number_of_vertices(count, last):
+    check(scene([(4, 6, 5)], torch.float32, last=last, batch=1, count=count, spread=0.5))
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (1, 70), (90, 1), (40, 33), (70, 70)], ids=str)
+def test_maps_of_several_tiles_and_bands(size, last):
+    check(scene([(8, *size)], torch.float32, last=last, batch=1, count=60, border=True))
+
+
+def test_a_map_too_wide_for_shared_memory_is_read_in_place():
+    check(scene([(3, 2, 4000)], torch.float64, batch=1, count=30))
+
+
+def test_both_memory_formats_in_one_call():
+    check(
+        scene([(4, 5, 6), (8, 3, 3), (4, 7, 2)], torch.float32, last=[False, True, False], kind="perspective")
+    )
+
+
+def test_all_vertices_in_one_cell():
+    s = scene([(8, 6, 6)], torch.float32, batch=1, count=70, last=True)
+    s.vertices = torch.full_like(s.vertices, 0.1)
+    check(s)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("border", [False, True])
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_vertices_on_the_border_outside_and_not_finite(align_corners, border, last):
+    s = scene(
+        [(8, 4, 4)], torch.float32, batch=1, count=14, align_corners=align_corners, border=border, last=last
+    )
+    edge = torch.tensor(
+        [-1.0, 1.0, -1.25, 1.25, 5.0, -5.0, 1e30, -1e30, float("nan"), float("inf"), 0.0, 0.5]
+    )
+    s.vertices[0, :12, 0] = edge
+    s.vertices[0, 2:14, 1] = edge
+    out, map_grads, *_ = expected(s)
+    assert_close(sample(s)[0], out, torch.float32)
+    actual, vertex_grad, *_ = sample_backward(s)
+    assert_close(actual[0], map_grads[0], torch.float32)
+    lost = ~s.vertices.isfinite().all(-1)
+    assert lost.any() and not vertex_grad[lost].any() and vertex_grad.isfinite().all()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_vertex_behind_the_camera_takes_nothing(last):
+    s = scene([(8, 4, 4)], torch.float32, batch=1, kind="perspective", count=6, last=last)
+    s.vertices[0, 2, 2] = -1.0
+    s.vertices[0, 4, 2] = 0.0
+    check(s)
+    assert not sample(s)[0][0, [2, 4]].any()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_only_what_is_wanted_is_written(last):
+    s = scene([(8, 4, 4)], torch.float32, kind="weak", last=last)
+    _, map_grads, vertex_grad, camera_grad = expected(s)
+    maps, vertices, camera, _ = sample_backward(s, (True, False, False))
+    assert vertices is None and camera is None
+    assert_close(maps[0], map_grads[0], torch.float32)
+    maps, vertices, camera, _ = sample_backward(s, (False, True, False))
+    assert maps == [None] and camera is None
+    assert_close(vertices, vertex_grad, torch.float32)
+    assert_close(sample_backward(s, (False, False, True))[2], camera_grad, torch.float32)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_in_any_order(dtype, last):
+    s = scene([(8, 6, 5), (16, 3, 3)], dtype, batch=1, kind="weak", last=last, count=40)
+    first = sample(s)[0], *sample_backward(s)[:3]
+    for seed in SEEDS:
+        again = sample(s, seed=seed)[0], *sample_backward(s, seed=seed)[:3]
+        assert torch.equal(again[0], first[0])
+        assert all(torch.equal(a, b) for a, b in zip(again[1], first[1], strict=True))
+        assert torch.equal(again[2], first[2]) and torch.equal(again[3], first[3])
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_sanitizers_find_nothing(last):
+    check(
+        scene([(8, 4, 5), (4, 3, 3)], torch.float32, kind="perspective", last=last, count=10), sanitize=True
+    )
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("level", range(4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_memory_traffic_at_the_papers_levels(dtype, level, last):
+    s = level_scene(levels()[level], MAPS[level], dtype, batch=1, last=last)
+    _, counts = sample(s)
+    assert counts.dram_bytes <= 1.15 * sample_least_bytes(s, "forward")
+    # A plane of 7 x 7 halves has no whole number of sectors.
+    assert counts.sectors <= (1.1 if last or level > 0 else 1.15) * counts.ideal_sectors
+    *_, counts = sample_backward(s)
+    assert counts.atomics == 0
+    # Of the coarsest level's half-precision planes the workspace is a sixth.
+    assert counts.dram_bytes <= (1.2 if dtype == torch.float16 and level == 0 else 1.15) * sample_least_bytes(
+        s, "backward"
+    )
+    if last:
+        assert counts.sectors <= 1.1 * counts.ideal_sectors
