@@ -158,17 +158,27 @@ def _arguments(s: Scene) -> tuple[list[Tensor], int, list[int]]:
     return [_memory(m) for m in s.maps], kind, sizes
 
 
-def sample(s: Scene, **options: object) -> tuple[Tensor, Counts]:
+def sample(s: Scene, processors: int = 4, **options: object) -> tuple[Tensor, Counts]:
     maps, kind, sizes = _arguments(s)
     out = torch.full_like(s.grad, torch.nan)
     counts = VERTEX_SAMPLE.call(
-        "vertex_sample", out.dtype, maps, s.vertices, s.camera, kind, out, len(maps), sizes, 4, **options
+        "vertex_sample",
+        out.dtype,
+        maps,
+        s.vertices,
+        s.camera,
+        kind,
+        out,
+        len(maps),
+        sizes,
+        processors,
+        **options,
     )
     return out, counts
 
 
 def sample_backward(
-    s: Scene, needs: tuple[bool, bool, bool] = (True, True, True), **options: object
+    s: Scene, needs: tuple[bool, bool, bool] = (True, True, True), processors: int = 4, **options: object
 ) -> tuple[list[Tensor | None], Tensor | None, Tensor | None, Counts]:
     """`needs`: of the maps, the vertices, the camera."""
     maps, kind, sizes = _arguments(s)
@@ -180,7 +190,7 @@ def sample_backward(
     )
     counts = VERTEX_SAMPLE.call(
         "vertex_sample_backward", s.grad.dtype, s.grad, maps, s.vertices, s.camera, kind, grads, vertex_grad,
-        camera_grad, workspace, workspace.numel(), len(maps), sizes, 4, **options,
+        camera_grad, workspace, workspace.numel(), len(maps), sizes, processors, **options,
     )  # fmt: skip
     moved = [
         g if g is None or m.is_contiguous() else g.permute(0, 3, 1, 2)

@@ -118,7 +118,10 @@ __device__ __forceinline__ void store(T* address, T value) {
   if constexpr (sizeof(T) == 16) {
     uint4 bits;
     memcpy(&bits, &value, sizeof bits);
-    *reinterpret_cast<uint4*>(address) = bits;
+    // The compiler may split an assignment.
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)),
+                 "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                 : "memory");
   } else {
     *address = value;
   }

@@ -22,7 +22,7 @@ struct MeshPoolPlan {
 };
 
 template <typename S, int Count>
-__global__ void __launch_bounds__(block_threads, 2)
+__global__ void __launch_bounds__(block_threads, 4)
     mesh_pool_kernel(const __grid_constant__ MeshPoolArguments<S> a,
                      const __grid_constant__ MeshPoolPlan plan) {
   const int64_t row_block = blockIdx.x % plan.row_blocks, slab = blockIdx.x / plan.row_blocks % plan.slabs;

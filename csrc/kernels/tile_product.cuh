@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(Shape::threads, 2)
 
 // Adds the splits up, in their order.
 template <typename Product>
-__global__ void __launch_bounds__(block_threads, 2)
+__global__ void __launch_bounds__(block_threads, 4)
     add_splits_kernel(const __grid_constant__ typename Product::Arguments a,
                       const __grid_constant__ ProductSize size, const __grid_constant__ ProductPlan plan) {
   using S = typename Product::Scalar;

@@ -66,7 +66,7 @@ struct PixelSums {
 
 // channels_last. x of a MapBlocks: bits of the lanes of a pixel; y: tiles of pixels.
 template <typename S, int Count>
-__global__ void __launch_bounds__(block_threads, 2)
+__global__ void __launch_bounds__(block_threads, 4)
     pixel_grads_kernel(const __grid_constant__ SampleBackwardArguments<S> b,
                        const __grid_constant__ MapPlan plan, const __grid_constant__ MapSlabs slabs) {
   using T = Sum<S>;

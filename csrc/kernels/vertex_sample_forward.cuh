@@ -8,7 +8,7 @@ namespace pahm {
 // ---- channels_last: the lanes of a vertex read its four pixels side by side ----
 
 template <typename S, int Count>
-__global__ void __launch_bounds__(block_threads, 2)
+__global__ void __launch_bounds__(block_threads, 4)
     sample_pixels_kernel(const __grid_constant__ SampleArguments<S> a, S* output,
                          const __grid_constant__ MapPlan plan) {
   using T = Sum<S>;
@@ -66,7 +66,7 @@ struct Spot {
 
 // x of a MapBlocks: rows of cells in a band; 0: the map is too wide to stage, and read in place. y: bands.
 template <typename S>
-__global__ void __launch_bounds__(block_threads, 2)
+__global__ void __launch_bounds__(block_threads, 3)
     sample_planes_kernel(const __grid_constant__ SampleArguments<S> a, S* output,
                          const __grid_constant__ MapPlan plan) {
   using T = Sum<S>;

@@ -36,7 +36,7 @@ __device__ __forceinline__ int32_t cell_index(const Cell<T>& cell, int width) {
 
 // A vertex' place is the number of those before it: no atomics, the same in every run.
 template <typename S>
-__global__ void __launch_bounds__(block_threads, 2)
+__global__ void __launch_bounds__(block_threads, 3)
     sort_vertices_kernel(const __grid_constant__ SampleArguments<S> a,
                          const __grid_constant__ SampleWorkspace<Sum<S>> work, int tiles) {
   using T = Sum<S>;
