@@ -13,6 +13,9 @@ from pahm_ops import _library, _paths, _tables
 
 _ops = torch.ops.pahm_ops
 
+#: as csrc/kernels/vertex_sample.cuh has it
+MOST_MAPS = 16
+
 
 def _kernel(
     op: str, name: str, dtype: torch.dtype, device: torch.device, columns: int = _paths.THIN
@@ -71,6 +74,8 @@ def spiral_conv_weight_grad(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
 
 def vertex_sample(features: list[Tensor], vertices: Tensor, camera: Tensor | None, *options: Any) -> Tensor:
     first = features[0]
+    if len(features) > MOST_MAPS:
+        raise ValueError(f"features must be at most {MOST_MAPS} maps on a GPU, got {len(features)}")
     return _kernel("vertex_sample", "vertex_sample", first.dtype, first.device)(
         features, vertices, camera, *options
     )

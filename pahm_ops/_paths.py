@@ -37,7 +37,8 @@ PATHS: dict[str, dict[str, tuple[str, ...]]] = {
 
 def tf32_allowed() -> bool:
     """Whether PyTorch's own float32 products may use TF32."""
-    return torch.get_float32_matmul_precision() != "highest"
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return torch.backends.cuda.matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
 def _row(op: str, dtype: torch.dtype, columns: int) -> str:
@@ -49,28 +50,33 @@ def _row(op: str, dtype: torch.dtype, columns: int) -> str:
     return "float32, TF32 allowed" if dtype == torch.float32 and tf32_allowed() else name
 
 
-@functools.cache
-def _cuda_runs(index: int) -> bool:
-    return _library.CUDA_LOADED and bool(torch.ops.pahm_ops.cuda_runs(index))
+_RUNNING: set[int] = set()
+
+
+def _cuda_runs(device: torch.device) -> bool:
+    """Whether the compiled CUDA library runs on a device; asked again until it does."""
+    if not _library.CUDA_LOADED or device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _RUNNING and torch.ops.pahm_ops.cuda_runs(index):
+        _RUNNING.add(index)
+    return index in _RUNNING
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _triton_compiles(device: torch.device) -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    # Those before Volta are unknown to Triton.
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def _has(path: str, device: torch.device) -> bool:
     if path == "cuda":
-        index = (
-            torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
-        )
-        return device.type == "cuda" and _cuda_runs(index)
-    return path == "reference" or (_has_triton() and (device.type != "cuda" or _triton_compiles()))
-
-
-def _triton_compiles() -> bool:
-    # NVIDIA's before Volta are unknown to Triton.
-    return torch.version.hip is not None or torch.cuda.get_device_capability() >= (7, 0)
+        return _cuda_runs(device)
+    return path == "reference" or _triton_compiles(device)
 
 
 def forced() -> str | None:
@@ -108,7 +114,16 @@ def served(device: torch.device) -> bool:
         return False
     if device.type == "cpu":
         return _library.LOADED
-    return device.type in GPUS and choose("mesh_pool", torch.float32, device) != "reference"
+    return device.type in GPUS and _gpu_is_served(device)
+
+
+def _gpu_is_served(device: torch.device) -> bool:
+    return choose("mesh_pool", torch.float32, device) != "reference"
+
+
+# A traced graph takes the answer as it is. (torch.compiler.assume_constant_result sets just this, but imports the
+# compiler.)
+_gpu_is_served._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Backends(dict[str, dict[str, Any]]):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 # By storage and shape, not by tensor: a view that is made anew for each call is found again.
 _MADE: dict[Any, tuple[StorageWeakRef, int, Any]] = {}
-# Tables that a CUDA graph was captured with: it reads them at every replay.
-_CAPTURED: list[Any] = []
+# What a CUDA graph was captured with: it reads that at every replay.
+_CAPTURED: dict[int, tuple[StorageWeakRef, Any]] = {}
+_LOCK = threading.Lock()
 
 
 def _capturing(device: torch.device) -> bool:
@@ -23,23 +26,51 @@ def made_once(source: Tensor, purpose: Any, make: Callable[[], Any]) -> Any:
     """`make()`, remembered for `purpose` as long as the memory of `source` lives and is not changed.
 
     Made anew for a tensor of inference mode, which does not tell its changes, and within the capture of a
-    CUDA graph, where there are no values yet.
+    CUDA graph, where there are no values yet. Changes by way of ``.data`` are not seen.
     """
     if source.is_inference():
         return make()
     reference = StorageWeakRef(source.untyped_storage())
     key = reference.cdata, source.storage_offset(), source.shape, source.stride(), purpose
-    found = _MADE.get(key)
-    if found is not None and found[1] == source._version:
-        if _capturing(source.device):
-            _CAPTURED.append(found[2])
-        return found[2]
-    value = make()
-    if not _capturing(source.device):
+    with _LOCK:
+        found = _MADE.get(key)
+        if found is not None and found[1] == source._version:
+            if _capturing(source.device):
+                _CAPTURED[id(found[2])] = reference, found[2]
+            return found[2]
+    if _capturing(source.device):
+        return make()
+    version, value = source._version, _finished(source.device, make)
+    with _LOCK:
         for old in [k for k, (storage, *_) in _MADE.items() if storage.expired()]:
             del _MADE[old]
-        _MADE[key] = reference, source._version, value
+        for number in [n for n, (storage, _) in _CAPTURED.items() if storage.expired()]:
+            del _CAPTURED[number]
+        _MADE[key] = reference, version, value
     return value
+
+
+def _finished(device: torch.device, make: Callable[[], Any]) -> Any:
+    """`make()`, done when it returns: the next call may come from another stream.
+
+    In a thread of its own, as the memory that the caller allocates may belong to a CUDA graph.
+    """
+    if device.type != "cuda":
+        value = make()
+        if device.type == "xpu":
+            torch.xpu.synchronize(device)
+        return value
+
+    def run() -> Any:
+        with torch.cuda.device(device):
+            # Also for whoever still reads a table that was dropped, whose memory this may take.
+            torch.cuda.synchronize()
+            value = make()
+            torch.cuda.synchronize()
+            return value
+
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(run).result()
 
 
 def _check(condition: Tensor, message: str) -> None:

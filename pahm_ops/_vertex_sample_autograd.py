@@ -46,7 +46,7 @@ class _VertexSample(_library.OpFunction):
         cls, features: list[Tensor], vertices: Tensor, camera: Tensor | None, *options: Any
     ) -> Tensor:
         if forward_ad._current_level >= 0:
-            return _gather(options, strict=True)(vertices, camera, *features)
+            return _gather(options, strict=vertices.is_cpu)(vertices, camera, *features)
         return super().autograd_kernel(vertices, camera, options, *features)
 
 

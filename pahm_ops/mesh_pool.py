@@ -32,8 +32,9 @@ def mesh_pool(x: Tensor, transform: Any, dim: int = 1) -> Tensor:
 
     Differentiable any number of times with respect to x, and in forward mode; the transform is a constant and
     gets no gradient.
-    On the CPU the result and the gradient have the same bits for any number of threads. Devices without a
-    compiled kernel run `pahm_ops.reference`.
+    The result and the gradient have the same bits in every run, on the CPU for any number of threads. A
+    transform's entries are checked when it is prepared, and once more when a GPU first sees it.
+    `pahm_ops.backends()` tells what serves a device.
 
     Raises:
         TypeError: x is not a tensor of one of these dtypes, or transform is not a sparse matrix.

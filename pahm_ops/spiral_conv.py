@@ -35,10 +35,12 @@ def spiral_conv(
     Returns:
         (B, M, Cout) or (M, Cout), contiguous, of x's dtype; bfloat16 is summed in float32.
 
-    Differentiable any number of times, and in forward mode, by x, weight and bias. On the CPU the
-    result and the gradients to x and weight have the same bits for any number of threads, and float16 is
-    computed in float32. Devices without a compiled kernel run `pahm_ops.reference`. Under autocast
-    floating-point arguments but float64 are cast as for a linear layer.
+    Differentiable any number of times, and in forward mode, by x, weight and bias. The result and the
+    gradients to x and weight have the same bits in every run, on the CPU for any number of threads; there
+    float16 is computed in float32. On a GPU half precision is multiplied by tensor cores, float32 as well
+    where ``torch.set_float32_matmul_precision`` allows TF32; the indices are checked once, and again when
+    they change. `pahm_ops.backends()` tells what serves a device and a dtype. Under autocast floating-point
+    arguments but float64 are cast as for a linear layer.
 
     Raises:
         TypeError: an argument is not a tensor, or its dtype does not fit.

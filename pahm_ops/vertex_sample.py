@@ -55,19 +55,21 @@ def vertex_sample(
         (B, N, C_1 + ... + C_S), contiguous, of the maps' dtype: the maps' channels, in the order given.
 
     Gradients flow to maps (in each map's memory format), vertices and camera, and are themselves
-    differentiable where a compiled kernel serves, as is the sample in forward mode (both by plain PyTorch:
-    slower than the first gradient); `pahm_ops.reference`, which serves devices without one, has first-order
-    gradients only. On the CPU the result and the gradients have the same bits for any number of threads, and
-    float16 is computed in float32. Under autocast maps of several dtypes are brought to the widest.
+    differentiable where a kernel of this package serves, as is the sample in forward mode (both by plain
+    PyTorch: slower than the first gradient); `pahm_ops.reference` has first-order gradients only. The result
+    and the gradients have the same bits in every run, on the CPU for any number of threads: nothing is added
+    up by atomics. On the CPU float16 is computed in float32. Under autocast maps of several dtypes are
+    brought to the widest. `pahm_ops.backends()` tells what serves a device.
 
     A vertex with a NaN or infinite coordinate, or whose projection is not finite (a NaN camera, an overflow),
-    has zero features and zero gradients in both padding modes.
+    has zero features and zero gradients in both padding modes. On a GPU so has a vertex at or behind a
+    perspective camera: there the host does not wait to look at values.
 
     Raises:
         TypeError: an argument is not a tensor, or dtypes do not fit.
-        ValueError: ranks, shapes, devices or options do not fit, or a finite vertex lies at or behind a
-            perspective camera (its depth, the third row of K times the vertex, is not positive). Under
-            ``torch.compile`` the last one is a RuntimeError.
+        ValueError: ranks, shapes, devices or options do not fit, a GPU is given more than 16 maps, or on the
+            CPU a finite vertex lies at or behind a perspective camera (its depth, the third row of K times
+            the vertex, is not positive). Under ``torch.compile`` the last one is a RuntimeError.
 
     Source: section 3.2 of "Pixel-aligned non-parametric hand mesh reconstruction".
     """

@@ -1,9 +1,13 @@
 """What serves a GPU: the table of paths, the variable that forces one, the tables that kernels take."""
 
 import gc
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pahm_ops
 from pahm_ops import _library, _paths, _tables
@@ -52,6 +56,43 @@ def test_tf32_is_used_where_pytorch_allows_it(machine):
         assert _paths.choose("spiral_conv", torch.float64, CUDA) == "cuda"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_the_newer_way_to_allow_tf32_is_understood(precision):
+    code = (
+        "import torch; from pahm_ops import _paths; "
+        f"torch.backends.cuda.matmul.fp32_precision = {precision!r}; print(_paths.tf32_allowed())"
+    )
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this torch has one way only")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(precision == "tf32")
+
+
+def test_the_choice_is_a_constant_of_a_traced_graph():
+    @torch.compile(fullgraph=True, backend="eager")
+    def doubled_where_served(x):
+        return 2 * x if _paths.served(CUDA) else x
+
+    assert torch.equal(doubled_where_served(torch.ones(2)), torch.ones(2) * (1 + _paths.served(CUDA)))
+
+
+def test_fake_tensors_of_a_gpu_need_no_gpu():
+    with FakeTensorMode():
+        x = torch.empty(2, 7, 4, device="cuda")
+        indices = torch.empty(7, 3, dtype=torch.int64, device="cuda")
+        out = pahm_ops.spiral_conv(x, indices, torch.empty(5, 12, device="cuda"))
+    assert out.shape == (2, 7, 5) and out.device.type == "cuda"
+
+
+def test_tables_are_made_by_many_threads_at_once():
+    def make(_: int) -> bool:
+        indices = torch.randint(0, 7, (9, 4))
+        return torch.equal(_tables.spirals(indices, 7).table, indices.t())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(make, range(400)))
 
 
 def test_a_variable_forces_a_path(machine, monkeypatch):

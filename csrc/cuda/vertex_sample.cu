@@ -32,6 +32,13 @@ bool is_channels_last(const Tensor& map) {
          (map.size(0) == 1 || map.stride(0) == row * map.size(2));
 }
 
+// The map, or a copy without gaps in the memory format that its gradient takes.
+Tensor without_gaps(const Tensor& map) {
+  if (map.is_contiguous() || is_channels_last(map)) return map;
+  return torch::stable::contiguous(map, map.stride(1) == 1 ? torch::headeronly::MemoryFormat::ChannelsLast
+                                                           : torch::headeronly::MemoryFormat::Contiguous);
+}
+
 Sampled check_arguments(const Maps& features, const Tensor& vertices, const std::optional<Tensor>& camera,
                         int64_t height, int64_t width, bool align_corners, bool border) {
   check(
@@ -50,7 +57,7 @@ Sampled check_arguments(const Maps& features, const Tensor& vertices, const std:
     check(map.size(2) > 0 && map.size(3) > 0, "features must have a height and a width of at least 1");
     check(map.size(1) <= 0x7fffffff && (map.size(2) + 1) * (map.size(3) + 1) < 0x7fffffff,
           "features must have fewer than 2147483647 channels and pixels");
-    s.maps.push_back(is_channels_last(map) ? map : as_contiguous(map));
+    s.maps.push_back(without_gaps(map));
     s.channels += map.size(1);
   }
   s.batch = first.size(0);

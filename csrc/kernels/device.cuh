@@ -194,8 +194,14 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_by
   };
   const auto grid = static_cast<unsigned>(blocks), block = static_cast<unsigned>(threads);
   const auto bytes = static_cast<size_t>(shared_bytes);
-  if (bytes > 0) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  // Beyond 48 KiB, static arrays included, a kernel must be allowed to. Always the most that there is:
+  // another thread may launch the same kernel with less.
+  constexpr int64_t room_for_static = 16 * 1024;
+  if (shared_bytes + room_for_static > 48 * 1024) {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel));
+    const auto most = device.shared_limit - static_cast<int64_t>(attributes.sharedSizeBytes);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)));
   }
   kernel<<<grid, block, bytes, device.stream>>>(std::forward<A>(arguments)...);
   check(cudaGetLastError());

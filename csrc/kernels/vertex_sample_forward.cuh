@@ -52,9 +52,9 @@ inline constexpr int most_band_rows = 64;
 // Elements between two staged planes: room for `rows` rows and the rest of a sector at both ends; the lanes
 // of a vertex, which read the same place of each plane, meet different banks.
 template <typename S>
-__host__ __device__ constexpr int plane_pitch(int rows, int width) {
+__host__ __device__ constexpr int64_t plane_pitch(int rows, int width) {
   constexpr int sector = 32 / sizeof(S), wave = 128 / sizeof(S), step = wave / plane_channels<S>;
-  return static_cast<int>(divide_up(rows * width + 2 * sector, wave)) * wave + step;
+  return divide_up(int64_t{1} * rows * width + 2 * sector, wave) * wave + step;
 }
 
 // A vertex whose cell begins in the band.
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(block_threads, 3)
   // The pixels that the band's vertices need, row by row.
   const int first_row = first_cell_row < 0 ? 0 : first_cell_row;
   const int end_row = last_cell_row + 2 < map.height ? last_cell_row + 2 : map.height;
-  const int rows = end_row - first_row, pitch = plane_pitch<S>(band_rows + 1, map.width);
+  const int rows = end_row - first_row, pitch = static_cast<int>(plane_pitch<S>(band_rows + 1, map.width));
   const int tile_begin = first_row * map.width - sector;
   if (staged) {
     for (int r = threadIdx.x; r < rows; r += block_threads) {
@@ -203,8 +203,7 @@ void sample_planes_launch(const SampleArguments<S>& a, S* output, const Device& 
   for (int i = 0; i < a.map_count; ++i) {
     const SampleMap<S>& map = a.maps[i];
     const auto bytes = [&](int rows) {
-      return static_cast<int64_t>(plane_pitch<S>(rows + 1, map.width)) * plane_channels<S> *
-             static_cast<int64_t>(sizeof(S));
+      return plane_pitch<S>(rows + 1, map.width) * plane_channels<S> * static_cast<int64_t>(sizeof(S));
     };
     int rows = 0;
     while (rows < map.height + 1 && rows < most_band_rows && bytes(rows + 1) <= most_bytes) ++rows;
