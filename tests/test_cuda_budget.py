@@ -31,7 +31,7 @@ BUDGETS = {
     "mesh_pool_kernel": (256, 4),
     "sample_pixels_kernel": (256, 4),
     "sample_planes_kernel": (256, 3),
-    "sort_vertices_kernel": (256, 3),
+    "sort_vertices_kernel": (256, 4),
     "pixel_grads_kernel": (256, 4),
     "plane_grads_kernel": (256, 2),
     "point_grads_kernel": (256, 2),
@@ -144,5 +144,5 @@ def test_wide_kernels_move_16_bytes_at_a_time(arch):
         if kernel(name) in ("mesh_pool_kernel", "sample_pixels_kernel", "pixel_grads_kernel"):
             assert stores > 0, name
         if kernel(name) == "tile_product_kernel":
-            assert "LDS.128" in code and re.search(r"\b(FFMA|DFMA|FFMA2)\b", code), name
+            assert re.search(r"LDS\.(?:\w+\.)*128", code) and re.search(r"\b(FFMA|DFMA|FFMA2)\b", code), name
     assert seen >= 4 * (1 + 1 + 2 + 6)
