@@ -117,7 +117,7 @@ def test_vertices_on_the_border_outside_and_not_finite(align_corners, border, la
 @pytest.mark.parametrize("last", [False, True])
 def test_a_vertex_behind_the_camera_takes_nothing(last):
     s = scene([(8, 4, 4)], torch.float32, batch=1, kind="perspective", count=6, last=last)
-    s.vertices[0, 2, 2] = -1.0
+    s.vertices[0, 2] = torch.tensor([0.0, 0.0, -1.0])  # its image would lie on the map
     s.vertices[0, 4, 2] = 0.0
     check(s)
     assert not sample(s)[0][0, [2, 4]].any()
