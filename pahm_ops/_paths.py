@@ -121,8 +121,8 @@ def _gpu_is_served(device: torch.device) -> bool:
     return choose("mesh_pool", torch.float32, device) != "reference"
 
 
-# A traced graph takes the answer as it is. (torch.compiler.assume_constant_result sets just this, but imports the
-# compiler.)
+# A traced graph takes the answer as it is. (torch.compiler.assume_constant_result sets just this, but imports
+# the compiler.)
 _gpu_is_served._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -137,7 +137,8 @@ def scene(
     camera, vertices = None, points
     if kind == "weak":
         vertices = torch.cat([points, depth], 2)
-        camera = torch.tensor([[0.9, 0.1, -0.1], [0.8, 0.0, 0.2]], dtype=wide)[:batch].contiguous()
+        two = torch.tensor([[0.9, 0.1, -0.1], [0.8, 0.0, 0.2]], dtype=wide)
+        camera = two.repeat(batch, 1)[:batch].contiguous()
     elif kind == "perspective":
         vertices = torch.cat([points * 0.5 * depth, depth], 2)
         camera = torch.tensor([[20.0, 0.5, 10], [0, 22, 9], [0.01, 0, 1]], dtype=wide).repeat(batch, 1, 1)

@@ -1,0 +1,1 @@
+"""Each op in Triton, where no CUDA kernel was compiled: plain functions of tensors, without derivatives."""

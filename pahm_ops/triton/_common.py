@@ -1,0 +1,49 @@
+"""What the kernels of several ops share."""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def tile_rows(first, rows, COUNT: tl.constexpr):
+    """Rows first ... first + COUNT - 1 of a batch of meshes of `rows` rows each: the mesh, the row in it.
+
+    `first` is an int64 scalar, divided once; the rest is 32-bit arithmetic, but for the mesh that it gives.
+    """
+    mesh = first // rows
+    row = (first - mesh * rows).to(tl.int32) + tl.arange(0, COUNT)
+    return mesh + row // rows, row % rows
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on tensors of the CPU."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def together(*sizes: int) -> int:
+    """How many neighbouring elements a kernel may take as one vector, where `sizes` are multiples of it."""
+    return math.gcd(16, *sizes)
+
+
+def block(size: int, least: int, most: int) -> int:
+    """The power of two, in [least, most], that holds `size`."""
+    return min(max(triton.next_power_of_2(max(size, 1)), least), most)
+
+
+def size_class(size: int) -> int:
+    """Sizes that share a configuration share this number: a step of four a class."""
+    return (max(size, 1).bit_length() + 1) // 2
+
+
+def processors(tensor: Tensor) -> int:
+    """Multiprocessors of the GPU that holds `tensor`."""
+    if tensor.device.type != "cuda":
+        return 64
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count

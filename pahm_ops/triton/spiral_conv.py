@@ -1,0 +1,203 @@
+"""Spiral convolution and its two gradients: matrix products whose rows are gathered inside the kernel."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from pahm_ops.triton import _spiral_conv_kernels as kernels
+from pahm_ops.triton._common import block, interpreted, processors, size_class, together
+from pahm_ops.triton._tuning import Kernel, config, unlike
+
+
+def spiral_conv(
+    x: Tensor, table: Tensor, weight: Tensor, bias: Tensor | None, activation: int, *, tf32: bool = False
+) -> Tensor:
+    """Spiral convolution, the activation applied while a result is in registers.
+
+    x (B, N, C), table (L, M) int32 in [0, N), weight (Cout, L * C), bias (Cout,) or None -> (B, M, Cout),
+    all contiguous and but for the table of one dtype: float32, float64, float16 or bfloat16. activation:
+    0 none, 1 ReLU, 2 ELU, 3 the exact GELU. Half precision is summed in float32; `tf32` lets tensor cores
+    round the factors of a float32 product to TF32.
+    """
+    (batch, vertices, channels), (length, rows), out_channels = x.shape, table.shape, weight.shape[0]
+    out = x.new_empty(batch, rows, out_channels)
+    if out.numel() == 0:
+        return out
+    _FORWARD.launch(
+        [(batch * rows, "BLOCK_R"), (out_channels, "BLOCK_O")],
+        _candidates(
+            x.dtype,
+            tf32,
+            ("BLOCK_R", batch * rows),
+            ("BLOCK_O", out_channels),
+            ("BLOCK_C", channels),
+        ),
+        x=x,
+        table=table,
+        weight=weight,
+        bias=bias,
+        out=out,
+        batch=batch,
+        vertices=vertices,
+        rows=rows,
+        length=length,
+        ACTIVATION=activation,
+        **_shape(x.dtype, tf32, batch * rows, channels, out_channels),
+    )
+    return out
+
+
+def spiral_conv_input_grad(
+    grad: Tensor, t_pointers: Tensor, t_rows: Tensor, weight: Tensor, vertices: int, *, tf32: bool = False
+) -> Tensor:
+    """Gradient of `spiral_conv` to x, by gathering: no atomics, the same bits each time.
+
+    grad (B, M, Cout), weight (Cout, L * C) -> (B, vertices, C), `vertices` at least 1. Entries
+    [t_pointers[i], t_pointers[i + 1]) of t_rows, both int32, are the m with table[l, m] == n, where i is
+    l * N + n.
+    """
+    (batch, rows, out_channels), length = grad.shape, (t_pointers.numel() - 1) // max(vertices, 1)
+    channels = weight.shape[1] // max(length, 1)
+    out = grad.new_empty(batch, vertices, channels)
+    if out.numel() == 0:
+        return out
+    _INPUT_GRAD.launch(
+        [(batch * vertices, "BLOCK_R"), (channels, "BLOCK_C")],
+        _candidates(
+            grad.dtype,
+            tf32,
+            ("BLOCK_R", batch * vertices),
+            ("BLOCK_C", channels),
+            ("BLOCK_O", out_channels),
+            SLOTS=4 if grad.dtype.itemsize == 2 else 2,
+        ),
+        grad=grad,
+        t_pointers=t_pointers,
+        t_rows=t_rows,
+        weight=weight,
+        out=out,
+        batch=batch,
+        vertices=vertices,
+        rows=rows,
+        length=length,
+        **_shape(grad.dtype, tf32, batch * vertices, channels, out_channels),
+    )
+    return out
+
+
+def spiral_conv_weight_grad(grad: Tensor, x: Tensor, table: Tensor, *, tf32: bool = False) -> Tensor:
+    """Gradient of `spiral_conv` to weight: no atomics, the same bits each time.
+
+    grad (B, M, Cout), x (B, N, C), table (L, M) int32 -> (Cout, L * C). Parts of the rows are summed apart,
+    where that keeps more of the GPU busy, in a float32 (float64) workspace, then added in their order.
+    """
+    (batch, rows, out_channels), (_, vertices, channels), length = grad.shape, x.shape, table.shape[0]
+    out = x.new_empty(out_channels, length * channels)
+    count = batch * rows
+    if out.numel() == 0 or count == 0:
+        return out.zero_()
+    tiles = triton.cdiv(out_channels, _PART) * triton.cdiv(channels, _PART) * length
+    splits = min(triton.cdiv(2 * processors(x), tiles), triton.cdiv(count, 2 * _PART))
+    splits = max(splits, triton.cdiv(count, 2**30))  # the rows of a part are counted in 32 bits
+    share = triton.cdiv(triton.cdiv(count, splits), _PART) * _PART
+    splits = triton.cdiv(count, share)
+    partial = out
+    if splits > 1:
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        partial = torch.empty(splits, *out.shape, dtype=wide, device=x.device)
+    _WEIGHT_GRAD.launch(
+        [(splits * length, None), (out_channels, "BLOCK_O"), (channels, "BLOCK_C")],
+        _candidates(x.dtype, tf32, ("BLOCK_O", out_channels), ("BLOCK_C", channels), ("BLOCK_R", share)),
+        grad=grad,
+        x=x,
+        table=table,
+        out=partial,
+        batch=batch,
+        vertices=vertices,
+        rows=rows,
+        length=length,
+        share=share,
+        **_shape(x.dtype, tf32, count, channels, out_channels),
+    )
+    if splits > 1:
+        _SUM.launch(
+            [(out.numel(), "BLOCK")],
+            [config(4, 1, BLOCK=512)],
+            partial=partial,
+            out=out,
+            size=out.numel(),
+            splits=splits,
+        )
+    return out
+
+
+#: The default has tiles of no more rows than this share of all, so that each multiprocessor gets one.
+_SHARE = 128
+#: Rows are split in multiples of it, and it is what a tile has about.
+_PART = 64
+
+# Tiles (rows, columns, summed at a time, warps, stages) by how products are made, the default first: 64
+# rows, as the matrix instructions of Hopper and Blackwell have them, without spilling. Where the number of
+# channels is odd each element is loaded by itself and takes registers for its address.
+_TILES = {
+    "half": ((64, 64, 64, 4, 3), (128, 64, 64, 8, 3), (128, 128, 64, 8, 3), (32, 64, 64, 4, 4)),
+    "tf32": ((64, 64, 32, 4, 3), (64, 64, 32, 8, 3), (128, 64, 32, 8, 3), (32, 64, 32, 4, 4)),
+    "ragged": ((64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
+    "ieee": ((64, 64, 16, 8, 3), (128, 64, 16, 8, 3), (32, 64, 16, 4, 3)),
+    "double": ((32, 32, 16, 8, 3), (32, 32, 16, 4, 3), (64, 32, 16, 8, 3)),
+}
+
+
+@lru_cache(maxsize=1024)
+def _candidates(
+    dtype: torch.dtype,
+    tf32: bool,
+    rows: tuple[str, int],
+    columns: tuple[str, int],
+    inner: tuple[str, int],
+    **constants: int,
+) -> tuple[triton.Config, ...]:
+    """Configurations for a product of these sizes, each given with the name of its block."""
+    found: list[triton.Config] = []
+    ragged = columns[1] % 2 != 0 or inner[1] % 2 != 0
+    for *tile, warps, stages in _TILES[_product(dtype, tf32, ragged)]:
+        most_rows = rows[1] // _SHARE if rows[0] == "BLOCK_R" and not found else rows[1]
+        sizes = ((rows[0], most_rows), columns, inner)
+        blocks = {name: block(size, 16, most) for (name, size), most in zip(sizes, tile, strict=True)}
+        found.append(config(warps, stages, **blocks, **constants))
+    return unlike(found)
+
+
+def _product(dtype: torch.dtype, tf32: bool, ragged: bool) -> str:
+    if dtype == torch.float64:
+        return "double"
+    if dtype == torch.float32 and not tf32:
+        return "ieee"
+    return "ragged" if ragged else "tf32" if dtype == torch.float32 else "half"
+
+
+def _shape(dtype: torch.dtype, tf32: bool, rows: int, channels: int, out_channels: int) -> dict[str, Any]:
+    """The arguments that all three kernels have, and the tuner's key."""
+    vec, out_vec = together(channels), together(out_channels)
+    return {
+        "packs": channels // vec,
+        "out_packs": out_channels // out_vec,
+        "rows_class": size_class(rows),
+        "VEC": vec,
+        "OUT_VEC": out_vec,
+        "PRECISION": "tf32" if tf32 and dtype == torch.float32 else "ieee",
+        # Triton's interpreter gets products of bfloat16 wrong.
+        "WIDEN": dtype == torch.bfloat16 and interpreted(),
+    }
+
+
+_KEY = ("packs", "out_packs", "length", "rows_class", "VEC", "OUT_VEC", "PRECISION")
+_FORWARD = Kernel(kernels.forward_kernel, _KEY)
+_INPUT_GRAD = Kernel(kernels.input_grad_kernel, _KEY)
+_WEIGHT_GRAD = Kernel(kernels.weight_grad_kernel, _KEY)
+_SUM = Kernel(kernels.sum_kernel, ())

@@ -1,0 +1,145 @@
+"""The Triton kernels, in Triton's interpreter and on a GPU, against the reference in float64."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import triton_cases
+
+pytest.importorskip("triton", reason="no Triton here")
+
+NAMES = [name for name, _ in triton_cases.cases()]
+PROGRAM = Path(triton_cases.__file__)
+
+
+def run(device: str, names: list[str], **environment: str) -> dict[str, str | None]:
+    """What each case complains of; in another process, for Triton reads the environment when imported."""
+    done = subprocess.run(
+        [sys.executable, PROGRAM, device],
+        input="\n".join(names),
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    found = dict(map(json.loads, done.stdout.splitlines()))
+    return {name: found.get(name, f"did not run: {done.stderr[-2000:]}") for name in names}
+
+
+@pytest.fixture(scope="module")
+def complaints(request: pytest.FixtureRequest) -> dict[str, str | None]:
+    """Of the cases that were asked for, in two processes."""
+    asked = [
+        item.callspec.params["name"]
+        for item in request.session.items
+        if item.function.__name__ == "test_interpreted"  # type: ignore[attr-defined]
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        parts = pool.map(lambda i: run("cpu", asked[i::2], TRITON_INTERPRET="1"), range(2))
+    return {name: complaint for part in parts for name, complaint in part.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_interpreted(complaints, name):
+    assert complaints[name] is None, complaints[name]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_on_a_gpu():
+    found = run("cuda", NAMES, PAHM_TRITON_TUNE="0", CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    assert not {name: complaint for name, complaint in found.items() if complaint is not None}
+
+
+class Recorder:
+    """Stands for a kernel and for its tuner; notes what it is launched with."""
+
+    best_config = None
+
+    def __init__(self) -> None:
+        self.launched: list[dict[str, object]] = []
+
+    def __getitem__(self, grid):
+        def launch(**arguments):
+            self.launched.append(
+                {**arguments, "programs": grid(arguments)[0] if "BLOCK" in arguments else None}
+            )
+
+        return launch
+
+
+@pytest.fixture
+def tuning(monkeypatch):
+    """(kernel, its function, its tuner, what `_capturing` gives, candidates), as on a GPU."""
+    from pahm_ops.triton import _tuning
+
+    function, tuner, capturing = Recorder(), Recorder(), []
+    candidates = [_tuning.config(4, 2, BLOCK=16), _tuning.config(4, 2, BLOCK=64)]
+    tuner.best_config = candidates[1]
+    monkeypatch.delenv("PAHM_TRITON_TUNE", raising=False)
+    monkeypatch.setattr(_tuning, "_capturing", lambda tensor: bool(capturing))
+    monkeypatch.setattr(_tuning.triton, "autotune", lambda *args, **options: lambda kernel: tuner)
+    kernel = _tuning.Kernel(function, ["size"])
+    return (
+        lambda size: kernel.launch([(size, "BLOCK"), (3, None)], candidates, x=torch.zeros(1), size=size),
+        function,
+        tuner,
+        capturing,
+    )
+
+
+def blocks(recorder: Recorder) -> list[object]:
+    return [arguments.get("BLOCK") for arguments in recorder.launched]
+
+
+def test_a_class_of_shapes_is_tuned_once(tuning):
+    launch, function, tuner, _ = tuning
+    launch(100)
+    launch(100)
+    launch(200)
+    assert len(tuner.launched) == 2
+    assert blocks(function) == [64]
+    assert function.launched[0]["programs"] == 2 * 3
+
+
+def test_nothing_is_tuned_while_a_graph_is_captured(tuning):
+    launch, function, tuner, capturing = tuning
+    capturing.append(True)
+    launch(100)
+    assert not tuner.launched and blocks(function) == [16]
+    capturing.clear()
+    launch(100)
+    capturing.append(True)
+    launch(100)
+    assert len(tuner.launched) == 1 and blocks(function) == [16, 64]
+
+
+@pytest.mark.parametrize("reason", ["environment", "deterministic"])
+def test_tuning_can_be_turned_off(tuning, monkeypatch, reason):
+    launch, function, tuner, _ = tuning
+    launch(100)
+    if reason == "environment":
+        monkeypatch.setenv("PAHM_TRITON_TUNE", "0")
+    else:
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    launch(100)
+    launch(200)
+    assert len(tuner.launched) == 1 and blocks(function) == [16, 16]
+
+
+def test_too_many_programs_are_refused(tuning):
+    launch, _, _, capturing = tuning
+    capturing.append(True)
+    with pytest.raises(ValueError, match="a grid of 2147483649 programs: at most 2147483647 are possible"):
+        launch(16 * 715827883)
+
+
+def test_pahm_ops_does_not_import_triton():
+    code = "import pahm_ops, sys; sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import pahm_ops.triton.mesh_pool, pahm_ops.triton.spiral_conv, pahm_ops.triton.vertex_sample"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
