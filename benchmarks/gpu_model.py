@@ -163,18 +163,22 @@ def model_times(device_name: str, batch: int = 32) -> dict[str, float]:
     return seconds
 
 
+INTRODUCTION = """\
+A model, not a measurement: no GPU was timed. MB is what a launch must move where the L2 cache keeps all that
+it touches, counted by running the kernels on the CPU; `over least` is that over the sectors of inputs and
+results, each once. `sectors over ideal` is what the requests of warps touch over what the same bytes would
+take side by side. The time is those bytes over the published bandwidth, or the operations over the published
+rate without tensor cores, whichever is longer: no launch, no latency. Half-precision `spiral_conv` is served
+by Triton on tensor cores; its rows here are the CUDA kernels'.""".splitlines()
+
+
 def table(found: list[Row]) -> list[str]:
     lines = [
         "# Modelled times of the CUDA kernels",
         "",
         "    python benchmarks/gpu_model.py --output docs/gpu_model.md",
         "",
-        "A model, not a measurement: no GPU was timed. MB is what a launch must move where the L2 cache keeps all",
-        "that it touches, counted by running the kernels on the CPU; `over least` is that over the sectors of",
-        "inputs and results, each once. `sectors over ideal` is what the requests of warps touch over what the",
-        "same bytes would take side by side. The time is those bytes over the published bandwidth, or the",
-        "operations over the published rate without tensor cores, whichever is longer: no launch, no latency.",
-        "Half-precision `spiral_conv` is served by Triton on tensor cores; its rows here are the CUDA kernels'.",
+        *INTRODUCTION,
         "",
         "| kernel | MB | over least | sectors over ideal | from L2 over least | MFLOP | bound on H100 | "
         + " | ".join(f"{name} us" for name in GPUS)
