@@ -38,9 +38,10 @@ def spiral_conv(
     Differentiable any number of times, and in forward mode, by x, weight and bias. The result and the
     gradients to x and weight have the same bits in every run, on the CPU for any number of threads; there
     float16 is computed in float32. On a GPU half precision is multiplied by tensor cores, float32 as well
-    where ``torch.set_float32_matmul_precision`` allows TF32; the indices are checked once, and again when
-    they change. `pahm_ops.backends()` tells what serves a device and a dtype. Under autocast floating-point
-    arguments but float64 are cast as for a linear layer.
+    where PyTorch's own products may use TF32. Which configuration of these kernels was found fastest may
+    change the order of a sum, but under ``torch.use_deterministic_algorithms`` it is always the same. The
+    indices are checked once, and again when they change. `pahm_ops.backends()` tells what serves a device and
+    a dtype. Under autocast floating-point arguments but float64 are cast as for a linear layer.
 
     Raises:
         TypeError: an argument is not a tensor, or its dtype does not fit.
