@@ -17,8 +17,8 @@ from pahm_ops.spiral_conv import ACTIVATIONS
 
 DEVICE = torch.device("cuda", 0)
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-#: Of results of the order of 1, and relative to the largest beyond. In float32 the gradient of a perspective
-#: camera is off by 5e-5; TF32 is by 3e-4.
+#: Of results of the order of 1, and relative to the largest beyond. In float32 the gradient of a
+#: perspective camera is off by 5e-5; TF32 is by 3e-4.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 FORMATS = {"NCHW": (False,), "channels_last": (True,), "mixed": (False, True)}
 
