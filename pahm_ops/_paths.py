@@ -92,12 +92,16 @@ def choose(op: str, dtype: torch.dtype, device: torch.device, columns: int = THI
 
     Raises ValueError if PAHM_GPU_PATH names a path that this machine lacks.
     """
+    return _first_of(PATHS[op][_row(op, dtype, columns)], device)
+
+
+def _first_of(paths: tuple[str, ...], device: torch.device) -> str:
     path = forced()
-    if path is not None:
-        if not _has(path, device):
-            raise ValueError(f"PAHM_GPU_PATH={path}, but {_why_not(path, device)}")
-        return path
-    return next(path for path in PATHS[op][_row(op, dtype, columns)] if _has(path, device))
+    if path is None:
+        return next(path for path in paths if _has(path, device))
+    if not _has(path, device):
+        raise ValueError(f"PAHM_GPU_PATH={path}, but {_why_not(path, device)}")
+    return path
 
 
 def _why_not(path: str, device: torch.device) -> str:
@@ -159,8 +163,5 @@ def backends() -> Backends:
         for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
             if module.is_available():
                 device = torch.device(kind, module.current_device())
-                table[op][kind] = {
-                    row: forced() or next(path for path in paths if _has(path, device))
-                    for row, paths in PATHS[op].items()
-                }
+                table[op][kind] = {row: _first_of(paths, device) for row, paths in PATHS[op].items()}
     return table

@@ -120,6 +120,10 @@ def test_backends_print_a_row_for_each_dtype_that_is_served_apart(machine, monke
     lines = str(table).splitlines()
     assert len(lines) == 1 + 3 + sum(len(rows) for rows in _paths.PATHS.values())
     assert any(line.split() == ["spiral_conv", "cuda", "float64", "cuda"] for line in lines)
+    machine("triton")
+    monkeypatch.setenv("PAHM_GPU_PATH", "cuda")
+    with pytest.raises(ValueError, match="PAHM_GPU_PATH=cuda, but"):
+        pahm_ops.backends()
 
 
 def test_schemas_are_those_of_the_compiled_library():
