@@ -47,9 +47,10 @@ print(count)
 
 
 def run(*arguments: str) -> str:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    # From here, where the installed package is imported, and op_samples too.
+    folder, environment = Path(__file__).parent, {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", SCRIPT, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

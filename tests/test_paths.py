@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,7 +67,8 @@ def test_the_newer_way_to_allow_tf32_is_understood(precision):
     )
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip("this torch has one way only")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command, folder = [sys.executable, "-c", code], Path(__file__).parent
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
     assert done.stdout.strip() == str(precision == "tf32")
 
 
