@@ -51,7 +51,8 @@ def spiral_conv(
     if x.shape[2] == 0:  # A sum of nothing: as if of one channel that is zero.
         x, weight = x.new_zeros(*x.shape[:2], 1), weight.new_zeros(columns, indices.shape[1])
     run = _kernel("spiral_conv", "spiral_conv", x.dtype, x.device, columns)
-    return run(x.contiguous(), tables.table, weight.contiguous(), bias, activation)
+    offset = None if bias is None else bias.contiguous()
+    return run(x.contiguous(), tables.table, weight.contiguous(), offset, activation)
 
 
 def spiral_conv_input_grad(grad: Tensor, indices: Tensor, weight: Tensor, vertices: int) -> Tensor:

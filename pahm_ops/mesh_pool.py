@@ -145,6 +145,8 @@ def _prepared(matrix: Any) -> MeshTransform:
     found = _PREPARED.get(matrix)
     if found is None or found[0] != version:
         found = version, MeshTransform.prepare(matrix)
+        if matrix.is_cuda:  # The next call may come from another stream.
+            torch.cuda.current_stream(matrix.device).synchronize()
         _PREPARED[matrix] = found
     return found[1]
 

@@ -17,6 +17,7 @@ pytestmark = [
 
 SCRIPT = """
 import sys
+import pahm_ops
 import torch
 from op_samples import samples
 from pahm_ops import _gpu, _library, _paths, _tables
@@ -41,6 +42,11 @@ for sample in samples(op, dtype):
         scale = max(1.0, float(b.abs().max()))
         torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * scale)
     count += 1
+if op == "spiral_conv":
+    x, indices, weight, bias, activation = samples(op, dtype)[0].raw
+    strided = bias.repeat_interleave(2)[::2]
+    whole = pahm_ops.spiral_conv(x, indices, weight, bias)
+    assert torch.equal(pahm_ops.spiral_conv(x, indices, weight, strided), whole)
 assert "pahm_ops.triton." + op in sys.modules
 print(count)
 """
