@@ -12,7 +12,6 @@ import torch
 from pahm_ops import _library
 
 OPS = ("vertex_sample", "spiral_conv", "mesh_pool")
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _ISAS = ("plain", "neon", "avx2", "avx512", "avx512_bf16", "amx")
 
 #: The kinds of device that GPU kernels serve. "cuda" is also AMD's, with Triton alone.

@@ -8,6 +8,12 @@ import pahm_ops
 ISAS = ("neon",) if platform.machine() == "aarch64" else ("plain", "avx2", "avx512", "avx512_bf16", "amx")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # Here and not in a mark: what is skipped at one place is one line of pytest's report.
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

@@ -1,16 +1,10 @@
-"""A plugin of pytest for the tests that need a GPU: skips them where there is none, and forces a path."""
+"""A plugin of pytest for the tests on a GPU: each kind of kernel in turn."""
 
 import pytest
 import torch
 from gpu_cases import DEVICE
 
 from pahm_ops import _paths
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    # Here and not in a mark: what is skipped at one place is one line of pytest's report.
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
 
 
 @pytest.fixture(params=("cuda", "triton"))

@@ -49,7 +49,6 @@ def test_interpreted(complaints, name):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_on_a_gpu():
     found = run("cuda", NAMES, PAHM_TRITON_TUNE="0", CUBLAS_WORKSPACE_CONFIG=":4096:8")
     assert not {name: complaint for name, complaint in found.items() if complaint is not None}

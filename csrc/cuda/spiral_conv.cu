@@ -11,10 +11,17 @@
 namespace pahm {
 namespace {
 
-// A size as the kernels count it.
-int small(int64_t size, const char* name) {
-  check(size <= 0x7fffffff, std::string(name) + " must be below 2147483648, got " + std::to_string(size));
-  return static_cast<int>(size);
+// Sizes as the kernels count them.
+SpiralSizes sizes_of(int64_t batch, int64_t vertices, int64_t rows, int64_t length, int64_t channels,
+                     int64_t out_channels) {
+  for (const int64_t size : {vertices, rows, length, channels, out_channels})
+    check(size <= 0x7fffffff, "sizes must be below 2147483648, got " + std::to_string(size));
+  return {batch,
+          static_cast<int>(vertices),
+          static_cast<int>(rows),
+          static_cast<int>(length),
+          static_cast<int>(channels),
+          static_cast<int>(out_channels)};
 }
 
 // Launches a product, with memory for the sums of its splits.
@@ -43,21 +50,16 @@ Tensor spiral_conv_cuda(const Tensor& x_, const Tensor& table_, const Tensor& we
 
   const OnDeviceOf on(x);
   Tensor out = torch::stable::new_empty(x, {batch, rows, out_channels});
-  if (out.numel() == 0) return out;
+  const SpiralSizes sizes = sizes_of(batch, x.size(1), rows, length, channels, out_channels);
   dispatch_floating(type, [&](auto zero) {
     using S = decltype(zero);
-    const SpiralConvArguments<S> arguments{pointer<S>(x),
+    const SpiralConvArguments<S> arguments{sizes,
+                                           pointer<S>(x),
                                            pointer<int32_t>(table),
                                            pointer<S>(weight),
                                            bias ? pointer<S>(*bias) : nullptr,
                                            static_cast<int>(activation),
-                                           mutable_pointer<S>(out),
-                                           batch,
-                                           small(x.size(1), "N"),
-                                           small(rows, "M"),
-                                           small(length, "L"),
-                                           small(channels, "C"),
-                                           small(out_channels, "Cout")};
+                                           mutable_pointer<S>(out)};
     run<SpiralForward<S>>(arguments, x, on);
   });
   return out;
@@ -81,20 +83,15 @@ Tensor spiral_conv_input_grad_cuda(const Tensor& grad_, const Tensor& t_pointers
 
   const OnDeviceOf on(grad);
   Tensor out = torch::stable::new_empty(grad, {batch, vertices, channels});
-  if (out.numel() == 0) return out;
+  const SpiralSizes sizes = sizes_of(batch, vertices, rows, length, channels, out_channels);
   dispatch_floating(type, [&](auto zero) {
     using S = decltype(zero);
-    const SpiralInputGradArguments<S> arguments{pointer<S>(grad),
+    const SpiralInputGradArguments<S> arguments{sizes,
+                                                pointer<S>(grad),
                                                 pointer<int32_t>(t_pointers),
                                                 pointer<int32_t>(t_rows),
                                                 pointer<S>(weight),
-                                                mutable_pointer<S>(out),
-                                                batch,
-                                                small(vertices, "vertices"),
-                                                small(rows, "M"),
-                                                small(length, "L"),
-                                                small(channels, "C"),
-                                                small(out_channels, "Cout")};
+                                                mutable_pointer<S>(out)};
     run<SpiralInputGrad<S>>(arguments, grad, on);
   });
   return out;
@@ -113,19 +110,11 @@ Tensor spiral_conv_weight_grad_cuda(const Tensor& grad_, const Tensor& x_, const
 
   const OnDeviceOf on(grad);
   Tensor out = torch::stable::new_empty(grad, {out_channels, length * channels});
-  if (out.numel() == 0) return out;
+  const SpiralSizes sizes = sizes_of(batch, x.size(1), rows, length, channels, out_channels);
   dispatch_floating(type, [&](auto zero) {
     using S = decltype(zero);
-    const SpiralWeightGradArguments<S> arguments{pointer<S>(grad),
-                                                 pointer<S>(x),
-                                                 pointer<int32_t>(table),
-                                                 mutable_pointer<S>(out),
-                                                 batch,
-                                                 small(x.size(1), "N"),
-                                                 small(rows, "M"),
-                                                 small(length, "L"),
-                                                 small(channels, "C"),
-                                                 small(out_channels, "Cout")};
+    const SpiralWeightGradArguments<S> arguments{sizes, pointer<S>(grad), pointer<S>(x),
+                                                 pointer<int32_t>(table), mutable_pointer<S>(out)};
     run<SpiralWeightGrad<S>>(arguments, grad, on);
   });
   return out;

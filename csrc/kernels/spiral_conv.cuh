@@ -1,11 +1,11 @@
-// spiral_conv: x (B, N, C), table (M, L), weight (O, L * C) -> (B, M, O), and its gradients: three products
+// spiral_conv: x (B, N, C), table (L, M), weight (O, L * C) -> (B, M, O), and its gradients: three products
 // of matrices, none of which is ever gathered into memory.
 //
 //                rows        columns   summed over      left[row, k]                       right[k, column]
-//   forward      (b, m)      o         (l, c)           x[b, table[m, l], c]               weight[o, (l, c)]
+//   forward      (b, m)      o         (l, c)           x[b, table[l, m], c]               weight[o, (l, c)]
 //   input grad   (b, n)      c         (l, o)           sum of grad[b, m, o] over          weight[o, (l, c)]
-//                                                       the m with table[m, l] == n
-//   weight grad  (l, c)      o         (b, m)           x[b, table[m, l], c]               grad[b, m, o]
+//                                                       the m with table[l, m] == n
+//   weight grad  (l, c)      o         (b, m)           x[b, table[l, m], c]               grad[b, m, o]
 //
 // A block computes a tile of the result from tiles of both sides in shared memory (tile_product.cuh). Sums
 // over a long k are split between blocks and added up in a fixed order: no atomics, the same bits in every
@@ -16,37 +16,37 @@
 
 namespace pahm {
 
+// Meshes, their vertices in (N) and out (M), spiral length, channels in and out.
+struct SpiralSizes {
+  int64_t batch;
+  int vertices, rows, length, channels, out_channels;
+};
+
 template <typename S>
-struct SpiralConvArguments {
+struct SpiralConvArguments : SpiralSizes {
   const S* x;
   const int32_t* table;  // (L, M): rows of a tile read neighbours
   const S* weight;
   const S* bias;  // null: none
   int activation;
   S* out;
-  int64_t batch;
-  int vertices, rows, length, channels, out_channels;
 };
 
 template <typename S>
-struct SpiralInputGradArguments {
+struct SpiralInputGradArguments : SpiralSizes {
   const S* grad;
   const int32_t* t_pointers;  // (L * N + 1): where the list of (l, n) begins
-  const int32_t* t_rows;      // (M * L)
+  const int32_t* t_rows;      // (L * M)
   const S* weight;
   S* out;
-  int64_t batch;
-  int vertices, rows, length, channels, out_channels;
 };
 
 template <typename S>
-struct SpiralWeightGradArguments {
+struct SpiralWeightGradArguments : SpiralSizes {
   const S* grad;
   const S* x;
   const int32_t* table;  // (L, M)
   S* out;
-  int64_t batch;
-  int vertices, rows, length, channels, out_channels;
 };
 
 // ---- what a thread brings of each side ----

@@ -278,6 +278,7 @@ ProductPlan plan_product(const typename Product::Arguments& a, int processors) {
   const int64_t column_tiles = divide_up(size.columns, thin ? ThinTile<S>::columns : WideTile<S>::columns);
   const int64_t tiles = divide_up(size.rows, WideTile<S>::rows) * column_tiles;
   const int64_t partial_bytes = size.rows * size.columns * static_cast<int64_t>(sizeof(Sum<S>));
+  if (tiles == 0) return {column_tiles, 1, size.depth, nullptr};  // an empty result: nothing is launched
   int64_t splits = 2 * processors / tiles;
   const auto at_most = [&](int64_t limit) { splits = limit < splits ? limit : splits; };
   at_most(Product::input_bytes(a) / (4 * partial_bytes));
@@ -313,7 +314,7 @@ void product_launch(const typename Product::Arguments& a, const ProductPlan& pla
          device, a, size, plan);
 }
 
-// Computes a result that is not empty, of a sum that may be.
+// The result may be empty, and so may the sum that it is of.
 template <typename Product>
 void product_launch(const typename Product::Arguments& a, const ProductPlan& plan, const Device& device) {
   constexpr int wide = 16 / sizeof(typename Product::Scalar);

@@ -1,12 +1,10 @@
 // vertex_sample, backward, with no atomics: the result has the same bits in every run.
 //
-//   sort_vertices    the vertices of each item and map in the order of their cells
-//   map gradients    a group of lanes has a pixel: it sums what the vertices of the four cells around it
-//   give,
-//                    stores the pixel's gradient once, and leaves each vertex the product of its output
-//                    gradient and the pixel, which the point's gradient is made of: one pass over the output
-//                    gradients
-//   point gradients  those products, back through the projection
+// - sort_vertices_kernel puts the vertices of each item and map in the order of their cells.
+// - pixel_grads_kernel (channels_last) and plane_grads_kernel (planes) give a group of lanes a pixel. It sums
+//   what the vertices of the four cells around it give, stores the pixel's gradient once, and leaves each
+//   vertex the product of its output gradient and the pixel: one pass over the output gradients.
+// - point_grads_kernel takes those products back through the projection.
 #pragma once
 
 #include "kernels/vertex_sample_sorted.cuh"

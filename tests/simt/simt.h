@@ -2,14 +2,12 @@
 // thread of a block is a fiber, blocks run one after the other. A kernel that breaks the rules of the device
 // throws Failure:
 //
-//   - a barrier that not every thread reaches, or that threads reach at different places;
-//   - a warp operation whose mask names a lane that does not come, or leaves out the caller or the source;
-//   - an access outside the buffers that Machine::allow() named, or at an address that its type does not
-//   allow;
-//   - memory that two threads touch, one of which writes, with no barrier in between: shared memory, and
-//   global
-//     memory within a launch;
-//   - shared memory that is read before it is written, touched beyond its end, or more than the device has.
+// - a barrier that not every thread reaches, or that threads reach at different places;
+// - a warp operation whose mask names a lane that does not come, or leaves out the caller or the source;
+// - an access outside the buffers that Machine::allow() named, or at an address that its type does not allow;
+// - memory that two threads touch, one of which writes, with no barrier in between: shared memory, and global
+//   memory within a launch;
+// - shared memory that is read before it is written, touched beyond its end, or more than the device has.
 //
 // Threads are picked at random from a seed, and also change over at memory accesses, so that a result that
 // depends on their order shows as a difference between seeds.

@@ -25,18 +25,13 @@ extern "C" const char* spiral_conv(int dtype, const void* x, const int32_t* tabl
   return run(counts, [&] {
     for_dtype(dtype, [&](auto zero) {
       using S = decltype(zero);
-      const pahm::SpiralConvArguments<S> arguments{static_cast<const S*>(x),
+      const pahm::SpiralConvArguments<S> arguments{{batch, vertices, rows, length, channels, out_channels},
+                                                   static_cast<const S*>(x),
                                                    table,
                                                    static_cast<const S*>(weight),
                                                    static_cast<const S*>(bias),
                                                    activation,
-                                                   static_cast<S*>(out),
-                                                   batch,
-                                                   vertices,
-                                                   rows,
-                                                   length,
-                                                   channels,
-                                                   out_channels};
+                                                   static_cast<S*>(out)};
       product<pahm::SpiralForward<S>>(arguments, partial, partial_bytes, device(seed, processors));
     });
   });
@@ -52,17 +47,13 @@ extern "C" const char* spiral_conv_input_grad(int dtype, const void* grad, const
   return run(counts, [&] {
     for_dtype(dtype, [&](auto zero) {
       using S = decltype(zero);
-      const pahm::SpiralInputGradArguments<S> arguments{static_cast<const S*>(grad),
-                                                        t_pointers,
-                                                        t_rows,
-                                                        static_cast<const S*>(weight),
-                                                        static_cast<S*>(out),
-                                                        batch,
-                                                        vertices,
-                                                        rows,
-                                                        length,
-                                                        channels,
-                                                        out_channels};
+      const pahm::SpiralInputGradArguments<S> arguments{
+          {batch, vertices, rows, length, channels, out_channels},
+          static_cast<const S*>(grad),
+          t_pointers,
+          t_rows,
+          static_cast<const S*>(weight),
+          static_cast<S*>(out)};
       product<pahm::SpiralInputGrad<S>>(arguments, partial, partial_bytes, device(seed, processors));
     });
   });
@@ -77,16 +68,12 @@ extern "C" const char* spiral_conv_weight_grad(int dtype, const void* grad, cons
   return run(counts, [&] {
     for_dtype(dtype, [&](auto zero) {
       using S = decltype(zero);
-      const pahm::SpiralWeightGradArguments<S> arguments{static_cast<const S*>(grad),
-                                                         static_cast<const S*>(x),
-                                                         table,
-                                                         static_cast<S*>(out),
-                                                         batch,
-                                                         vertices,
-                                                         rows,
-                                                         length,
-                                                         channels,
-                                                         out_channels};
+      const pahm::SpiralWeightGradArguments<S> arguments{
+          {batch, vertices, rows, length, channels, out_channels},
+          static_cast<const S*>(grad),
+          static_cast<const S*>(x),
+          table,
+          static_cast<S*>(out)};
       product<pahm::SpiralWeightGrad<S>>(arguments, partial, partial_bytes, device(seed, processors));
     });
   });
