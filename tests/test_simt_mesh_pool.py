@@ -42,8 +42,13 @@ def test_equals_the_reference(dtype, channels, transposed):
 
 @pytest.mark.parametrize(("rows", "vertices"), [(1, 1), (2, 1), (1, 98), (778, 98), (6890, 778)])
 @pytest.mark.parametrize("processors", [1, 132])
-def test_any_size(rows, vertices, processors):
-    check(torch.randn(1, vertices, 4), up_sampling(rows, vertices), processors=processors)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_size(dtype, rows, vertices, processors):
+    check(torch.randn(1, vertices, 4).to(dtype), up_sampling(rows, vertices), processors=processors)
+
+
+def test_no_mesh():
+    check(torch.randn(0, 4, 8), up_sampling(5, 4))
 
 
 def test_a_matrix_without_entries():
@@ -59,9 +64,10 @@ def test_half_precision_numbers_survive_both_conversions(dtype):
     assert torch.equal(pool(x, identity)[0], x)
 
 
+@pytest.mark.parametrize("channels", [64, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_in_any_order(dtype):
-    x, transform = torch.randn(2, 20, 64).to(dtype), up_sampling(39, 20)
+def test_same_bits_in_any_order(dtype, channels):
+    x, transform = torch.randn(2, 20, channels).to(dtype), up_sampling(39, 20)
     first, _ = pool(x, transform)
     for seed in SEEDS:
         assert torch.equal(pool(x, transform, seed=seed)[0], first)
