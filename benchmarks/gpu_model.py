@@ -13,8 +13,9 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import simt_ops
-from paper_levels import CHANNELS, LENGTH, MAPS, levels
+from paper_levels import CHANNELS, LENGTH, MAPS, Level, levels
 
 
 class Gpu(NamedTuple):
@@ -73,61 +74,92 @@ class Row(NamedTuple):
         return "memory" if self.dram_bytes / gpu.bandwidth > self.operations / rate else "arithmetic"
 
 
-def cases(batch: int, dtype: torch.dtype) -> Iterator[Case]:
-    torch.manual_seed(0)
-    name, double = str(dtype).removeprefix("torch."), dtype == torch.float64
-    tail = f"{name} batch {batch}"
-    for level, (channels, size) in zip(levels(), MAPS, strict=True):
-        for last in (True, False):
-            scene = simt_ops.level_scene(level, (channels, size), dtype, batch, last)
-            where = f"{level.count} on {size}x{size} {'channels_last' if last else 'NCHW'}"
-            for direction, operations, call in (
-                ("forward", 8, simt_ops.sample),
-                ("backward", 16, simt_ops.sample_backward),
-            ):
-                yield Case(
-                    f"vertex_sample {where} {direction} {tail}",
-                    simt_ops.sample_least_bytes(scene, direction),
-                    operations * batch * level.count * channels,
-                    double,
-                    lambda p, s=scene, call=call: call(s, processors=p, races=False)[-1],
-                )
-    for level, (channels, _) in zip(levels()[1:], CHANNELS[1:], strict=True):
-        assert level.up is not None
-        fine, coarse = level.up.shape
-        for transposed in (False, True):
-            x = torch.randn(batch, fine if transposed else coarse, channels).to(dtype)
-            yield Case(
-                f"mesh_pool {coarse}-{fine} {channels} {'backward' if transposed else 'forward'} {tail}",
-                simt_ops.pool_least_bytes(x, level.up, transposed),
-                2 * batch * channels * level.up.forward[1].numel(),
-                double,
-                lambda p, x=x, t=level.up, back=transposed: simt_ops.pool(
-                    x, t, p, transposed=back, races=False
-                )[1],
-            )
-    for level, (channels, out_channels) in [*zip(levels(), CHANNELS, strict=True), (levels()[-1], HEAD)]:
-        tensors = simt_ops.spiral_inputs(
-            (batch, level.count, level.count, LENGTH, channels, out_channels), dtype
-        )
-        tensors = (tensors[0], level.indices, *tensors[2:])
-        for product in ("forward", "input_grad", "weight_grad"):
-            yield Case(
-                f"spiral_conv {level.count} {channels}-{out_channels} {product} {tail}",
-                simt_ops.spiral_least_bytes(product, tensors),
-                2 * batch * level.count * LENGTH * channels * out_channels,
-                double,
-                lambda p, t=tensors, product=product: simt_ops.spiral_product(
-                    product, t, processors=p, races=False
-                )[1],
-            )
+def cases(batch: int, dtype: torch.dtype) -> list[Callable[[], Case]]:
+    """What makes each case: its tensors are made when it runs."""
+    pixels = [
+        partial(sample_case, level, shape, last, direction, batch, dtype)
+        for level, shape in zip(levels(), MAPS, strict=True)
+        for last in (True, False)
+        for direction in ("forward", "backward")
+    ]
+    pools = [
+        partial(pool_case, level, channels, direction, batch, dtype)
+        for level, (channels, _) in zip(levels()[1:], CHANNELS[1:], strict=True)
+        for direction in ("forward", "backward")
+    ]
+    products = [
+        partial(spiral_case, level, channels, product, batch, dtype)
+        for level, channels in [*zip(levels(), CHANNELS, strict=True), (levels()[-1], HEAD)]
+        for product in ("forward", "input_grad", "weight_grad")
+    ]
+    return [*pixels, *pools, *products]
+
+
+def _case(
+    name: str,
+    batch: int,
+    dtype: torch.dtype,
+    least_bytes: int,
+    operations: int,
+    run: Callable[[int], simt_ops.Counts],
+) -> Case:
+    full_name = f"{name} {str(dtype).removeprefix('torch.')} batch {batch}"
+    return Case(full_name, least_bytes, operations, dtype == torch.float64, run)
+
+
+def sample_case(
+    level: Level, shape: tuple[int, int], last: bool, direction: str, batch: int, dtype: torch.dtype
+) -> Case:
+    scene = simt_ops.level_scene(level, shape, dtype, batch, last)
+    channels, size = shape
+    forward = direction == "forward"
+    call = simt_ops.sample if forward else simt_ops.sample_backward
+    return _case(
+        f"vertex_sample {level.count} on {size}x{size} {'channels_last' if last else 'NCHW'} {direction}",
+        batch,
+        dtype,
+        simt_ops.sample_least_bytes(scene, direction),
+        (8 if forward else 16) * batch * level.count * channels,
+        lambda processors: call(scene, processors=processors, races=False)[-1],
+    )
+
+
+def pool_case(level: Level, channels: int, direction: str, batch: int, dtype: torch.dtype) -> Case:
+    up, transposed = level.up, direction == "backward"
+    assert up is not None
+    fine, coarse = up.shape
+    x = torch.randn(batch, fine if transposed else coarse, channels).to(dtype)
+    return _case(
+        f"mesh_pool {coarse}-{fine} {channels} {direction}",
+        batch,
+        dtype,
+        simt_ops.pool_least_bytes(x, up, transposed),
+        2 * batch * channels * up.forward[1].numel(),
+        lambda processors: simt_ops.pool(x, up, processors, transposed=transposed, races=False)[1],
+    )
+
+
+def spiral_case(
+    level: Level, channels: tuple[int, int], product: str, batch: int, dtype: torch.dtype
+) -> Case:
+    tensors = simt_ops.spiral_inputs((batch, level.count, level.count, LENGTH, *channels), dtype)
+    tensors = (tensors[0], level.indices, *tensors[2:])
+    return _case(
+        f"spiral_conv {level.count} {channels[0]}-{channels[1]} {product}",
+        batch,
+        dtype,
+        simt_ops.spiral_least_bytes(product, tensors),
+        2 * batch * level.count * LENGTH * channels[0] * channels[1],
+        lambda processors: simt_ops.spiral_product(product, tensors, processors=processors, races=False)[1],
+    )
 
 
 def count(job: tuple[int, torch.dtype, int, int]) -> Row:
     """One case, in a process of its own."""
     batch, dtype, index, processors = job
     torch.set_num_threads(1)
-    case = next(c for i, c in enumerate(cases(batch, dtype)) if i == index)
+    torch.manual_seed(0)
+    case = cases(batch, dtype)[index]()
     counts = case.run(processors)
     return Row(
         *case[:4],
@@ -139,7 +171,7 @@ def count(job: tuple[int, torch.dtype, int, int]) -> Row:
 
 
 def rows(batch: int, dtypes: tuple[torch.dtype, ...], processors: int = 132) -> list[Row]:
-    jobs = [(batch, dtype, i, processors) for dtype in dtypes for i in range(sum(1 for _ in cases(1, dtype)))]
+    jobs = [(batch, dtype, i, processors) for dtype in dtypes for i in range(len(cases(batch, dtype)))]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(count, jobs))
 
