@@ -83,7 +83,7 @@ def bench_network(compare, network, what, batch):
     def loss() -> Tensor:
         prediction = network(images)
         parts = [*(1e3 * mesh for mesh in prediction.meshes), prediction.camera]
-        parts += [prediction.pose_logits, prediction.silhouette_logits]
+        parts += [logits for cues in prediction.cues for logits in cues]
         return torch.stack([part.square().mean() for part in parts]).sum()
 
     ours = torch.no_grad()(meshes) if what == "inference" else training_step(network, loss, [])

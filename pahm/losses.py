@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pahm.config import LossConfig
-from pahm.model.decoder import UNIT
 from pahm.model.extractor import expected_position
+from pahm.model.first_mesh import UNIT
 from pahm.model.network import Prediction
 
 
@@ -28,6 +28,8 @@ class Targets(NamedTuple):
     """`(B, N_s, 2)` projections of the same vertices in normalised crop coordinates
     (`align_corners=False`).
     """
+    joints: Tensor
+    """`(B, 21, 3)`, metres, relative to the root joint."""
     joints_2d: Tensor
     """`(B, 21, 2)` projections of the joints, normalised likewise."""
     mask: Tensor
@@ -38,6 +40,13 @@ class Targets(NamedTuple):
 
 def mesh_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """L_mesh of one level: mean L1 distance of coordinates; `(B, N, 3)` each, any one unit."""
+    return (predicted - target).abs().mean()
+
+
+def joint_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """METRO's supervision of its joint queries: mean L1 distance of coordinates; `(B, 21, 3)` each, any one
+    unit.
+    """
     return (predicted - target).abs().mean()
 
 
@@ -113,7 +122,7 @@ def project(vertices: Tensor, camera: Tensor) -> Tensor:
 
 
 def projection_loss(meshes: Sequence[Tensor], camera: Tensor, vertices_2d: Sequence[Tensor]) -> Tensor:
-    """Supervises the camera: mean L1 distance between each level's projection and the true one, normalised.
+    """Supervises the camera: mean L1 distance between each mesh's projection and the true one, normalised.
 
     The paper projects but does not say with which camera. Ours is predicted (see `PixelAligned`), and this
     loss makes each level's mesh land on its own pixels, which is where the next level samples.
@@ -125,18 +134,39 @@ def projection_loss(meshes: Sequence[Tensor], camera: Tensor, vertices_2d: Seque
 def total_loss(
     prediction: Prediction, targets: Targets, faces: Tensor, config: LossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of all losses, and each (unweighted) by name; `faces (F, 3)` are those of M1."""
+    """The weighted sum of all losses, and each (unweighted) by name; `faces (F, 3)` are those of M1.
+
+    A mesh is compared with the truth of the level that has its number of vertices; a level's loss is the mean
+    over its meshes (there may be several, see `Prediction`). Losses of the 2D cues are means over the
+    hourglasses. What the network does not predict has no loss.
+    """
     finest, truth = prediction.meshes[-1] / UNIT, targets.meshes[-1] / UNIT
-    parts = {
-        f"mesh_{len(targets.meshes) - i}": mesh_loss(p / UNIT, t / UNIT)
-        for i, (p, t) in enumerate(zip(prediction.meshes, targets.meshes, strict=True))
-    }
-    weights = dict(zip(parts, config.mesh, strict=True))
+    levels = {target.shape[1]: i for i, target in enumerate(targets.meshes)}
+    places = [levels[mesh.shape[1]] for mesh in prediction.meshes]
+    by_level: dict[int, list[Tensor]] = {}
+    for mesh, place in zip(prediction.meshes, places, strict=True):
+        by_level.setdefault(place, []).append(mesh_loss(mesh / UNIT, targets.meshes[place] / UNIT))
+    names = {place: f"mesh_{len(targets.meshes) - place}" for place in by_level}
+    parts = {names[place]: _mean(terms) for place, terms in by_level.items()}
+    weights = {names[place]: config.mesh[place] for place in by_level}
     parts["edge"] = edge_loss(finest, truth, faces)
     parts["normal"] = normal_loss(finest, truth, faces)
-    parts["silhouette"] = silhouette_loss(prediction.silhouette_logits, targets.mask, targets.has_mask)
-    parts["pose"] = pose_loss(prediction.pose_logits, targets.joints_2d, config.heatmap_sigma)
-    parts["position"] = position_loss(prediction.pose_logits, targets.joints_2d)
-    parts["projection"] = projection_loss(prediction.meshes, prediction.camera, targets.vertices_2d)
+    if prediction.cues:
+        sigma, joints = config.heatmap_sigma, targets.joints_2d
+        silhouettes, poses = (
+            [c.silhouette_logits for c in prediction.cues],
+            [c.pose_logits for c in prediction.cues],
+        )
+        parts["silhouette"] = _mean([silhouette_loss(x, targets.mask, targets.has_mask) for x in silhouettes])
+        parts["pose"] = _mean([pose_loss(x, joints, sigma) for x in poses])
+        parts["position"] = _mean([position_loss(x, joints) for x in poses])
+    if prediction.joints:
+        parts["joints"] = _mean([joint_loss(j / UNIT, targets.joints / UNIT) for j in prediction.joints])
+    vertices_2d = [targets.vertices_2d[place] for place in places]
+    parts["projection"] = projection_loss(prediction.meshes, prediction.camera, vertices_2d)
     weights |= {name: getattr(config, name) for name in parts if name not in weights}
     return torch.stack([weights[name] * value for name, value in parts.items()]).sum(), parts
+
+
+def _mean(terms: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(terms)).mean()

@@ -11,6 +11,7 @@ from pahm.losses import (
     Targets,
     edge_loss,
     heatmaps,
+    joint_loss,
     mesh_loss,
     normal_loss,
     pose_loss,
@@ -21,6 +22,7 @@ from pahm.losses import (
     total_loss,
 )
 from pahm.model import Prediction
+from pahm.model.extractor import Cues
 
 FACES = torch.tensor([[0, 1, 2], [2, 1, 3]])
 
@@ -112,23 +114,53 @@ def test_projection_loss_is_zero_for_the_right_camera(vertices):
     assert projection_loss([mesh], camera + 0.1, truth).item() > 0.05
 
 
-def test_total_is_the_weighted_sum_and_every_weight_counts():
-    torch.manual_seed(0)
-    sizes = (3, 4, 5, 4)
+SIZES = (3, 4, 5, 6)
+
+
+def prediction_and_targets(sizes, stacks=1, joints=0):
     meshes = [0.1 * torch.randn(2, n, 3) for n in sizes]
-    prediction = Prediction(
-        meshes, torch.tensor([[6.0, 0, 0]] * 2), torch.randn(2, 21, 8, 8), torch.randn(2, 1, 8, 8)
-    )
+    cues = [Cues(torch.randn(2, 21, 8, 8), torch.randn(2, 1, 8, 8)) for _ in range(stacks)]
+    points = [0.1 * torch.randn(2, 21, 3) for _ in range(joints)]
     targets = Targets(
-        [0.1 * torch.randn(2, n, 3) for n in sizes],
-        [torch.rand(2, n, 2) for n in sizes],
+        [0.1 * torch.randn(2, n, 3) for n in SIZES],
+        [torch.rand(2, n, 2) for n in SIZES],
+        0.1 * torch.randn(2, 21, 3),
         torch.rand(2, 21, 2),
         torch.rand(2, 1, 32, 32).round(),
         torch.tensor([True, True]),
     )
+    return Prediction(meshes, torch.tensor([[6.0, 0, 0]] * 2), cues, points), targets
+
+
+def test_total_is_the_weighted_sum_and_every_weight_counts():
+    prediction, targets = prediction_and_targets(SIZES)
     config = LossConfig()
     total, parts = total_loss(prediction, targets, FACES, config)
     weights = {"mesh_4": 0.25, "mesh_3": 0.5, "mesh_2": 0.75, "mesh_1": 1.0, "edge": 1.0, "normal": 0.1}
     weights |= {"silhouette": 2.5, "pose": 10.0, "projection": 1.0, "position": 1.0}
     assert set(parts) == set(weights)
     assert total.item() == pytest.approx(sum(weights[n] * parts[n].item() for n in weights), rel=1e-5)
+
+
+def test_a_level_with_several_meshes_counts_once_and_absent_predictions_do_not():
+    prediction, targets = prediction_and_targets((5, 5, 6, 6), stacks=0)
+    _, parts = total_loss(prediction, targets, FACES, LossConfig())
+    assert set(parts) == {"mesh_2", "mesh_1", "edge", "normal", "projection"}
+    for name, place, pair in (("mesh_2", 2, prediction.meshes[:2]), ("mesh_1", 3, prediction.meshes[2:])):
+        each = [mesh_loss(mesh / 0.2, targets.meshes[place] / 0.2) for mesh in pair]
+        assert parts[name].item() == pytest.approx(sum(each).item() / 2)
+    finest = edge_loss(prediction.meshes[3] / 0.2, targets.meshes[3] / 0.2, FACES)
+    assert parts["edge"].item() == pytest.approx(finest.item())
+
+
+def test_each_hourglass_and_each_set_of_joints_is_supervised():
+    prediction, targets = prediction_and_targets(SIZES, stacks=2, joints=3)
+    total, parts = total_loss(prediction, targets, FACES, LossConfig())
+    poses = [pose_loss(c.pose_logits, targets.joints_2d, 3.5) for c in prediction.cues]
+    assert parts["pose"].item() == pytest.approx(sum(poses).item() / 2)
+    masks = [silhouette_loss(c.silhouette_logits, targets.mask, targets.has_mask) for c in prediction.cues]
+    assert parts["silhouette"].item() == pytest.approx(sum(masks).item() / 2)
+    joints = [joint_loss(j / 0.2, targets.joints / 0.2) for j in prediction.joints]
+    assert parts["joints"].item() == pytest.approx(sum(joints).item() / 3)
+    doubled, _ = total_loss(prediction, targets, FACES, LossConfig(joints=2.0))
+    assert (doubled - total).item() == pytest.approx(parts["joints"].item(), rel=1e-4)

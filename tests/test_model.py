@@ -11,7 +11,7 @@ from pahm.config import ModelConfig, preset
 from pahm.hand.topology import HandTopology
 from pahm.model import HandNet, load_checkpoint, read_metadata, save_checkpoint
 from pahm.model.decoder import MeshConv, SelfAttention
-from pahm.model.extractor import Fusion, Hourglass, create_backbone
+from pahm.model.extractor import Extractor, Fusion, create_backbone
 from pahm.model.mapping import PixelAligned
 
 SIZES = (98, 195, 389, 778)
@@ -38,8 +38,9 @@ def test_prediction_has_the_papers_four_meshes(network):
         prediction = network(images(2))
     assert [tuple(mesh.shape) for mesh in prediction.meshes] == [(2, n, 3) for n in SIZES]
     assert prediction.camera.shape == (2, 3) and (prediction.camera[:, 0] > 0).all()
-    assert prediction.pose_logits.shape == (2, 21, 32, 32)
-    assert prediction.silhouette_logits.shape == (2, 1, 32, 32)
+    (cues,) = prediction.cues
+    assert cues.pose_logits.shape == (2, 21, 32, 32)
+    assert cues.silhouette_logits.shape == (2, 1, 32, 32)
     assert network.faces.shape == (1538, 3)
     assert network.joints(prediction.meshes[-1]).shape == (2, 21, 3)
 
@@ -59,7 +60,7 @@ def test_every_parameter_gets_a_gradient(topology):
             parameter.add_(0.01 * torch.randn_like(parameter))
     prediction = network(images(2))
     loss = sum(mesh.square().sum() for mesh in prediction.meshes) + prediction.camera.square().sum()
-    (loss + prediction.pose_logits.square().sum() + prediction.silhouette_logits.square().sum()).backward()
+    (loss + sum(logits.square().sum() for logits in prediction.cues[0])).backward()
     without = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
 
@@ -125,7 +126,7 @@ def test_backbones_give_the_four_strides(name):
 
 def test_paper_scale_hourglass_has_the_papers_maps():
     with torch.device("meta"):
-        maps, pose, silhouette = Hourglass(ModelConfig())(torch.empty(1, 3, 224, 224))
+        maps, ((pose, silhouette),) = Extractor(ModelConfig())(torch.empty(1, 3, 224, 224))
     assert [tuple(m.shape[1:]) for m in maps] == [(256, 7, 7), (256, 14, 14), (128, 28, 28), (64, 56, 56)]
     assert pose.shape == (1, 21, 56, 56) and silhouette.shape == (1, 1, 56, 56)
 

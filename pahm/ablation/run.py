@@ -1,0 +1,218 @@
+"""Training and scoring the rows of a table under one budget and one set of seeds."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from pahm.ablation.tables import TABLES, configuration
+from pahm.ablation.write import write_table
+from pahm.config import Config, from_dict, preset
+from pahm.data.synth import generate
+from pahm.hand.topology import HandTopology
+from pahm.model.checkpoint import load_checkpoint
+
+RESULT = "{variant}-seed{seed}.json"
+_NOT_COMPARED = ("backbone_weights", "workers")  # where weights lie and who reads images decide no result
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What all rows of a table have in common."""
+
+    about: str
+    base: Callable[[str], Config]
+    """The configuration that rows change, by the table's name."""
+    images: tuple[int, int] | None
+    """Training and evaluation images of the package's own data set; None needs a folder."""
+
+
+def _tiny(table: str) -> Config:
+    changes = {
+        "model.image_size": 96,
+        "model.transformer_channels": [256, 128, 64],
+        "train.epochs": 1,
+        "train.batch_size": 8,
+        "train.learning_rate": 5e-4,
+        "train.workers": 0,
+        "train.export": "float32",
+    }
+    return preset("tiny").override(changes)
+
+
+def _paper(table: str) -> Config:
+    # METRO's published network stands on HRNet-W64; tables 1 to 3 are the paper's ablations with ResNet-18.
+    return preset("hrnet_w64" if table == "table4" else "resnet18")
+
+
+SCALES: dict[str, Scale] = {
+    "tiny": Scale("96 x 96 pixels, one pass over 10,000 rendered images", _tiny, (10000, 1000)),
+    "paper": Scale("224 x 224 pixels, 50 epochs of FreiHAND in batches of 64", _paper, None),
+}
+
+
+def ablate(
+    table: str,
+    out: str | os.PathLike[str],
+    *,
+    scale: str = "tiny",
+    data: str | os.PathLike[str] | None = None,
+    seeds: Sequence[int] = (0, 1),
+    changes: dict[str, Any] | None = None,
+    jobs: int = 1,
+    topology: HandTopology | None = None,
+    accelerator: str = "auto",
+    devices: int | str = 1,
+    strategy: str = "auto",
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Train and score the rows of one of the paper's tables, and write it beside the paper's numbers.
+
+    `out` receives a run folder for each network and seed (`runs/`, see `pahm.training.train`), a small JSON
+    of its scores (`results/`), and `<table>.md`, `.csv` and `.png`, written anew after each run. Rows whose
+    result is there are not run again, for whichever table they were run; a stopped run goes on.
+
+    Args:
+        table: a name of `TABLES`. scale: a name of `SCALES`.
+        data: a folder in FreiHAND's layout; None renders one into `out` for a scale that says how large.
+        seeds: of the weights, the order of the images and their augmentation; each row runs with each.
+        changes: dotted names of the configuration and values, for all rows alike.
+        jobs: runs at the same time, each with its share of the CPU's threads.
+        topology, accelerator, devices, strategy: as `pahm.training.train`.
+        report: takes a line of progress.
+
+    Returns:
+        the path of the Markdown table.
+
+    Raises:
+        ValueError: no such table or scale, no data, or `out` has results of another configuration (the first
+            difference is named).
+    """
+    if table not in TABLES:
+        raise ValueError(f"table: expected one of {', '.join(TABLES)}, got {table!r}")
+    if scale not in SCALES:
+        raise ValueError(f"preset: expected one of {', '.join(SCALES)}, got {scale!r}")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds: expected different numbers, got {list(seeds)}")
+    out = Path(out)
+    images = SCALES[scale].images
+    if data is None and images is None:
+        raise ValueError(f"data: preset {scale!r} needs a folder in FreiHAND's layout, got none")
+    base = SCALES[scale].base(table).override(changes or {})
+    (out / "results").mkdir(parents=True, exist_ok=True)
+    if scale == "tiny" and base.model.backbone_weights is None:
+        base = base.override({"model.backbone_weights": str(_shipped_backbone(out))})
+    variants = [row.variant for row in TABLES[table].rows if row.variant is not None]
+    waiting = []
+    for seed in seeds:
+        for variant in variants:
+            config = configuration(base, variant).override({"train.seed": seed})
+            path = out / "results" / RESULT.format(variant=variant, seed=seed)
+            if path.exists():
+                _check_same(path, config)
+                report(f"{variant}, seed {seed}: done before")
+            else:
+                waiting.append((variant, seed, config, path))
+    if data is None and images is not None:
+        data = out / "data"
+        if waiting:
+            generate(data, *images, seed=0)
+    write = partial(write_table, out, table, seeds, SCALES[scale].about)
+    options = {"topology": topology, "accelerator": accelerator, "devices": devices, "strategy": strategy}
+    for variant, seed, seconds in _run_all(waiting, data, out, jobs, options):
+        report(f"{variant}, seed {seed}: {seconds / 60:.1f} min")
+        write()
+    return write()
+
+
+def _run_all(waiting: Sequence[Any], data: Any, out: Path, jobs: int, options: dict[str, Any]) -> Any:
+    """Run what waits, `jobs` at a time; yields variant, seed and seconds of each as it ends."""
+    threads = max(1, torch.get_num_threads() // jobs)
+    tasks = [
+        partial(_run, config, data, out / "runs" / path.stem, path, threads, jobs == 1, options)
+        for _, _, config, path in waiting
+    ]
+    if jobs == 1:
+        for task, (variant, seed, *_) in zip(tasks, waiting, strict=True):
+            yield variant, seed, task()
+        return
+    # Fresh processes: a forked one would share the parent's thread pools.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(task): item for task, item in zip(tasks, waiting, strict=True)}
+        try:
+            for future in as_completed(futures):
+                yield *futures[future][:2], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _run(
+    config: Config,
+    data: str | os.PathLike[str],
+    folder: Path,
+    result: Path,
+    threads: int,
+    progress: bool,
+    options: dict[str, Any],
+) -> float:
+    """Train and score one row; returns the seconds that this took."""
+    from pahm.training import train
+
+    torch.set_num_threads(threads)
+    started = time.monotonic()
+    scores = train(config, data, folder, progress=progress, **options)
+    if not scores:
+        raise ValueError(f"data: {data} has no evaluation annotations to score the rows on")
+    seconds = time.monotonic() - started
+    recorded = config.override({"model.backbone_weights": None})
+    record = {
+        "scores": scores,
+        "seconds": round(seconds, 1),
+        "threads": threads,
+        "config": json.loads(recorded.to_json()),
+    }
+    partial_file = result.with_suffix(".part")
+    partial_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial_file.replace(result)
+    return seconds
+
+
+def _check_same(path: Path, config: Config) -> None:
+    """Raise ValueError where the result in `path` is of another configuration than `config`."""
+    try:
+        found = from_dict(json.loads(path.read_text(encoding="utf-8"))["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"out: {path} is not a result of pahm ablate ({error!r})") from error
+    for part in ("model", "loss", "train", "augment"):
+        for name, value in vars(getattr(config, part)).items():
+            before = getattr(getattr(found, part), name)
+            if name not in _NOT_COMPARED and before != value:
+                raise ValueError(
+                    f"out: {path} was made with {part}.{name} = {before!r}, now {value!r}; "
+                    "use another output folder or the same configuration"
+                )
+
+
+def _shipped_backbone(out: Path) -> Path:
+    """The backbone of the shipped checkpoint as a file of weights, from which all rows of `tiny` start.
+
+    ImageNet's weights would have to be downloaded, and from them or from random ones no row leaves the mean
+    hand behind in a quarter of an hour on two cores.
+    """
+    path = out / "backbone.safetensors"
+    if not path.exists():
+        weights = load_checkpoint().extractor.backbone.state_dict()
+        save_file({name: value.contiguous() for name, value in weights.items()}, path)
+    return path

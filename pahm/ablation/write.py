@@ -1,0 +1,157 @@
+"""A table of the paper beside our own runs: Markdown, CSV and a plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from pahm.ablation.tables import SCORES, TABLES, Row, Table
+
+Results = dict[str, list[dict[str, Any]]]
+
+
+def write_table(out: Path, name: str, seeds: Sequence[int], about: str) -> Path:
+    """Write `<name>.md`, `.csv` and `.png` into `out` from the results there; returns the Markdown's path.
+
+    Rows without a result stay, with a dash. The plot needs matplotlib and is left out without it.
+    """
+    table = TABLES[name]
+    results = load_results(out, table, seeds)
+    path = out / f"{name}.md"
+    path.write_text(markdown(table, name, results, about), encoding="utf-8")
+    (out / f"{name}.csv").write_text(as_csv(table, results), encoding="utf-8")
+    try:
+        import matplotlib
+    except ImportError:
+        return path
+    matplotlib.use("Agg")
+    _plot(table, results).savefig(out / f"{name}.png", dpi=120)
+    return path
+
+
+def load_results(out: Path, table: Table, seeds: Sequence[int]) -> Results:
+    """The results of a table's networks, each a list over the seeds that are there."""
+    from pahm.ablation.run import RESULT
+
+    results: Results = {}
+    for row in table.rows:
+        if row.variant is None:
+            continue
+        paths = [out / "results" / RESULT.format(variant=row.variant, seed=seed) for seed in seeds]
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+        results[row.variant] = records
+    return results
+
+
+def scores_of(results: Results, row: Row, score: str) -> list[float]:
+    """A row's values of a score, one a seed; empty for rows without a run."""
+    return [record["scores"][score] for record in results.get(row.variant or "", [])]
+
+
+def pairs_that_hold(table: Table, results: Results, score: str = "pa_mpjpe") -> list[tuple[Row, Row, bool]]:
+    """For each two rows that follow each other and have results: are their means ordered as the paper's?"""
+    pairs = []
+    for a, b in pairwise(row for row in table.rows if row.variant is not None):
+        ours = scores_of(results, a, score), scores_of(results, b, score)
+        if ours[0] and ours[1]:
+            place = table.scores.index(score)
+            holds = (a.paper[place] > b.paper[place]) == (mean(ours[0]) > mean(ours[1]))
+            pairs.append((a, b, holds))
+    return pairs
+
+
+def markdown(table: Table, name: str, results: Results, about: str) -> str:
+    """The table, its budget, and which orderings hold."""
+    titles = [*table.columns]
+    for score in table.scores:
+        titles += [f"{SCORES[score]}, paper", "ours"]
+    titles += ["minutes"]
+    lines = [f"# {name.replace('table', 'Table ')}: {table.title}", ""]
+    lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for row in table.rows:
+        cells = list(row.cells)
+        for score, paper in zip(table.scores, row.paper, strict=True):
+            places = 2 if score.startswith("pa_") else 3
+            cells += [f"{paper:g}", _spread(scores_of(results, row, score), places)]
+        cells += [_spread([r["seconds"] / 60 for r in results.get(row.variant or "", [])], 1)]
+        lines.append("| " + " | ".join(cells) + " |")
+    counts = sorted({len(records) for records in results.values()})
+    runs = "no runs yet" if counts == [0] else f"{' to '.join(map(str, counts))} seeds a row"
+    lines += ["", f"Ours: {about}; {runs}, mean and standard deviation between seeds. The paper's: FreiHAND."]
+    for score in table.scores[:2]:
+        pairs = pairs_that_hold(table, results, score)
+        if pairs:
+            held = sum(holds for *_, holds in pairs)
+            lines += [
+                "",
+                f"Order of rows by {SCORES[score].split()[0]}: {held} of {len(pairs)} pairs as in the paper.",
+            ]
+            lines += [
+                f"- {' '.join(a.cells)} / {' '.join(b.cells)}: {'holds' if holds else 'does not hold'}"
+                for a, b, holds in pairs
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: Sequence[float], places: int) -> str:
+    if not values:
+        return "-"
+    text = f"{mean(values):.{places}f}"
+    return f"{text} ± {stdev(values):.{places}f}" if len(values) > 1 else text
+
+
+def as_csv(table: Table, results: Results) -> str:
+    """One line a row and seed, and one a row that the paper quotes."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    names = list(table.scores)
+    writer.writerow(
+        [
+            *table.columns,
+            "variant",
+            "seed",
+            *names,
+            *(f"paper_{name}" for name in names),
+            "seconds",
+            "threads",
+        ]
+    )
+    for row in table.rows:
+        records: list[dict[str, Any] | None] = [*results.get(row.variant or "", [])] or [None]
+        for record in records:
+            ours = [f"{record['scores'][name]:.6g}" if record else "" for name in names]
+            rest = [record["seconds"], record["threads"]] if record else ["", ""]
+            seed = record["config"]["train"]["seed"] if record else ""
+            writer.writerow([*row.cells, row.variant or "", seed, *ours, *row.paper, *rest])
+    return stream.getvalue()
+
+
+def _plot(table: Table, results: Results) -> Any:
+    from matplotlib.figure import Figure
+
+    rows = [row for row in table.rows if row.variant is not None]
+    figure = Figure(figsize=(7, 1.2 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    score, title = table.scores[0], SCORES[table.scores[0]]
+    for place, row in enumerate(rows):
+        ours = scores_of(results, row, score)
+        axes.scatter([row.paper[0]], [place], marker="D", color="#b05a2a", zorder=3, label="paper, FreiHAND")
+        if ours:
+            axes.plot([min(ours), max(ours)], [place, place], color="#2a6ab0", zorder=2)
+            axes.scatter(ours, [place] * len(ours), color="#2a6ab0", s=18, zorder=3, label="ours, each seed")
+            axes.scatter(
+                [mean(ours)], [place], marker="|", color="#2a6ab0", s=200, zorder=3, label="ours, mean"
+            )
+    axes.set_yticks(range(len(rows)), [", ".join(row.cells) for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel(title)
+    axes.grid(axis="x", alpha=0.3)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(handles.values(), handles.keys(), fontsize="small", loc="best")
+    return figure
