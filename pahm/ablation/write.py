@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from pahm.ablation.tables import SCORES, TABLES, Row, Table
 
 Results = dict[str, list[dict[str, Any]]]
@@ -19,18 +21,13 @@ Results = dict[str, list[dict[str, Any]]]
 def write_table(out: Path, name: str, seeds: Sequence[int], about: str) -> Path:
     """Write `<name>.md`, `.csv` and `.png` into `out` from the results there; returns the Markdown's path.
 
-    Rows without a result stay, with a dash. The plot needs matplotlib and is left out without it.
+    Rows without a result stay, with a dash.
     """
     table = TABLES[name]
     results = load_results(out, table, seeds)
     path = out / f"{name}.md"
     path.write_text(markdown(table, name, results, about), encoding="utf-8")
     (out / f"{name}.csv").write_text(as_csv(table, results), encoding="utf-8")
-    try:
-        import matplotlib
-    except ImportError:
-        return path
-    matplotlib.use("Agg")
     _plot(table, results).savefig(out / f"{name}.png", dpi=120)
     return path
 
@@ -132,9 +129,7 @@ def as_csv(table: Table, results: Results) -> str:
     return stream.getvalue()
 
 
-def _plot(table: Table, results: Results) -> Any:
-    from matplotlib.figure import Figure
-
+def _plot(table: Table, results: Results) -> Figure:
     rows = [row for row in table.rows if row.variant is not None]
     figure = Figure(figsize=(7, 1.2 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots()

@@ -1,0 +1,170 @@
+"""The paper's tables as runs: rows, budgets, resuming, and what is written."""
+
+import csv
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from pahm.ablation import TABLES, ablate
+from pahm.ablation.tables import VARIANTS, Row, Table, configuration
+from pahm.ablation.write import markdown, pairs_that_hold
+from pahm.config import preset
+from pahm.data.synth import generate
+
+CHANGES = {
+    "model.backbone": "test_resnet",
+    "model.backbone_weights": "",
+    "model.image_size": 64,
+    "train.batch_size": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    generate(folder, 8, 4, seed=3, workers=1, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    import torch
+
+    from pahm.model.extractor import create_backbone
+
+    path = tmp_path_factory.mktemp("weights") / "backbone.pth"
+    torch.manual_seed(0)
+    torch.save(create_backbone("test_resnet").state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture
+def run(data, weights, tmp_path):
+    said = []
+
+    def run(table="table3", **options):
+        said.clear()
+        changes = {**CHANGES, "model.backbone_weights": weights, **options.pop("changes", {})}
+        options = {"data": data, "seeds": [0], "accelerator": "cpu", **options}
+        return ablate(table, tmp_path / "out", changes=changes, report=said.append, **options), said
+
+    return run
+
+
+def test_a_table_is_run_once_and_written_beside_the_papers_numbers(run, monkeypatch):
+    path, said = run()
+    assert [line.split(":")[0] for line in said] == [
+        f"{name}, seed 0" for name in ("refine-once", "refine-three-times", "aligned")
+    ]
+    text = path.read_text()
+    assert "| refine once | 8.31 |" in text and "| 8.42 |" in text and " of 2 pairs as in the paper" in text
+    with (path.parent / "table3.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["variant"] for row in rows] == ["refine-once", "refine-three-times", "aligned"]
+    for row in rows:
+        record = json.loads((path.parent / "results" / f"{row['variant']}-seed0.json").read_text())
+        assert float(row["pa_mpjpe"]) == pytest.approx(record["scores"]["pa_mpjpe"], rel=1e-5)
+        assert record["scores"]["images"] == 4 and record["config"]["train"]["epochs"] == 1
+        assert record["config"]["model"]["backbone_weights"] is None
+    assert Image.open(path.parent / "table3.png").size[0] > 400
+
+    # The finished rows are not run again, not even as rows of another table; a lost one is.
+    (path.parent / "results" / "refine-once-seed0.json").unlink()
+    shutil.rmtree(path.parent / "runs" / "refine-once-seed0")
+    _, said = run()
+    assert [line.endswith("done before") for line in said] == [True, True, False]
+    trained = []
+
+    def train(config, data, out, **options):
+        trained.append(config.name)
+        return {"pa_mpjpe": 9.0, "pa_mpvpe": 9.5, "f5": 0.5, "f15": 0.9}
+
+    monkeypatch.setattr("pahm.training.train", train)
+    run("table2")
+    assert trained == ["skips-m4", "skips-m4-m3", "skips-m4-m2"]
+
+
+def test_results_of_another_budget_are_not_mixed(run, monkeypatch):
+    monkeypatch.setattr("pahm.training.train", lambda *a, **k: {"pa_mpjpe": 9.0, "pa_mpvpe": 9.0})
+    path, _ = run()
+    with pytest.raises(ValueError, match=r"refine-once-seed0\.json was made with train\.epochs = 1, now 2"):
+        run(changes={"train.epochs": 2})
+    (path.parent / "results" / "aligned-seed0.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"aligned-seed0\.json is not a result of pahm ablate"):
+        run()
+
+
+def test_a_stopped_table_keeps_its_finished_rows(run, monkeypatch):
+    def train(config, *arguments, **options):
+        if config.name == "aligned":
+            raise KeyboardInterrupt
+        return {"pa_mpjpe": 9.0, "pa_mpvpe": 9.0}
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pahm.training.train", train)
+        run()
+    monkeypatch.setattr("pahm.training.train", lambda *a, **k: {"pa_mpjpe": 8.0, "pa_mpvpe": 8.0})
+    path, said = run()
+    assert [line.endswith("done before") for line in said] == [True, True, False]
+    assert "2 of 2 pairs as in the paper" not in path.read_text()
+
+
+def test_runs_in_processes_of_their_own(run):
+    path, said = run("table3", jobs=2, changes={"train.epochs": 1})
+    assert len(said) == 3 and len(list((path.parent / "results").glob("*.json"))) == 3
+    record = json.loads((path.parent / "results" / "aligned-seed0.json").read_text())
+    assert record["threads"] >= 1 and record["seconds"] > 0
+
+
+def test_what_cannot_be_run_is_refused(run, tmp_path):
+    with pytest.raises(ValueError, match="expected one of table1, table2, table3, table4, got 'table5'"):
+        run("table5")
+    with pytest.raises(ValueError, match="expected one of tiny, paper, got 'huge'"):
+        run(scale="huge")
+    with pytest.raises(ValueError, match=r"expected different numbers, got \[1, 1\]"):
+        run(seeds=[1, 1])
+    with pytest.raises(ValueError, match="preset 'paper' needs a folder in FreiHAND's layout"):
+        ablate("table1", tmp_path, scale="paper")
+
+
+def test_every_row_is_the_papers():
+    counts = {name: len([r for r in t.rows if r.variant]) for name, t in TABLES.items()}
+    assert counts == {"table1": 6, "table2": 4, "table3": 3, "table4": 3}
+    named = {row.variant for table in TABLES.values() for row in table.rows} - {None}
+    assert named == set(VARIANTS)
+    for table in TABLES.values():
+        for row in table.rows:
+            assert len(row.cells) == len(table.columns) and len(row.paper) == len(table.scores)
+    # "Our final model improves the baseline with the global feature by 26 %."
+    first, last = (TABLES["table1"].rows[i].paper[0] for i in (0, -1))
+    assert 1 - last / first == pytest.approx(0.26, abs=0.005)
+
+
+def test_rows_differ_from_the_base_in_their_variant_only():
+    base = preset("resnet18")
+    for variant in VARIANTS:
+        config = configuration(base, variant)
+        assert (config.train, config.loss, config.augment) == (base.train, base.loss, base.augment)
+    assert configuration(base, "aligned-attention").model == base.model
+    assert configuration(base, "aligned").model.attention_heads == (0, 0, 0, 0)
+
+
+def test_pairs_are_compared_with_the_papers_order():
+    table = Table(
+        "t",
+        ("row",),
+        ("pa_mpjpe",),
+        tuple(Row((n,), (s,), n) for n, s in zip("abc", (9, 8, 8.5), strict=True)),
+    )
+
+    def results(**values):
+        return {n: [{"scores": {"pa_mpjpe": x}, "seconds": 60} for x in v] for n, v in values.items()}
+
+    measured = results(a=[10.0, 12.0], b=[9.0, 11.0], c=[9.5, 9.7])
+    assert [holds for *_, holds in pairs_that_hold(table, measured)] == [True, False]
+    assert [holds for *_, holds in pairs_that_hold(table, results(a=[1.0], b=[], c=[2.0]))] == []
+    text = markdown(table, "table1", measured, "a budget")
+    assert "| a | 9 | 11.00 ± 1.41 | 1.0 ± 0.0 |" in text
+    assert "1 of 2 pairs" in text and "- a / b: holds" in text and "- b / c: does not hold" in text
