@@ -47,8 +47,15 @@ def align_with_scale(predicted: Tensor, truth: Tensor, *, reflection: bool = Tru
 
 def point_errors(predicted: Tensor, truth: Tensor) -> Tensor:
     """Euclidean distances (B, N) in metres, float64, between points (B, N, 3) of the same index."""
-    predicted, truth = _points(predicted, truth)
-    return torch.linalg.vector_norm(predicted - truth, dim=-1)
+    return _distances(*_points(predicted, truth))
+
+
+def _distances(first: Tensor, second: Tensor) -> Tensor:
+    """Lengths of the differences of points (..., 3), to the last bit as numpy gives them step by step."""
+    x, y, z = (first - second).square().unbind(-1)
+    squares = x + y + z
+    # MKL's square root, which torch takes on the CPU, is not always the nearest number.
+    return torch.from_numpy(np.sqrt(squares.numpy())) if squares.device.type == "cpu" else squares.sqrt()
 
 
 def procrustes_errors(predicted: Tensor, truth: Tensor, *, reflection: bool = True) -> Tensor:
@@ -63,9 +70,7 @@ def f_scores(predicted: Tensor, truth: Tensor, thresholds: Sequence[float] = F_T
     threshold, recall the reverse; 0 where both are 0. Raises ValueError for other shapes.
     """
     predicted, truth = _points(predicted, truth, same_count=False)
-    centre = truth.mean(1, keepdim=True)
-    predicted, truth = predicted - centre, truth - centre
-    limits = torch.tensor(list(thresholds), dtype=torch.float64, device=truth.device) ** 2
+    limits = torch.tensor(list(thresholds), dtype=torch.float64, device=truth.device)
     step = max(1, _PAIRS // max(1, predicted.shape[1] * truth.shape[1]))
     scores = [
         _f_scores(*chunk, limits) for chunk in zip(predicted.split(step), truth.split(step), strict=True)
@@ -74,13 +79,22 @@ def f_scores(predicted: Tensor, truth: Tensor, thresholds: Sequence[float] = F_T
 
 
 def _f_scores(predicted: Tensor, truth: Tensor, limits: Tensor) -> Tensor:
-    # |p - t|^2 of all pairs as one matrix product; in float64 its cancellation is far below a micrometre.
-    one = torch.ones_like(predicted[..., :1]), torch.ones_like(truth[..., :1])
-    left = torch.cat([-2 * predicted, predicted.square().sum(-1, keepdim=True), one[0]], dim=-1)
-    right = torch.cat([truth, one[1], truth.square().sum(-1, keepdim=True)], dim=-1)
-    squares = left @ right.mT
-    precision = (squares.amin(2)[..., None] < limits).double().mean(1)
-    recall = (squares.amin(1)[..., None] < limits).double().mean(1)
+    # |p - t|^2 of all pairs as one matrix product, whose cancellation is 1e-15 of the largest |p|^2.
+    centre = truth.mean(1, keepdim=True)
+    p, t = predicted - centre, truth - centre
+    p_squares, t_squares = p.square().sum(-1, keepdim=True), t.square().sum(-1, keepdim=True)
+    left = torch.cat([-2 * p, p_squares, torch.ones_like(p_squares)], dim=-1)
+    squares = left @ torch.cat([t, torch.ones_like(t_squares), t_squares], dim=-1).mT
+    nearest = [squares.amin(2), squares.amin(1)]
+    hits = [values[..., None] < limits**2 for values in nearest]
+    # Where that could decide a comparison, as for points exactly at a threshold, count without it.
+    margin = 1e-13 * torch.maximum(p_squares.amax(1), t_squares.amax(1))[..., None]
+    doubts = [((values[..., None] - limits**2).abs() <= margin).any(2).any(1) for values in nearest]
+    for index in (doubts[0] | doubts[1]).nonzero().flatten().tolist():
+        distances = _distances(predicted[index, :, None], truth[index, None])
+        for dim, values in ((1, hits[0]), (0, hits[1])):
+            values[index] = distances.amin(dim)[:, None] < limits
+    precision, recall = (values.double().mean(1) for values in hits)
     return 2 * precision * recall / (precision + recall).clamp_min(1e-300)
 
 
@@ -89,7 +103,8 @@ def pck_counts(errors: Tensor, maximum: float = PCK_MAXIMUM, steps: int = PCK_ST
 
     Returns (steps,) int64.
     """
-    limits = torch.linspace(0, maximum, steps, dtype=torch.float64, device=errors.device)
+    # numpy's, since torch rounds some of these thresholds differently.
+    limits = torch.from_numpy(np.linspace(0, maximum, steps)).to(errors.device)
     ordered = errors.flatten().double().sort().values
     return torch.searchsorted(ordered, limits, right=True)
 
@@ -107,73 +122,101 @@ class HandMetrics(Metric):
     """FreiHAND's scores over all samples seen, in millimetres where they are lengths.
 
     `update(joints, true_joints, vertices, true_vertices)` takes (B, 21, 3) and (B, 778, 3) tensors in
-    metres; predictions may be relative to any origin, since each set is aligned on its own.
-    `compute()` gives a dict of scalars: `pa_mpjpe`, `pa_mpvpe` (mean error in mm after alignment with scale),
-    `f5`, `f15` (F-scores of the aligned vertices at 5 and 15 mm), `auc_joints`, `auc_vertices` (of PCK from 0
-    to 50 mm, aligned), and `mpjpe` (mm, both relative to the root joint, not aligned); NaN before any sample.
+    metres; predictions may be relative to any origin, since each set is aligned on its own. Without
+    vertices the joints alone are scored.
+    `compute()` gives a dict of float64 scalars: `pa_mpjpe`, `pa_mpvpe` (mean error in mm after alignment
+    with scale), `f5`, `f15` (F-scores of the aligned vertices at 5 and 15 mm), `auc_joints`, `auc_vertices`
+    (of PCK from 0 to 50 mm, aligned), and `mpjpe` (mm, both relative to the root joint, not aligned); NaN
+    where there was nothing to score.
 
-    reflection: see `align_with_scale`. root_joint: index of the joint that `mpjpe` is relative to.
+    reflection: see `align_with_scale`. root_joint: index of the joint that `mpjpe` is relative to. raw:
+    score the points as they came as well, in camera space: `raw_mpjpe`, `raw_mpvpe`, `raw_f5`, `raw_f15`,
+    `raw_auc_joints` and `raw_auc_vertices`.
     Raises ValueError for other shapes, batches that differ and points that are not finite.
     """
 
     full_state_update = False
     is_differentiable = False
 
-    def __init__(self, *, reflection: bool = True, root_joint: int = 9, **options: Any) -> None:
+    def __init__(
+        self, *, reflection: bool = True, root_joint: int = 9, raw: bool = False, **options: Any
+    ) -> None:
         super().__init__(**options)
         self.reflection = reflection
         self.root_joint = root_joint
-        self.add_state("samples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        for name in ("joint_error", "vertex_error", "root_error"):
-            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("f_sums", torch.zeros(len(F_THRESHOLDS)), dist_reduce_fx="sum")
-        for name in ("joint", "vertex"):
-            counts = torch.zeros(PCK_STEPS, dtype=torch.int64)
-            self.add_state(f"{name}_pck", counts, dist_reduce_fx="sum")
-            self.add_state(f"{name}_count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.raw = raw
+        self._add("samples", torch.int64)
+        self._add("meshes", torch.int64)
+        self._add("root_error")
+        for kind in self._kinds:
+            for points in ("joint", "vertex"):
+                self._add(f"{kind}_{points}_error")
+                self._add(f"{kind}_{points}_pck", torch.int64, PCK_STEPS)
+                self._add(f"{kind}_{points}_count", torch.int64)
+            self._add(f"{kind}_f_sums", torch.float64, len(F_THRESHOLDS))
 
     samples: Tensor
-    joint_error: Tensor
-    vertex_error: Tensor
+    meshes: Tensor
     root_error: Tensor
-    f_sums: Tensor
-    joint_pck: Tensor
-    vertex_pck: Tensor
-    joint_count: Tensor
-    vertex_count: Tensor
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        return ("aligned", "raw") if self.raw else ("aligned",)
+
+    def _add(self, name: str, dtype: torch.dtype = torch.float64, *size: int) -> None:
+        self.add_state(name, torch.zeros(size, dtype=dtype), dist_reduce_fx="sum")
 
     @torch.no_grad()
-    def update(self, joints: Tensor, true_joints: Tensor, vertices: Tensor, true_vertices: Tensor) -> None:
+    def update(
+        self,
+        joints: Tensor,
+        true_joints: Tensor,
+        vertices: Tensor | None = None,
+        true_vertices: Tensor | None = None,
+    ) -> None:
         """Add a batch; see the class."""
-        if len(joints) != len(vertices):
+        if (vertices is None) != (true_vertices is None):
+            raise ValueError("vertices: expected both predicted and true ones, or neither")
+        if vertices is not None and len(joints) != len(vertices):
             raise ValueError(f"vertices: expected a batch of {len(joints)} as in joints, got {len(vertices)}")
-        joint_errors = procrustes_errors(joints, true_joints, reflection=self.reflection)
-        aligned = align_with_scale(vertices, true_vertices, reflection=self.reflection)
-        vertex_errors = point_errors(aligned, true_vertices)
+        # Everything is checked and computed before anything is added.
         root = slice(self.root_joint, self.root_joint + 1)
         relative = point_errors(joints - joints[:, root], true_joints - true_joints[:, root])
-        self.samples += len(joints)
-        self.joint_error += joint_errors.mean(1).sum()
-        self.vertex_error += vertex_errors.mean(1).sum()
-        self.root_error += relative.mean(1).sum()
-        self.f_sums += f_scores(aligned, true_vertices).sum(0)
-        self.joint_pck += pck_counts(joint_errors)
-        self.vertex_pck += pck_counts(vertex_errors)
-        self.joint_count += joint_errors.numel()
-        self.vertex_count += vertex_errors.numel()
+        sums = {"samples": torch.tensor(len(joints)), "root_error": relative.mean(1).sum()}
+        sums |= self._sums("joint", joints, true_joints)
+        if vertices is not None and true_vertices is not None:
+            sums |= {"meshes": torch.tensor(len(vertices))} | self._sums("vertex", vertices, true_vertices)
+        for name, value in sums.items():
+            setattr(self, name, getattr(self, name) + value.to(self.samples.device))
+
+    def _sums(self, points: str, predicted: Tensor, truth: Tensor) -> dict[str, Tensor]:
+        """What a batch of joints or vertices adds to the states."""
+        sums = {}
+        for kind in self._kinds:
+            placed = predicted
+            if kind == "aligned":
+                placed = align_with_scale(predicted, truth, reflection=self.reflection)
+            errors = point_errors(placed, truth)
+            sums[f"{kind}_{points}_error"] = errors.mean(1).sum()
+            sums[f"{kind}_{points}_pck"] = pck_counts(errors)
+            sums[f"{kind}_{points}_count"] = torch.tensor(errors.numel())
+            if points == "vertex":
+                sums[f"{kind}_f_sums"] = f_scores(placed, truth).sum(0)
+        return sums
 
     def compute(self) -> dict[str, Tensor]:
         """The scores; see the class."""
-        f_mean = self.f_sums / self.samples
-        return {
-            "pa_mpjpe": 1000 * self.joint_error / self.samples,
-            "pa_mpvpe": 1000 * self.vertex_error / self.samples,
-            "f5": f_mean[0],
-            "f15": f_mean[1],
-            "auc_joints": auc_of_pck(self.joint_pck, self.joint_count).float(),
-            "auc_vertices": auc_of_pck(self.vertex_pck, self.vertex_count).float(),
-            "mpjpe": 1000 * self.root_error / self.samples,
-        }
+        scores = {}
+        for kind in self._kinds:
+            mean, other = ("pa_", "") if kind == "aligned" else ("raw_", "raw_")
+            f_mean = getattr(self, f"{kind}_f_sums") / self.meshes
+            scores[f"{mean}mpjpe"] = 1000 * getattr(self, f"{kind}_joint_error") / self.samples
+            scores[f"{mean}mpvpe"] = 1000 * getattr(self, f"{kind}_vertex_error") / self.meshes
+            scores[f"{other}f5"], scores[f"{other}f15"] = f_mean[0], f_mean[1]
+            for points, plural in (("joint", "joints"), ("vertex", "vertices")):
+                counts, total = (getattr(self, f"{kind}_{points}_{what}") for what in ("pck", "count"))
+                scores[f"{other}auc_{plural}"] = auc_of_pck(counts, total)
+        return scores | {"mpjpe": 1000 * self.root_error / self.samples}
 
 
 def write_submission(
@@ -209,7 +252,7 @@ def load_submission(
             if not (isinstance(content, list) and len(content) == 2):
                 raise ValueError("expected a JSON array of two, [xyz, verts]")
             xyz, verts = _submission(*content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{os.fspath(path)} is not a FreiHAND submission: {error}") from error
     return xyz, verts
 
@@ -227,7 +270,12 @@ def _submission_text(arrays: Iterable[npt.NDArray[np.float64]]) -> Iterator[str]
 def _submission(xyz: Any, verts: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     arrays = []
     for name, values, count in (("xyz", xyz, 21), ("verts", verts, 778)):
-        array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, np.float64)
+        try:
+            array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, np.float64)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(
+                f"{name}: expected (N, {count}, 3) numbers, got something else ({error})"
+            ) from error
         if array.ndim != 3 or array.shape[1:] != (count, 3) or len(array) == 0:
             raise ValueError(f"{name}: expected shape (N, {count}, 3) with N > 0, got {array.shape}")
         if not np.isfinite(array).all():

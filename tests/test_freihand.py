@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from pahm.data import annotations
-from pahm.data.annotations import Table, iterate_array
+from pahm.data.annotations import Table, iterate_array, parse_table
 from pahm.data.augment import CropTransform
 from pahm.data.freihand import FreiHand, read_image
 
@@ -179,6 +179,46 @@ def test_images_that_do_not_fit_the_annotations(folder):
         FreiHand(root)
 
 
+def test_a_folder_that_has_only_the_evaluation_archive(tmp_path):
+    """As released: no training split, no masks, and files that are not read."""
+    tables = write_split(tmp_path, "evaluation", np.random.default_rng(2), masks=False, images=POSES)
+    for folder in ("anno", "segmap"):
+        (tmp_path / "evaluation" / folder).mkdir()
+    (tmp_path / "evaluation_mano.json").write_text("nonsense")
+    dataset = FreiHand(tmp_path, "evaluation")
+    assert dataset.annotated and not dataset.has_masks and len(dataset) == POSES
+    np.testing.assert_allclose(dataset[1]["joints"], tables["xyz"][1], atol=1e-7)
+
+
+def test_a_record_needs_no_image(folder):
+    root, tables, _ = folder
+    dataset = FreiHand(root)
+    (root / "training/rgb/00000004.jpg").write_text("not an image")
+    record = dataset.record(4)
+    assert set(record) == {"K", "scale", "joints", "vertices", "index", "name"}
+    assert (record["index"], record["name"]) == (4, "training/rgb/00000004.jpg")
+    np.testing.assert_allclose(record["joints"], tables["xyz"][1], atol=1e-7)
+    with pytest.raises(IndexError, match="index: -7 is out of range for 6 images"):
+        dataset.record(-7)
+
+
+def test_a_camera_without_focal_length_is_named(folder):
+    root, tables, _ = folder
+    tables["K"][1, 1, 1] = 0
+    (root / "training_K.json").write_text(json.dumps(tables["K"].tolist()))
+    with pytest.raises(ValueError, match=r"training_K.json: record 1 has focal lengths 50 and 0, expected"):
+        FreiHand(root)
+
+
+@pytest.mark.parametrize("name", ["training_xyz.json", "evaluation_xyz.json"])
+def test_a_folder_in_place_of_a_file_is_named(folder, name):
+    root, _, _ = folder
+    (root / name).unlink()
+    (root / name).mkdir()
+    with pytest.raises(FileNotFoundError, match=f"{name} is missing"):
+        FreiHand(root, name.split("_")[0])
+
+
 def test_unknown_split(tmp_path):
     with pytest.raises(ValueError, match="split: expected one of training, evaluation, got 'test'"):
         FreiHand(tmp_path, "test")
@@ -192,7 +232,13 @@ def test_unknown_split(tmp_path):
         ("[[1, 2, 3] [4, 5, 6]]", "expected ',' or ']' after element 0, found"),
         ("[[1, 2, 3], nonsense]", "element 1"),
         ('{"K": 1}', "is not a JSON array"),
-        ("", "is not a JSON array"),
+        ("", "is not a JSON array: it is empty"),
+        (" null ", "is not a JSON array: it starts with 'null '"),
+        ("[[1, 2, 3]] [[4, 5, 6]]", r"expected nothing after the array's end, found '\['"),
+        ("[] x", "expected nothing after the array's end, found 'x'"),
+        ("[" * 100_000, "element 0 is nested too deeply"),
+        ("[[1, 2, 1" + "0" * 400 + "]]", "record 0 is not an array of numbers"),
+        ("[[1, 2, 1e300]]", "record 0 has a value that is not finite"),
         ("[[1, 2, 3], [4, 5]]", r"record 1 has shape \(2,\), expected \(3,\)"),
         ('[[1, 2, "x"]]', "record 0 is not an array of numbers"),
         ("[[1, 2, NaN]]", "record 0 has a value that is not finite"),
@@ -204,6 +250,20 @@ def test_broken_annotations_name_file_and_record(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as raised:
         Table(path, (3,))
     assert "training_test.json" in str(raised.value)
+
+
+def test_annotations_that_are_not_text_are_named(tmp_path):
+    path = tmp_path / "training_test.json"
+    path.write_bytes(b"[[1, 2, 3], " + bytes(range(128, 256)))
+    with pytest.raises(ValueError, match=r"training_test.json is not a text file"):
+        Table(path, (3,))
+
+
+def test_a_table_in_double_precision(tmp_path):
+    path = tmp_path / "values.json"
+    path.write_text("[[0.1, 1e300], [0.2, 3]]")
+    rows = parse_table(path, (2,), np.float64)
+    assert rows.dtype == np.float64 and rows.tolist() == [[0.1, 1e300], [0.2, 3]]
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])

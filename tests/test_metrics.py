@@ -19,6 +19,7 @@ from pahm.metrics import (
     f_scores,
     load_submission,
     pck_counts,
+    point_errors,
     procrustes_errors,
     write_submission,
 )
@@ -87,7 +88,7 @@ def reference_scores(joints, true_joints, vertices, true_vertices):
 def assert_scores(scores, expected):
     assert set(scores) == set(expected)
     for name, value in expected.items():
-        assert float(scores[name]) == pytest.approx(value, rel=2e-6), name
+        assert float(scores[name]) == pytest.approx(value, rel=1e-8), name
 
 
 def test_scores_follow_the_official_definitions_over_several_batches():
@@ -148,6 +149,70 @@ def test_f_score_is_strict_at_the_threshold_and_zero_without_a_match():
     assert f_scores(predicted + 100, truth, (0.1,)).item() == 0
 
 
+@pytest.mark.parametrize("limit", [0.005, 0.015])
+def test_f_score_is_strict_to_the_last_bit(limit):
+    """Hands in front of a camera, so that differences of squares alone would round the wrong way."""
+    truth = torch.zeros(1, 300, 3, dtype=torch.float64)
+    truth[..., 1] = torch.arange(300, dtype=torch.float64)
+    truth[..., 2] = 0.7
+    lengths = np.resize([limit, np.nextafter(limit, 0), np.nextafter(limit, 1)], 300)
+    predicted = truth.clone()
+    predicted[..., 0] = torch.from_numpy(lengths)
+    assert f_scores(predicted, truth, (limit,)).item() == pytest.approx(1 / 3, abs=1e-12)
+
+
+def test_errors_are_those_of_numpy_to_the_last_bit():
+    _, _, predicted, truth = hands(30)
+    expected = np.sqrt(((predicted.double().numpy() - truth.double().numpy()) ** 2).sum(-1))
+    np.testing.assert_array_equal(point_errors(predicted, truth).numpy(), expected)
+
+
+def test_pck_has_the_thresholds_of_numpy():
+    limits = torch.from_numpy(np.linspace(0, 0.05, 100))
+    assert pck_counts(limits).tolist() == list(range(1, 101))
+    below = torch.from_numpy(np.nextafter(limits.numpy(), 1))
+    assert pck_counts(below).tolist() == list(range(100))
+
+
+def test_raw_scores_are_beside_the_aligned_ones():
+    sets = hands(3, seed=5)
+    aligned, both = HandMetrics(), HandMetrics(raw=True)
+    for metric in (aligned, both):
+        metric.update(*sets)
+    scores, expected = both.compute(), aligned.compute()
+    raw = {"raw_mpjpe", "raw_mpvpe", "raw_f5", "raw_f15", "raw_auc_joints", "raw_auc_vertices"}
+    assert set(scores) == set(expected) | raw
+    assert all(scores[name] == value for name, value in expected.items())
+    errors = (sets[2] - sets[3]).double().norm(dim=-1)
+    assert scores["raw_mpvpe"].item() == pytest.approx(1000 * errors.mean().item(), rel=1e-9)
+
+
+def test_joints_without_vertices():
+    joints, true_joints, vertices, true_vertices = hands(3)
+    metric, whole = HandMetrics(), HandMetrics()
+    metric.update(joints, true_joints)
+    whole.update(joints, true_joints, vertices, true_vertices)
+    scores, expected = metric.compute(), whole.compute()
+    for name, value in scores.items():
+        if name in ("pa_mpjpe", "auc_joints", "mpjpe"):
+            assert value == expected[name]
+        else:
+            assert math.isnan(value), name
+    with pytest.raises(ValueError, match="vertices: expected both predicted and true ones, or neither"):
+        metric.update(joints, true_joints, vertices)
+
+
+def test_sums_over_many_samples_keep_their_precision():
+    """In float32, adding small errors to a large sum would lose a part of them."""
+    joints, true_joints, _, _ = hands(1)
+    metric = HandMetrics()
+    metric.update(joints, true_joints)
+    expected = metric.compute()["pa_mpjpe"].item()
+    for _ in range(2000):
+        metric.update(joints, true_joints)
+    assert metric.compute()["pa_mpjpe"].item() == pytest.approx(expected, rel=1e-10)
+
+
 def test_f_scores_do_not_depend_on_the_chunk(monkeypatch):
     _, _, predicted, truth = hands(5, seed=3)
     whole = f_scores(predicted, truth)
@@ -196,13 +261,14 @@ def test_two_processes_give_the_scores_of_all_samples():
         (lambda j, tj, v, tv: (j, tj[:, :20], v, tv), "truth: expected 21 points a sample, got 20"),
         (lambda j, tj, v, tv: (j, tj, v[:1], tv[:1]), "vertices: expected a batch of 2 as in joints, got 1"),
         (lambda j, tj, v, tv: (j / 0, tj, v, tv), "predicted: expected finite points"),
+        (lambda j, tj, v, tv: (j, tj, v, tv / 0), "truth: expected finite points"),
     ],
 )
 def test_bad_batches_are_refused(change, message):
     metric = HandMetrics()
     with pytest.raises(ValueError, match=message):
         metric.update(*change(*hands(2)))
-    assert metric.samples == 0
+    assert metric.samples == 0 and metric.aligned_joint_count == 0
 
 
 def test_submission_comes_back(tmp_path):
@@ -228,7 +294,15 @@ def test_bad_submissions_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             write_submission(path, *arguments)
         assert not path.exists()
-    for text in ("[[], []", "[1, 2, 3]", "[[[[1, 2]]], []]"):
-        path.write_text(text)
+    for text in (
+        "[[], []",
+        "[1, 2, 3]",
+        "[[[[1, 2]]], []]",
+        "[{}, 1]",
+        "[[[1], 2], []]",
+        "[" * 100_000,
+        "\xff",
+    ):
+        path.write_bytes(text.encode("latin-1"))
         with pytest.raises(ValueError, match=r"pred.json is not a FreiHAND submission"):
             load_submission(path)

@@ -21,15 +21,18 @@ def iterate_array(path: Path) -> Iterator[object]:
     """Yield the elements of the JSON array in `path`, holding a few megabytes of it at a time.
 
     The real `training_verts.json` has 76 million numbers, which `json.load` turns into several gigabytes.
-    Raises ValueError, naming the file and the element, where the text is not a complete JSON array.
+    Raises ValueError, naming the file and the element, where the text is not one complete JSON array.
     """
     count = 0
     with path.open(encoding="utf-8") as stream:
-        text, at, ended = stream.read(_CHUNK), 0, False
+        text, at, ended = "", 0, False
 
         def refill() -> None:
             nonlocal text, at, ended
-            more = stream.read(_CHUNK)
+            try:
+                more = stream.read(_CHUNK)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not a text file, near element {count} ({error})") from error
             text, at, ended = text[at:] + more, 0, not more
 
         def next_mark() -> str:
@@ -41,15 +44,19 @@ def iterate_array(path: Path) -> Iterator[object]:
                     return text[at : at + 1]
                 refill()
 
-        if next_mark() != "[":
-            raise ValueError(f"{path} is not a JSON array: it starts with {text[:20]!r}")
+        if (mark := next_mark()) != "[":
+            found = f"it starts with {text[at : at + 20]!r}" if mark else "it is empty"
+            raise ValueError(f"{path} is not a JSON array: {found}")
         at += 1
-        if next_mark() == "]":
-            return
-        while True:
+        mark = next_mark()
+        if mark == "]":
+            at += 1
+        while mark != "]":
             next_mark()
             try:
                 value, end = _DECODER.raw_decode(text, at)
+            except RecursionError as error:
+                raise ValueError(f"{path}: element {count} is nested too deeply") from error
             except json.JSONDecodeError as error:
                 if not ended and len(text) - at < _CHUNK:
                     refill()
@@ -65,30 +72,33 @@ def iterate_array(path: Path) -> Iterator[object]:
             count += 1
             mark = next_mark()
             at += 1
-            if mark == "]":
-                return
-            if mark != ",":
+            if mark not in ("]", ","):
                 found = repr(mark) if mark else "the end of the file"
                 raise ValueError(f"{path}: expected ',' or ']' after element {count - 1}, found {found}")
+        if mark := next_mark():
+            raise ValueError(f"{path}: expected nothing after the array's end, found {mark!r}")
 
 
-def parse_table(path: Path, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """Parse a JSON array of records of the given shape into a float32 array `(count, *shape)`.
+def parse_table(
+    path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32
+) -> npt.NDArray[np.floating]:
+    """Parse a JSON array of records of the given shape into an array `(count, *shape)` of `dtype`.
 
     Raises ValueError, naming the file and the record, for another shape or a number that is not finite.
     """
-    rows: list[npt.NDArray[np.float32]] = []
+    rows: list[npt.NDArray[np.floating]] = []
     for index, value in enumerate(iterate_array(path)):
         try:
-            row = np.asarray(value, dtype=np.float32)
-        except (TypeError, ValueError) as error:
+            with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
+                row = np.asarray(value, dtype=dtype)
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path}: record {index} is not an array of numbers ({error})") from error
         if row.shape != shape:
             raise ValueError(f"{path}: record {index} has shape {row.shape}, expected {shape}")
         if not np.isfinite(row).all():
             raise ValueError(f"{path}: record {index} has a value that is not finite")
         rows.append(row)
-    return np.stack(rows) if rows else np.zeros((0, *shape), np.float32)
+    return np.stack(rows) if rows else np.zeros((0, *shape), dtype)
 
 
 class Table:
@@ -107,7 +117,7 @@ class Table:
         self.path = path
         self.shape = shape
         self._cache: Path | None = path.with_name(f"{path.stem}.{status.st_size}-{status.st_mtime_ns}.npy")
-        self._rows: npt.NDArray[np.float32] | None = None
+        self._rows: npt.NDArray[np.floating] | None = None
         if self._cache.is_file() and self._is_cache(self._cache):
             return
         rows = parse_table(path, shape)
@@ -115,7 +125,7 @@ class Table:
             self._cache, self._rows = None, rows
 
     @property
-    def rows(self) -> npt.NDArray[np.float32]:
+    def rows(self) -> npt.NDArray[np.floating]:
         """All records, `(count, *shape)` float32."""
         if self._rows is None:
             assert self._cache is not None
@@ -125,7 +135,7 @@ class Table:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> npt.NDArray[np.float32]:
+    def __getitem__(self, index: int) -> npt.NDArray[np.floating]:
         return np.array(self.rows[index])
 
     def __getstate__(self) -> dict[str, object]:
@@ -141,7 +151,7 @@ class Table:
             return False
         return rows.dtype == np.float32 and rows.shape[1:] == self.shape
 
-    def _write(self, cache: Path, rows: npt.NDArray[np.float32]) -> bool:
+    def _write(self, cache: Path, rows: npt.NDArray[np.floating]) -> bool:
         """Write the cache and drop those of earlier versions of the file; False where that is not allowed."""
         partial = cache.with_suffix(f".{os.getpid()}.partial")
         try:

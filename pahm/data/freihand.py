@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
@@ -37,8 +38,9 @@ class FreiHand(Dataset[Sample]):
     """Samples of one split of a folder in FreiHAND's layout.
 
     The folder has `training/rgb/%08d.jpg`, `training/mask/%08d.jpg` and `training_{K,scale,xyz,verts}.json`,
-    and the same with `evaluation`, where masks, xyz and verts may be absent (they are before 2022). There
-    may be several images an annotation, as in FreiHAND, which shows each of 32,560 poses before 4
+    and the same with `evaluation`, where masks are optional (FreiHAND has none), and xyz and verts as well
+    (they came in 2022). A split needs nothing of the other one, and files besides these are left alone.
+    There may be several images an annotation, as in FreiHAND, which shows each of 32,560 poses before 4
     backgrounds: image i has annotation and mask i % 32560.
 
     Item i is a dict: `image` PIL RGB; `mask` PIL L, where there are masks; `K` (3, 3), intrinsics in pixels;
@@ -66,15 +68,14 @@ class FreiHand(Dataset[Sample]):
         if not self.root.is_dir():
             raise FileNotFoundError(f"root: {self.root} is not a folder")
         optional = split == "evaluation"
-        self._require(self.root / split / "rgb")
-        if not optional:
-            self._require(self.root / split / "mask")
+        for kind in ("rgb",) if optional else ("rgb", "mask"):
+            self._require(folder := self.root / split / kind, folder.is_dir())
         paths = {name: self.root / f"{split}_{name}.json" for name in _SHAPES}
         for name, path in paths.items():
-            if not (optional and name in ("xyz", "verts")):
-                self._require(path)
+            if path.exists() or not (optional and name in ("xyz", "verts")):
+                self._require(path, path.is_file())
         self.tables = {
-            _KEYS[name]: Table(path, _SHAPES[name]) for name, path in paths.items() if path.is_file()
+            _KEYS[name]: Table(path, _SHAPES[name]) for name, path in paths.items() if path.exists()
         }
         counts = {table.path.name: len(table) for table in self.tables.values()}
         if len(set(counts.values())) != 1:
@@ -86,6 +87,13 @@ class FreiHand(Dataset[Sample]):
             raise ValueError(
                 f"{self.root}: {split}/rgb has {self.images} images for the {self.annotations} records of "
                 f"{split}_K.json, expected a positive multiple"
+            )
+        # A camera without a focal length has no rays, and would fail far from here.
+        bad = np.flatnonzero((self.tables["K"].rows[:, (0, 1), (0, 1)] <= 0).any(1))
+        if len(bad):
+            fx, fy = np.diag(self.tables["K"][bad[0]])[:2]
+            raise ValueError(
+                f"{paths['K']}: record {bad[0]} has focal lengths {fx:g} and {fy:g}, expected positive ones"
             )
         self.has_masks = (self.root / split / "mask").is_dir()
         if self.has_masks and (masks := self._count("mask")) < self.annotations:
@@ -103,20 +111,26 @@ class FreiHand(Dataset[Sample]):
         return self.images
 
     def __getitem__(self, index: int) -> Sample:
+        sample = self.record(index)
+        sample["image"] = read_image(self.root / sample["name"])
+        if self.has_masks:
+            row = sample["index"] % self.annotations
+            sample["mask"] = read_image(self.root / self.split / "mask" / f"{row:08d}.jpg", "L")
+        return sample if self.transform is None else self.transform(sample)
+
+    def record(self, index: int) -> Sample:
+        """Item `index` without image and mask, which are not read, and not transformed.
+
+        Raises IndexError for an index out of range.
+        """
         if not -self.images <= index < self.images:
             raise IndexError(f"index: {index} is out of range for {self.images} images")
         index %= self.images
-        row = index % self.annotations
-        name = f"{self.split}/rgb/{index:08d}.jpg"
-        sample: Sample = {"image": read_image(self.root / name), "index": index, "name": name}
-        if self.has_masks:
-            sample["mask"] = read_image(self.root / self.split / "mask" / f"{row:08d}.jpg", "L")
-        for key, table in self.tables.items():
-            sample[key] = table[row]
-        return sample if self.transform is None else self.transform(sample)
+        sample: Sample = {"index": index, "name": f"{self.split}/rgb/{index:08d}.jpg"}
+        return sample | {key: table[index % self.annotations] for key, table in self.tables.items()}
 
-    def _require(self, path: Path) -> None:
-        if not path.exists():
+    def _require(self, path: Path, there: bool) -> None:
+        if not there:
             relative = path.relative_to(self.root)
             raise FileNotFoundError(f"root: {self.root} is not in FreiHAND's layout, {relative} is missing")
 
