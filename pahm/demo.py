@@ -15,7 +15,8 @@ from pahm.data.synth import generate
 from pahm.evaluation import evaluate, print_scores
 from pahm.metrics import procrustes_errors
 from pahm.model import load_checkpoint, read_metadata, shipped_checkpoint
-from pahm.predict import Predictor, write
+from pahm.predict import Predictor
+from pahm.predict_files import write
 from pahm.report import SheetRow, contact_sheet
 
 SHEET_ROWS = 12
@@ -30,9 +31,9 @@ def demo(
 ) -> Path:
     """Render `count` hands that no training set has, reconstruct them, and show and score the result.
 
-    `out` receives `data/` (the images, in FreiHAND's layout), the files of `pahm.predict.write` for each of
-    the first dozen hands, and `contact_sheet.png`, whose path is returned. The scores are printed beside
-    those of the constant mean hand, and beside those that were recorded with the checkpoint.
+    `out` receives `data/` (the images, in FreiHAND's layout), the files of `pahm.predict_files.write` for
+    each of the first dozen hands, and `contact_sheet.png`, whose path is returned. The scores are printed
+    beside those of the constant mean hand, and beside those that were recorded with the checkpoint.
 
     Raises ValueError for a count below 1; for the rest as `generate` and `load_checkpoint`.
     """

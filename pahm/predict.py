@@ -1,32 +1,26 @@
-"""From a picture to a hand in camera space, and the files that show it."""
+"""From pictures to hands in camera space."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice, repeat
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import trimesh
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
-from pahm.data.augment import crop_matrix, normalise, warp
-from pahm.data.freihand import read_image
-from pahm.report import overlay
+from pahm.camera import Array, project_weakly, ray_rotation, solve_translation
+from pahm.crop import Box, Crop, ImageSource, Request, read_crop
+from pahm.data.augment import normalise
+from pahm.hand.left import mirror, mirror_faces, mirror_pixels
 
-Array = npt.NDArray[np.float64]
-Box = tuple[float, float, float, float]
-ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
-
-HAND_SHARE = 0.6  # of the crop's side that the hand's box takes, about as in the training images
-_GLTF = np.diag([1.0, -1.0, -1.0, 1.0])  # camera space to glTF's: y up, the camera looks along -z
+READERS = 2  # threads that decode and crop
 
 
 class HandNetwork(Protocol):
@@ -51,11 +45,13 @@ class HandPrediction:
     joints: Array
     """`(21, 3)`, camera space, FreiHAND's order."""
     meshes: list[Array]
-    """M4, M3, M2, M1 in camera space, `(98 | 195 | 389 | 778, 3)`; the last is `vertices`."""
+    """M4, M3, M2, M1 in camera space, `(98 | 195 | 389 | 778, 3)`, or whatever meshes the network makes on
+    the way; the last is `vertices`.
+    """
     level_faces: list[npt.NDArray[np.int64]]
-    """Triangles `(F, 3)` of M4, M3, M2, M1, counter-clockwise seen from outside (for left hands too)."""
+    """Triangles `(F, 3)` of each of `meshes`, counter-clockwise seen from outside (for left hands too)."""
     relative_meshes: list[Array]
-    """M4, M3, M2, M1 as the network gives them, relative to its root joint, axes of the crop's camera."""
+    """`meshes` as the network gives them, relative to its root joint, axes of the crop's camera."""
     vertices_2d: Array
     """`(778, 2)`, pixels: where the network's weak-perspective camera puts the vertices."""
     joints_2d: Array
@@ -63,7 +59,7 @@ class HandPrediction:
     K: Array
     """`(3, 3)` intrinsics in pixels."""
     intrinsics_assumed: bool
-    """Whether K was assumed (see `assumed_intrinsics`), which leaves the distance to the camera uncertain."""
+    """Whether K was assumed (see `assumed_intrinsics`), which leaves the hand's distance uncertain."""
     weak_camera: Array
     """`(3,)` [s, tx, ty]: x_n = s (X + tx), y_n = s (Y + ty), -1 and 1 at the edges of the crop."""
     box: Box
@@ -83,16 +79,23 @@ class HandPrediction:
 class Predictor:
     """Reconstructs hands in images with a trained network.
 
-    network: such as `pahm.model.load_checkpoint` gives; it is moved to `device` and put in evaluation mode.
-    device: a torch device or its name; "auto" is the accelerator where there is one, else the CPU.
-    Raises ValueError for a device that torch does not know.
+    network: such as `pahm.model.load_checkpoint` gives; it is moved to `device`, laid out in channels_last
+    and put in evaluation mode. device: a torch device or its name; "auto" is the accelerator where there is
+    one, else the CPU. Raises ValueError for a device that torch does not know.
     """
 
     def __init__(self, network: nn.Module, device: str | torch.device = "auto") -> None:
         self.device = pick_device(device)
-        self._module = network.to(self.device).eval()
-        self.network: HandNetwork = self._module  # type: ignore[assignment]
+        # On a CPU channels_last is faster than NCHW by an eighth at batch 8.
+        module = network.to(self.device).eval().to(memory_format=torch.channels_last)
+        self.network: HandNetwork = module  # type: ignore[assignment]
         self.size = int(self.network.config.image_size)
+        self._regressor = self.network.joint_regressor.double().cpu().numpy()
+        hierarchy = self.network.topology.hierarchy
+        self._faces = {
+            len(vertices): np.ascontiguousarray(faces, np.int64)
+            for vertices, faces in zip(hierarchy.vertices, hierarchy.faces, strict=True)
+        }
 
     def predict(
         self,
@@ -106,58 +109,122 @@ class Predictor:
 
         image: a path, a PIL image, or a uint8 array (H, W, 3) or (H, W). bbox: the hand's box
         (x, y, width, height) in pixels from the image's top-left corner; the crop is the square about its
-        centre of which the hand takes `HAND_SHARE`. Without it the image is taken for such a crop itself, as
-        FreiHAND's are. intrinsics: (3, 3) in pixels, else `assumed_intrinsics`. left: the image shows a left
-        hand; it is mirrored for the network, and the mesh is mirrored back.
+        centre of which the hand takes `HAND_SHARE`. Without it the image is taken for such a crop itself,
+        as FreiHAND's are. intrinsics: (3, 3) in pixels, else `assumed_intrinsics`. left: the image shows a
+        left hand; it is mirrored for the network, and the mesh is mirrored back.
 
-        The network's mesh is relative to its root joint and seen by a camera that looks at the crop's centre.
-        It is turned to the ray of that centre, and its translation is the least-squares solution of the
-        equations that put each vertex on the ray of its pixel.
+        The network's mesh is relative to its root joint and seen by a camera that looks at the crop's
+        centre. It is turned to the ray of that centre, and its translation is the least-squares solution of
+        the equations that put each vertex on the ray of its pixel.
 
-        Raises ValueError, TypeError or FileNotFoundError for an image that cannot be read, a box that is not
-        one or lies outside the image, intrinsics that are not; FloatingPointError where the network's output
-        is not finite or cannot be in front of the camera.
+        Raises ValueError, TypeError or FileNotFoundError for an image that cannot be read, a box that is
+        not one or lies outside the image, intrinsics that are not; FloatingPointError where the network's
+        output is not finite or cannot be in front of the camera. The message names the image's file.
         """
-        picture, source = load_image(image)
-        width, height = picture.size
-        box = hand_box(picture.size, bbox)
-        assumed = intrinsics is None
-        K = assumed_intrinsics(width, height) if intrinsics is None else check_intrinsics(intrinsics)
-        # A left hand is reconstructed in the mirrored image, through the mirrored camera.
-        seen, seen_box, seen_K = picture, box, K
-        if left:
-            seen = ImageOps.mirror(picture)
-            seen_box = (width - box[0] - box[2], *box[1:])
-            flip = np.array([[-1.0, 0.0, width - 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
-            seen_K = flip @ K @ np.diag([-1.0, 1.0, 1.0])
-        matrix = crop_matrix(seen_box, self.size)
-        relative, weak = self._run(normalise(warp(seen, matrix, self.size)), source)
-        regressor = self.network.joint_regressor.double().cpu().numpy()
-        joints = regressor @ relative[-1]
-        to_image: Array = np.linalg.inv(matrix).astype(np.float64)
-        pixels = _project_weakly(relative[-1], weak, self.size, to_image)
-        joint_pixels = _project_weakly(joints, weak, self.size, to_image)
+        return _result(next(self._attempts(iter([Request(image, bbox, intrinsics, left)]), 1)))
 
-        centre = np.array([seen_box[0] + seen_box[2] / 2 - 0.5, seen_box[1] + seen_box[3] / 2 - 0.5])
-        turn = ray_rotation(seen_K, centre)
-        translation = solve_translation(relative[-1] @ turn.T, pixels, seen_K)
+    def predict_many(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        bboxes: Iterable[Sequence[float] | None] | None = None,
+        intrinsics: npt.ArrayLike | Iterable[npt.ArrayLike | None] | None = None,
+        left: bool | Iterable[bool] = False,
+        batch_size: int = 8,
+    ) -> Iterator[HandPrediction]:
+        """Reconstruct the hand in each of many images, in their order, `batch_size` at once.
+
+        images: as for `predict`; they may come from a generator. bboxes: one an image, or None. intrinsics:
+        one (3, 3) for all, or one (or None) an image. left: one for all, or one an image. While the network
+        runs, threads read the next batch: about two batches of images are held.
+
+        Raises what `predict` raises when the turn of the image comes, naming its path or `images[i]`;
+        ValueError for a batch size below 1, and where there are more or fewer boxes, intrinsics or sides
+        than images; TypeError for a single image.
+        """
+        attempts = self.attempt_many(
+            images, bboxes=bboxes, intrinsics=intrinsics, left=left, batch_size=batch_size
+        )
+        return map(_result, attempts)
+
+    def attempt_many(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        bboxes: Iterable[Sequence[float] | None] | None = None,
+        intrinsics: npt.ArrayLike | Iterable[npt.ArrayLike | None] | None = None,
+        left: bool | Iterable[bool] = False,
+        batch_size: int = 8,
+    ) -> Iterator[HandPrediction | Exception]:
+        """As `predict_many`, but an image's error takes the place of its prediction; the rest follows."""
+        if isinstance(images, (str, os.PathLike, Image.Image)):
+            raise TypeError(f"images: expected several images, got one {type(images).__name__}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        cameras = repeat(intrinsics) if intrinsics is None or _is_matrix(intrinsics) else intrinsics
+        each = {
+            "images": iter(images),
+            "bboxes": repeat(None) if bboxes is None else iter(bboxes),
+            "intrinsics": iter(cameras),  # type: ignore[arg-type]
+            "left": repeat(left) if isinstance(left, (bool, np.bool_)) else iter(left),
+        }
+        requests = (
+            Request(image, bbox, camera, side, f"images[{i}]")
+            for i, (image, bbox, camera, side) in enumerate(_zip(each))
+        )
+        return self._attempts(requests, batch_size)
+
+    def _attempts(self, requests: Iterator[Request], batch_size: int) -> Iterator[HandPrediction | Exception]:
+        pool = ThreadPoolExecutor(min(READERS, batch_size), thread_name_prefix="pahm-read")
+
+        def read_ahead() -> list[Future[Crop | Exception]]:
+            return [pool.submit(read_crop, request, self.size) for request in islice(requests, batch_size)]
+
+        try:
+            ahead = read_ahead()
+            while ahead:
+                crops = [future.result() for future in ahead]
+                ahead = read_ahead()
+                outputs = iter(self._run([crop for crop in crops if isinstance(crop, Crop)]))
+                for crop in crops:
+                    yield crop if isinstance(crop, Exception) else self._place(crop, *next(outputs))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _run(self, crops: Sequence[Crop]) -> list[tuple[list[Array], Array]]:
+        """The meshes and the camera that the network gives for each crop."""
+        if not crops:
+            return []
+        images = torch.stack([normalise(crop.pixels) for crop in crops])
+        with torch.inference_mode():
+            output = self.network(images.to(self.device, memory_format=torch.channels_last))
+        meshes = [level.double().cpu().numpy() for level in output.meshes]
+        cameras = output.camera.double().cpu().numpy()
+        return [([level[i] for level in meshes], cameras[i]) for i in range(len(crops))]
+
+    def _place(self, crop: Crop, relative: list[Array], weak: Array) -> HandPrediction | Exception:
+        """The prediction in camera space, and of the side that was asked for."""
+        name, width, left = crop.request.name, crop.image.width, crop.request.left
+        if not all(np.isfinite(values).all() for values in (*relative, weak)):
+            return FloatingPointError(f"{name}: the network's output is not finite")
+        joints = self._regressor @ relative[-1]
+        to_image: Array = np.linalg.inv(crop.matrix).astype(np.float64)
+        pixels = project_weakly(relative[-1], weak, self.size, to_image)
+        joint_pixels = project_weakly(joints, weak, self.size, to_image)
+
+        middle = np.array([(self.size - 1) / 2, (self.size - 1) / 2, 1])
+        turn = ray_rotation(crop.seen_K, (to_image @ middle)[:2])
+        translation = solve_translation(relative[-1] @ turn.T, pixels, crop.seen_K)
         meshes = [mesh @ turn.T + translation for mesh in relative]
         joints = joints @ turn.T + translation
         if meshes[-1][:, 2].min() <= 0:
-            raise FloatingPointError(
-                f"{source or 'image'}: the network found no hand that fits in front of the camera"
-            )
+            return FloatingPointError(f"{name}: the network found no hand that fits in front of the camera")
+        faces = [self._faces[len(mesh)] for mesh in meshes]
         if left:
-            mirror = np.array([-1.0, 1.0, 1.0])
-            meshes, relative = [m * mirror for m in meshes], [m * mirror for m in relative]
-            joints, weak = joints * mirror, weak * np.array([1.0, -1.0, 1.0])
-            for points in (pixels, joint_pixels):
-                points[:, 0] = width - 1 - points[:, 0]
-        step = -1 if left else 1
-        faces = [
-            np.ascontiguousarray(np.asarray(level)[:, ::step], np.int64)
-            for level in reversed(self.network.topology.hierarchy.faces)
-        ]
+            meshes, relative = [mirror(mesh) for mesh in meshes], [mirror(mesh) for mesh in relative]
+            joints, weak = mirror(joints), weak * np.array([1.0, -1.0, 1.0])
+            pixels, joint_pixels = mirror_pixels(pixels, width), mirror_pixels(joint_pixels, width)
+            faces = [mirror_faces(level) for level in faces]
         return HandPrediction(
             vertices=meshes[-1],
             joints=joints,
@@ -166,23 +233,47 @@ class Predictor:
             relative_meshes=relative,
             vertices_2d=pixels,
             joints_2d=joint_pixels,
-            K=K,
-            intrinsics_assumed=assumed,
+            K=crop.K,
+            intrinsics_assumed=crop.request.intrinsics is None,
             weak_camera=weak,
-            box=box,
+            box=crop.box,
             left=left,
-            image=picture,
-            source=source,
+            image=crop.image,
+            source=crop.source,
         )
 
-    def _run(self, tensor: Tensor, source: str | None) -> tuple[list[Array], Array]:
-        with torch.inference_mode():
-            output = self.network(tensor[None].to(self.device))
-        meshes = [mesh[0].double().cpu().numpy() for mesh in output.meshes]
-        camera = output.camera[0].double().cpu().numpy()
-        if not all(np.isfinite(values).all() for values in (*meshes, camera)):
-            raise FloatingPointError(f"{source or 'image'}: the network's output is not finite")
-        return meshes, camera
+
+def _result(attempt: HandPrediction | Exception) -> HandPrediction:
+    if isinstance(attempt, Exception):
+        raise attempt
+    return attempt
+
+
+def _is_matrix(values: Any) -> bool:
+    """Whether this is one matrix, not several or an iterator of them."""
+    try:
+        return np.ndim(values) == 2
+    except ValueError:  # rows of different lengths
+        return False
+
+
+def _zip(each: dict[str, Iterator[Any]]) -> Iterator[tuple[Any, ...]]:
+    """`zip` of the values; ValueError names the key that has more or fewer of them than the first."""
+    end = object()
+    (first, images), *others = each.items()
+    count = 0
+    for image in images:
+        row = [image]
+        for name, values in others:
+            value = next(values, end)
+            if value is end:
+                raise ValueError(f"{name}: expected one for each of {first}, got {count}")
+            row.append(value)
+        yield tuple(row)
+        count += 1
+    for name, values in others:
+        if not isinstance(values, repeat) and next(values, end) is not end:
+            raise ValueError(f"{name}: expected one for each of the {count} {first}, got more")
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -195,185 +286,3 @@ def pick_device(device: str | torch.device) -> torch.device:
         return torch.device((accelerator or "cpu") if device == "auto" else device)
     except RuntimeError as error:
         raise ValueError(f"device: expected a device of torch, got {device!r} ({error})") from error
-
-
-def load_image(image: ImageSource) -> tuple[Image.Image, str | None]:
-    """An RGB image, upright by its EXIF tag, and the absolute path it came from, if any.
-
-    Raises FileNotFoundError or ValueError naming a file that is not an image, TypeError or ValueError for an
-    array of another dtype or shape.
-    """
-    if isinstance(image, (str, os.PathLike)):
-        return ImageOps.exif_transpose(read_image(image)), str(Path(image).resolve())
-    if isinstance(image, Image.Image):
-        return ImageOps.exif_transpose(image.convert("RGB")), None
-    if not isinstance(image, np.ndarray):
-        raise TypeError(f"image: expected a path, a PIL image or a numpy array, got {type(image).__name__}")
-    if image.dtype != np.uint8:
-        raise TypeError(f"image: expected an array of uint8, got {image.dtype}")
-    if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or image.size == 0:
-        raise ValueError(f"image: expected an array (H, W, 3) or (H, W), got shape {image.shape}")
-    return Image.fromarray(np.ascontiguousarray(image)).convert("RGB"), None
-
-
-def hand_box(size: tuple[int, int], bbox: Sequence[float] | None) -> Box:
-    """The square crop (x, y, side, side) for a hand's box in an image of `size` (width, height).
-
-    Raises ValueError for a box that is not four finite numbers with a positive size, or that lies outside.
-    """
-    width, height = size
-    if bbox is None:
-        side = float(max(width, height))
-        return ((width - side) / 2, (height - side) / 2, side, side)
-    values = [float(value) for value in bbox]
-    if len(values) != 4 or not all(math.isfinite(value) for value in values):
-        raise ValueError(f"bbox: expected four finite numbers X Y W H, got {list(bbox)}")
-    x, y, w, h = values
-    if w <= 0 or h <= 0:
-        raise ValueError(f"bbox: expected a positive width and height, got {w:g} x {h:g}")
-    if x >= width or y >= height or x + w <= 0 or y + h <= 0:
-        raise ValueError(f"bbox: {x:g} {y:g} {w:g} {h:g} lies outside the image of {width} x {height} pixels")
-    side = max(w, h) / HAND_SHARE
-    return (x + (w - side) / 2, y + (h - side) / 2, side, side)
-
-
-def assumed_intrinsics(width: int, height: int) -> Array:
-    """Intrinsics (3, 3) of an unknown camera: focal length = the image's diagonal, centre = the image's.
-
-    That is a field of view of 53 degrees over the diagonal, between a phone's and a portrait lens.
-    """
-    focal = math.hypot(width, height)
-    return np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]], np.float64)
-
-
-def check_intrinsics(values: npt.ArrayLike) -> Array:
-    """Intrinsics as a float64 array (3, 3); ValueError where they are not a camera matrix."""
-    try:
-        K = np.asarray(values, np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"intrinsics: expected 3 x 3 numbers, got {values!r}") from error
-    if K.shape == (1, 3, 3):
-        K = K[0]
-    if K.shape != (3, 3):
-        raise ValueError(f"intrinsics: expected shape (3, 3), got {K.shape}")
-    if (
-        not np.isfinite(K).all()
-        or not np.array_equal(K[2], [0, 0, 1])
-        or min(K[0, 0], K[1, 1]) <= 0
-        or K[1, 0]
-    ):
-        raise ValueError(
-            f"intrinsics: expected finite [[fx, s, cx], [0, fy, cy], [0, 0, 1]] with positive fx and fy, "
-            f"got {K.tolist()}"
-        )
-    return K
-
-
-def read_intrinsics(path: str | os.PathLike[str]) -> Array:
-    """Intrinsics (3, 3) from a JSON file: `{"K": [[...], [...], [...]]}`, the bare matrix, or a list of one.
-
-    Raises FileNotFoundError, or ValueError naming the file.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"intrinsics: {os.fspath(path)} does not exist")
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            if "K" not in content:
-                raise ValueError('intrinsics: expected a key "K" in the JSON object')
-            content = content["K"]
-        return check_intrinsics(content)
-    except ValueError as error:
-        raise ValueError(f"{os.fspath(path)}: {error}") from error
-
-
-def ray_rotation(K: Array, pixel: Array) -> Array:
-    """The smallest rotation (3, 3) that takes the optical axis to the ray of `pixel` (2,)."""
-    ray = np.linalg.solve(K, np.array([*pixel, 1.0]))
-    x, y, z = ray / np.linalg.norm(ray)
-    # Rodrigues' formula for the axis (-y, x, 0), whose length is the sine and z the cosine of the angle.
-    cross = np.array([[0, 0, x], [0, 0, y], [-x, -y, 0]])
-    return np.asarray(np.eye(3) + cross + cross @ cross / (1 + z))
-
-
-def solve_translation(points: Array, pixels: Array, K: Array) -> Array:
-    """The translation t (3,) that best puts `points` (N, 3) on the rays of `pixels` (N, 2) of camera K.
-
-    With the ray (x, y, 1) of a pixel: X + t_x = x (Z + t_z) and Y + t_y = y (Z + t_z), 2 N linear equations
-    in t, solved in the least-squares sense.
-    """
-    rays = np.linalg.solve(K, np.concatenate([pixels, np.ones_like(pixels[:, :1])], axis=1).T).T
-    x, y = rays[:, 0], rays[:, 1]
-    one, zero = np.ones_like(x), np.zeros_like(x)
-    left = np.concatenate([np.stack([one, zero, -x], 1), np.stack([zero, one, -y], 1)])
-    right = np.concatenate([x * points[:, 2] - points[:, 0], y * points[:, 2] - points[:, 1]])
-    return np.asarray(np.linalg.lstsq(left, right, rcond=None)[0])
-
-
-def _project_weakly(points: Array, camera: Array, size: int, to_image: Array) -> Array:
-    """Pixels (N, 2) of the image where the weak-perspective camera of the crop sees `points` (N, 3)."""
-    normalised = camera[0] * (points[:, :2] + camera[1:])
-    crop = ((normalised + 1) * size - 1) / 2
-    return np.asarray(crop @ to_image[:2, :2].T + to_image[:2, 2])
-
-
-def write(prediction: HandPrediction, folder: str | os.PathLike[str], stem: str) -> list[Path]:
-    """Write `<stem>_overlay.png`, `<stem>.glb`, `<stem>.ply` and `<stem>.json` into `folder`.
-
-    The PLY is in camera space (OpenCV axes, metres); the GLB is turned to glTF's axes, so that viewers show
-    the hand upright. The JSON holds everything in `HandPrediction` but the image and the coarser meshes.
-    Files of the same image, crop and side are replaced; where the names belong to another prediction, such as
-    of an image of the same name in another folder, `<stem>-2`, `<stem>-3`, ... are used.
-
-    Returns the four paths. Raises ValueError for a stem that is not a plain file name.
-    """
-    if Path(stem).name != stem or stem in ("", ".", ".."):
-        raise ValueError(f"stem: expected a plain file name, got {stem!r}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    record = to_json(prediction)
-    stem = _free_stem(folder, stem, record)
-    paths = [folder / f"{stem}{suffix}" for suffix in ("_overlay.png", ".glb", ".ply", ".json")]
-    picture = overlay(prediction.image, prediction.vertices, prediction.faces, prediction.K)
-    picture.save(paths[0])
-    mesh = trimesh.Trimesh(prediction.vertices, prediction.faces, process=False)
-    mesh.export(paths[2])
-    mesh.apply_transform(_GLTF)
-    mesh.export(paths[1])
-    paths[3].write_text(json.dumps(record) + "\n", encoding="utf-8")
-    return paths
-
-
-def to_json(prediction: HandPrediction) -> dict[str, Any]:
-    """A prediction as JSON values: lengths in metres to 0.1 micrometre, pixels to 0.001."""
-    width, height = prediction.image.size
-    return {
-        "image": prediction.source,
-        "image_size": [width, height],
-        "left": prediction.left,
-        "vertices": prediction.vertices.round(7).tolist(),
-        "joints": prediction.joints.round(7).tolist(),
-        "vertices_2d": prediction.vertices_2d.round(3).tolist(),
-        "joints_2d": prediction.joints_2d.round(3).tolist(),
-        "faces": prediction.faces.tolist(),
-        "K": prediction.K.tolist(),
-        "intrinsics_assumed": prediction.intrinsics_assumed,
-        "weak_perspective": prediction.weak_camera.tolist(),
-        "crop_box": list(prediction.box),
-    }
-
-
-def _free_stem(folder: Path, stem: str, record: dict[str, Any]) -> str:
-    """The first of stem, stem-2, ... that is free or holds a prediction of the same image, crop and side."""
-    keys = ("image", "image_size", "left", "crop_box")
-    number, name = 1, stem
-    while (path := folder / f"{name}.json").exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            found = None
-        if isinstance(found, dict) and all(found.get(key) == record[key] for key in keys):
-            break
-        number += 1
-        name = f"{stem}-{number}"
-    return name

@@ -1,64 +1,15 @@
-import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 import trimesh
+from known_hand import SIZE, TOPOLOGY, KnownNetwork, enclosed, known_hand, picture
 from PIL import Image, ImageOps
 from scipy.spatial.transform import Rotation
-from torch import nn
 
-from pahm.hand import HandModel
-from pahm.hand.topology import HandTopology
-from pahm.predict import (
-    Predictor,
-    assumed_intrinsics,
-    hand_box,
-    load_image,
-    ray_rotation,
-    read_intrinsics,
-    solve_translation,
-    write,
-)
-
-SIZE = 64
-TOPOLOGY = HandTopology.load()
-
-
-def known_hand():
-    """A bent right hand relative to its root joint, (778, 3) float64 metres."""
-    hand = HandModel.load().double()
-    pose = torch.zeros(1, 16, 3, dtype=torch.float64)
-    pose[0, 1:] = 0.25 * torch.randn(15, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    pose[0, 0] = torch.tensor([0.4, -0.9, 1.3])
-    output = hand(pose)
-    return (output.vertices[0] - output.joints[0, 9]).detach().numpy()
-
-
-class KnownNetwork(nn.Module):
-    """Returns a given mesh and camera; with `look` > 0 both also follow the brightness of the crop."""
-
-    def __init__(self, mesh, camera, look=0.0):
-        super().__init__()
-        self.config = SimpleNamespace(image_size=SIZE, root_joint=9)
-        self.topology = TOPOLOGY
-        self.register_buffer("joint_regressor", torch.tensor(TOPOLOGY.joint_regressor, dtype=torch.float32))
-        self.register_buffer("mesh", torch.tensor(mesh))
-        self.register_buffer("camera", torch.tensor(camera, dtype=torch.float64))
-        self.look = look
-        self.seen = []
-
-    def forward(self, images):
-        self.seen.append(images.clone())
-        ramp = torch.linspace(-1, 1, SIZE)
-        across, down = (images.mean(1) * ramp).mean(), (images.mean(1) * ramp[:, None]).mean()
-        mesh, camera = self.mesh[None], self.camera[None].clone()
-        mesh = mesh * (1 + self.look * torch.stack([across, down, across - down]))
-        camera[0, 1] += 0.1 * self.look * across
-        levels = [mesh[:, TOPOLOGY.hierarchy.selection(level)] for level in (3, 2, 1, 0)]
-        return SimpleNamespace(meshes=levels, camera=camera)
+from pahm.camera import assumed_intrinsics, ray_rotation, read_intrinsics, solve_translation
+from pahm.crop import hand_box, load_image
+from pahm.predict import Predictor
 
 
 def fit_weak_camera(mesh, crop_pixels):
@@ -129,40 +80,55 @@ def test_ray_rotation_is_a_rotation_onto_the_ray():
     np.testing.assert_allclose(ray_rotation(K, K[:2, 2]), np.eye(3), atol=1e-12)
 
 
-def picture(seed=0, size=(90, 70)):
-    pixels = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+MIRROR = np.array([-1.0, 1.0, 1.0])
 
 
-@pytest.mark.parametrize("bbox", [None, (20.0, 10.5, 30.0, 25.0)])
-def test_a_left_hand_is_the_mirror_of_a_right_one(bbox):
-    image = picture()
-    K = np.array([[120.0, 0.7, 41.0], [0, 118.0, 36.0], [0, 0, 1]])
-    mirrored_K = np.array([[120.0, -0.7, 89 - 41.0], [0, 118.0, 36.0], [0, 0, 1]])
-    mirrored_bbox = None if bbox is None else (90 - bbox[0] - bbox[2], *bbox[1:])
+def mirrored_pair(width, bbox, skew):
+    """A right hand, and its picture flipped and taken for a left one's; the camera's axis is off-centre."""
+    image = picture(size=(width, 70))
+    K = np.array([[120.0, skew, 27.3], [0, 118.0, 41.9], [0, 0, 1]])
+    mirrored_K = np.array([[120.0, -skew, width - 1 - 27.3], [0, 118.0, 41.9], [0, 0, 1]])
+    mirrored_bbox = None if bbox is None else (width - bbox[0] - bbox[2], *bbox[1:])
     predictor = Predictor(KnownNetwork(known_hand(), [8.0, 0.01, -0.02], look=0.5), "cpu")
     right = predictor.predict(image, bbox=bbox, intrinsics=K)
     left = predictor.predict(ImageOps.mirror(image), bbox=mirrored_bbox, intrinsics=mirrored_K, left=True)
-    sign = np.array([-1.0, 1.0, 1.0])
-    np.testing.assert_allclose(left.vertices, right.vertices * sign, atol=1e-4)
-    np.testing.assert_allclose(left.joints, right.joints * sign, atol=1e-4)
+    return right, left
+
+
+@pytest.mark.parametrize("width", [90, 91])
+@pytest.mark.parametrize("skew", [0.0, 0.7])
+@pytest.mark.parametrize("bbox", [None, (52.0, 7.5, 30.0, 25.0), (-4.0, 30.0, 21.0, 33.5)])
+def test_a_left_hand_is_the_mirror_of_a_right_one(bbox, skew, width):
+    right, left = mirrored_pair(width, bbox, skew)
+    assert np.ptp(right.vertices, axis=0).max() > 0.1 and abs(right.vertices[:, 0].mean()) > 1e-3
+    np.testing.assert_allclose(left.vertices, right.vertices * MIRROR, atol=1e-4)
+    np.testing.assert_allclose(left.joints, right.joints * MIRROR, atol=1e-4)
+    for ours, theirs in zip(left.meshes, right.meshes, strict=True):
+        np.testing.assert_allclose(ours, theirs * MIRROR, atol=1e-4)
     for ours, theirs in zip(left.relative_meshes, right.relative_meshes, strict=True):
-        np.testing.assert_allclose(ours, theirs * sign, atol=1e-4)
-    np.testing.assert_allclose(left.vertices_2d[:, 0], 89 - right.vertices_2d[:, 0], atol=1e-4)
+        np.testing.assert_allclose(ours, theirs * MIRROR, atol=1e-4)
+    np.testing.assert_allclose(left.vertices_2d[:, 0], width - 1 - right.vertices_2d[:, 0], atol=1e-4)
     np.testing.assert_allclose(left.vertices_2d[:, 1], right.vertices_2d[:, 1], atol=1e-4)
-    np.testing.assert_allclose(left.joints_2d[:, 0], 89 - right.joints_2d[:, 0], atol=1e-4)
+    np.testing.assert_allclose(left.joints_2d[:, 0], width - 1 - right.joints_2d[:, 0], atol=1e-4)
     np.testing.assert_allclose(left.weak_camera, right.weak_camera * [1, -1, 1], atol=1e-4)
-    assert np.asarray(left.image).tolist() == np.asarray(ImageOps.mirror(image)).tolist()
-    assert left.left and not right.left
-    for result in (left, right):
-        volume = trimesh.Trimesh(result.vertices, result.faces, process=False)
-        volume.fill_holes()
-        assert volume.volume > 5e-5  # positive: faces point outward
+    assert np.array_equal(left.image, ImageOps.mirror(right.image)) and left.left and not right.left
     # The weak camera belongs to the image that was given, not to its mirror.
     box, mesh = left.box, left.relative_meshes[-1]
     crop = left.weak_camera[0] * (mesh[:, :2] + left.weak_camera[1:])
     u = ((crop[:, 0] + 1) / 2) * box[2] + box[0] - 0.5
     np.testing.assert_allclose(u, left.vertices_2d[:, 0], atol=1e-4)
+
+
+def test_normals_of_a_left_hand_are_those_of_the_right_one_mirrored():
+    right, left = mirrored_pair(91, (52.0, 7.5, 30.0, 25.0), 0.0)
+    for level in range(4):
+        normals = [
+            trimesh.Trimesh(hand.meshes[level], hand.level_faces[level], process=False).face_normals
+            for hand in (right, left)
+        ]
+        np.testing.assert_allclose(normals[1], normals[0] * MIRROR, atol=2e-3)
+    for hand in (right, left):
+        assert enclosed(hand.vertices, hand.faces) > 5e-5
 
 
 def test_the_network_sees_the_whole_image_or_the_enlarged_box():
@@ -201,59 +167,6 @@ def test_files_of_every_kind_of_image(tmp_path):
     assert load_image(np.asarray(image))[1] is None
     assert load_image(np.zeros((5, 6), np.uint8))[0].size == (6, 5)
     assert load_image(image.convert("L"))[0].mode == "RGB"
-
-
-def test_written_files_hold_the_prediction(tmp_path):
-    picture().save(tmp_path / "hand.png")
-    predictor = Predictor(KnownNetwork(known_hand(), [8.0, 0, 0]), "cpu")
-    prediction = predictor.predict(tmp_path / "hand.png", left=True)
-    paths = write(prediction, tmp_path / "out", "hand")
-    names = ["hand.glb", "hand.json", "hand.ply", "hand_overlay.png"]
-    assert sorted(path.name for path in paths) == names
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
-
-    mesh = trimesh.load(tmp_path / "out" / "hand.ply", process=False)
-    np.testing.assert_allclose(mesh.vertices, prediction.vertices, atol=1e-6)
-    np.testing.assert_array_equal(mesh.faces, prediction.faces)
-    scene = trimesh.load(tmp_path / "out" / "hand.glb", process=False)
-    (shape,) = scene.geometry.values()
-    np.testing.assert_allclose(shape.vertices, prediction.vertices * [1, -1, -1], atol=1e-6)
-    np.testing.assert_array_equal(shape.faces, prediction.faces)
-
-    with Image.open(tmp_path / "out" / "hand_overlay.png") as drawn:
-        changed = np.abs(np.asarray(drawn, int) - np.asarray(prediction.image, int)).max(2) > 8
-    on_hand = prediction.vertices_2d.round().astype(int)
-    inside = (on_hand >= 0).all(1) & (on_hand < (90, 70)).all(1)
-    hit = changed[on_hand[inside, 1], on_hand[inside, 0]]
-    assert changed.shape == (70, 90) and hit.mean() > 0.6 and changed.mean() < 0.9
-
-    record = json.loads((tmp_path / "out" / "hand.json").read_text())
-    shapes = {"vertices": (778, 3), "joints": (21, 3), "vertices_2d": (778, 2), "joints_2d": (21, 2)}
-    shapes |= {"faces": (1538, 3), "K": (3, 3), "weak_perspective": (3,), "crop_box": (4,)}
-    assert set(record) == {*shapes, "image", "image_size", "left", "intrinsics_assumed"}
-    for key, shape in shapes.items():
-        assert np.shape(record[key]) == shape
-    np.testing.assert_allclose(record["vertices"], prediction.vertices, atol=1e-7)
-    assert record["intrinsics_assumed"] is True and record["left"] is True
-    assert record["image"] == str(tmp_path / "hand.png") and record["image_size"] == [90, 70]
-
-
-def test_images_of_the_same_name_do_not_overwrite_each_other(tmp_path):
-    predictor = Predictor(KnownNetwork(known_hand(), [8.0, 0, 0]), "cpu")
-    out = tmp_path / "out"
-    written = []
-    for _ in range(2):  # the second time over, every image finds its own files again
-        for name in ("a/hand.png", "b/hand.png", "a/hand.jpg"):
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            picture().save(tmp_path / name)
-            written.append([path.name for path in write(predictor.predict(tmp_path / name), out, "hand")])
-    assert written[:3] == written[3:]
-    assert len({name for names in written for name in names}) == 12
-    records = [json.loads((out / names[-1]).read_text())["image"] for names in written[:3]]
-    assert records == [str(tmp_path / name) for name in ("a/hand.png", "b/hand.png", "a/hand.jpg")]
-    (out / "other.json").write_text("not ours")
-    assert write(predictor.predict(picture()), out, "other")[-1].name == "other-2.json"
-    assert (out / "other.json").read_text() == "not ours"
 
 
 @pytest.mark.parametrize("text", ['{"K": [[50,0,9],[0,60,8],[0,0,1]]}', "[[50,0,9],[0,60,8],[0,0,1]]"])
@@ -327,13 +240,137 @@ def test_outputs_that_are_no_hand_are_refused():
         Predictor(behind, "cpu").predict(picture())
 
 
-def test_bad_arguments_are_named(tmp_path):
+def test_bad_arguments_are_named():
     network = KnownNetwork(known_hand(), [8.0, 0, 0])
     with pytest.raises(ValueError, match="device: expected a device of torch, got 'nothing'"):
         Predictor(network, "nothing")
-    prediction = Predictor(network, "cpu").predict(picture())
-    for stem in ("", "..", "a/b"):
-        with pytest.raises(ValueError, match="stem: expected a plain file name"):
-            write(prediction, tmp_path, stem)
     with pytest.raises(ValueError, match=r"intrinsics: expected shape \(3, 3\), got \(3,\)"):
         Predictor(network, "cpu").predict(picture(), intrinsics=[1, 2, 3])
+
+
+def pictures(count):
+    return [picture(seed, (60 + 7 * seed, 50 + 3 * seed)) for seed in range(count)]
+
+
+def same(one, other):
+    np.testing.assert_allclose(one.vertices, other.vertices, atol=1e-6)
+    np.testing.assert_allclose(one.vertices_2d, other.vertices_2d, atol=1e-4)
+    np.testing.assert_array_equal(one.K, other.K)
+    np.testing.assert_array_equal(one.faces, other.faces)
+    assert (one.box, one.left, one.source) == (other.box, other.left, other.source)
+    assert np.array_equal(one.image, other.image) and one.intrinsics_assumed == other.intrinsics_assumed
+
+
+def test_many_images_give_what_each_gives_alone():
+    network = KnownNetwork(known_hand(), [8.0, 0.01, -0.02], look=0.5)
+    predictor = Predictor(network, "cpu")
+    images = pictures(7)
+    images[5] = np.asarray(images[5])
+    boxes = [None, *((5.0 + i, 4.0, 30.0, 20.0 + i) for i in range(6))]
+    cameras = [None if i % 3 == 0 else assumed_intrinsics(90 + i, 70) for i in range(7)]
+    sides = [i % 2 == 1 for i in range(7)]
+    alone = [
+        predictor.predict(image, bbox=box, intrinsics=K, left=left)
+        for image, box, K, left in zip(images, boxes, cameras, sides, strict=True)
+    ]
+    network.seen.clear()
+    together = list(
+        predictor.predict_many(images, bboxes=boxes, intrinsics=cameras, left=sides, batch_size=3)
+    )
+    assert [len(batch) for batch in network.seen] == [3, 3, 1]
+    assert len({tuple(prediction.vertices[0]) for prediction in together}) == 7
+    for one, other in zip(together, alone, strict=True):
+        same(one, other)
+    for one in predictor.predict_many(iter(images), intrinsics=cameras[1], left=True):
+        assert one.left and not one.intrinsics_assumed
+        np.testing.assert_array_equal(one.K, cameras[1])
+    assert list(predictor.predict_many([])) == []
+
+
+def test_images_are_read_no_further_ahead_than_a_batch():
+    taken = []
+
+    def stream():
+        for image in pictures(9):
+            taken.append(image)
+            yield image
+
+    results = Predictor(KnownNetwork(known_hand(), [8.0, 0, 0]), "cpu").predict_many(stream(), batch_size=2)
+    counts = [len(taken) for _ in results]
+    assert counts == [4, 4, 6, 6, 8, 8, 9, 9, 9]
+
+
+def test_a_bad_image_is_named_at_its_turn_and_the_rest_goes_on(tmp_path):
+    predictor = Predictor(KnownNetwork(known_hand(), [8.0, 0, 0], look=0.5), "cpu")
+    (tmp_path / "b").write_text("not an image")
+    good = pictures(4)
+    images = [good[0], tmp_path / "b", good[1], np.zeros((3, 3)), good[2], good[3]]
+    boxes = [None, None, None, None, (500, 0, 3, 3), None]
+    cameras = [None, None, None, None, None, np.zeros((2, 2))]
+    messages = {
+        1: f"image: {tmp_path / 'b'} is not a readable image",
+        3: "images[3]: image: expected an array of uint8, got float64",
+        4: "images[4]: bbox: 500 0 3 3 lies outside",
+        5: "images[5]: intrinsics: expected shape (3, 3), got (2, 2)",
+    }
+    for size in (1, 2, 8):
+        results = list(predictor.attempt_many(images, bboxes=boxes, intrinsics=cameras, batch_size=size))
+        assert len(results) == 6
+        for i, result in enumerate(results):
+            if i in messages:
+                assert isinstance(result, Exception) and str(result).startswith(messages[i])
+        same(results[0], predictor.predict(good[0]))
+        same(results[2], predictor.predict(good[1]))
+    assert isinstance(results[3], TypeError)
+    good[0].save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a.png: bbox: 500 0 3 3 lies outside"):
+        predictor.predict(tmp_path / "a.png", bbox=(500, 0, 3, 3))
+
+    finished = []
+    with pytest.raises(ValueError, match=r"b is not a readable image"):
+        finished.extend(predictor.predict_many(iter(images)))
+    assert len(finished) == 1
+
+
+def test_an_output_that_is_no_hand_spoils_no_other_of_its_batch():
+    class Fails(KnownNetwork):
+        def forward(self, images):
+            output = super().forward(images)
+            dark = images.amax((1, 2, 3)) < 0
+            output.meshes[-1][dark] = np.nan
+            return output
+
+    dark = Image.new("RGB", (80, 80))
+    predictor = Predictor(Fails(known_hand(), [8.0, 0, 0]), "cpu")
+    results = list(predictor.attempt_many([picture(), dark, picture(1)]))
+    assert [isinstance(result, Exception) for result in results] == [False, True, False]
+    assert str(results[1]) == "images[1]: the network's output is not finite"
+
+
+def test_bad_arguments_of_many_are_named():
+    predictor = Predictor(KnownNetwork(known_hand(), [8.0, 0, 0]), "cpu")
+    images = pictures(3)
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+        predictor.predict_many(images, batch_size=0)
+    with pytest.raises(TypeError, match="images: expected several images, got one str"):
+        predictor.predict_many("hand.png")
+    with pytest.raises(ValueError, match="bboxes: expected one for each of images, got 2"):
+        list(predictor.predict_many(images, bboxes=[None] * 2))
+    with pytest.raises(ValueError, match="left: expected one for each of the 3 images, got more"):
+        list(predictor.predict_many(images, left=[True] * 4))
+    with pytest.raises(ValueError, match="intrinsics: expected one for each of images, got 2"):
+        list(predictor.predict_many(images, intrinsics=np.stack([np.eye(3)] * 2)))
+
+
+def test_a_network_may_have_more_meshes_on_its_way():
+    class Refines(KnownNetwork):
+        def forward(self, images):
+            output = super().forward(images)
+            output.meshes += [output.meshes[-1], output.meshes[-1] * 1.01]
+            return output
+
+    prediction = Predictor(Refines(known_hand(), [8.0, 0, 0]), "cpu").predict(picture(), left=True)
+    assert [len(mesh) for mesh in prediction.meshes] == [98, 195, 389, 778, 778, 778]
+    assert prediction.vertices is prediction.meshes[-1]
+    for mesh, faces in zip(prediction.meshes, prediction.level_faces, strict=True):
+        assert faces.max() == len(mesh) - 1

@@ -1,0 +1,129 @@
+"""Images of hands, read and cropped for a network."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from pahm.camera import Array, assumed_intrinsics, check_intrinsics
+from pahm.data.augment import crop_matrix, warp
+from pahm.data.freihand import read_image
+from pahm.hand.left import mirror_intrinsics
+
+Box = tuple[float, float, float, float]
+ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
+
+HAND_SHARE = 0.6  # of the crop's side that the hand's box takes, about as in the training images
+
+
+class Request(NamedTuple):
+    """An image to reconstruct a hand in; the arguments of `pahm.predict.Predictor.predict`."""
+
+    image: ImageSource
+    bbox: Sequence[float] | None = None
+    intrinsics: npt.ArrayLike | None = None
+    left: bool = False
+    place: str = "image"
+    """What to call an image that is not a file."""
+
+    @property
+    def name(self) -> str:
+        """What errors call the image: its path as it was given, or `place`."""
+        return os.fspath(self.image) if isinstance(self.image, (str, os.PathLike)) else self.place
+
+
+class Crop(NamedTuple):
+    """A request made ready for the network, which sees right hands: for a left one the image is flipped."""
+
+    request: Request
+    image: Image.Image
+    """The whole image, RGB, not flipped."""
+    source: str | None
+    """Absolute path of the image, where it was a file."""
+    box: Box
+    """The square crop in `image`."""
+    K: Array
+    """`(3, 3)` intrinsics of `image`."""
+    pixels: Image.Image
+    """The crop, of the flipped image for a left hand."""
+    matrix: Array
+    """`(3, 3)`, pixels of the image that `pixels` was taken from to those of the crop."""
+    seen_K: Array
+    """`(3, 3)` intrinsics of the image that `pixels` was taken from."""
+
+
+def read_crop(request: Request, size: int) -> Crop | Exception:
+    """The crop of `size` x `size` pixels for a request, or the error that names the image."""
+    try:
+        image, source = load_image(request.image)
+        box = hand_box(image.size, request.bbox)
+        if request.intrinsics is None:
+            K = assumed_intrinsics(*image.size)
+        else:
+            K = check_intrinsics(request.intrinsics)
+    except (FileNotFoundError, TypeError, ValueError) as error:
+        return _named(error, request.name)
+    if not request.left:
+        matrix = crop_matrix(box, size)
+        return Crop(request, image, source, box, K, warp(image, matrix, size), matrix, K)
+    x, y, side, _ = box
+    matrix = crop_matrix((image.width - x - side, y, side, side), size)
+    pixels = warp(ImageOps.mirror(image), matrix, size)
+    return Crop(request, image, source, box, K, pixels, matrix, mirror_intrinsics(K, image.width))
+
+
+def _named(error: Exception, name: str) -> Exception:
+    """The error with the image's name at the beginning of its message, unless it has that already."""
+    if str(error).startswith((f"{name}: ", f"image: {name} ")):
+        return error
+    kind = next(kind for kind in (FileNotFoundError, TypeError, ValueError) if isinstance(error, kind))
+    named = kind(f"{name}: {error}")
+    named.__cause__ = error
+    return named
+
+
+def load_image(image: ImageSource) -> tuple[Image.Image, str | None]:
+    """An RGB image, upright by its EXIF tag, and the absolute path it came from, if any.
+
+    Raises FileNotFoundError or ValueError naming a file that is not an image, TypeError or ValueError for
+    an array of another dtype or shape.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return ImageOps.exif_transpose(read_image(image)), str(Path(image).resolve())
+    if isinstance(image, Image.Image):
+        return ImageOps.exif_transpose(image.convert("RGB")), None
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"image: expected a path, a PIL image or a numpy array, got {type(image).__name__}")
+    if image.dtype != np.uint8:
+        raise TypeError(f"image: expected an array of uint8, got {image.dtype}")
+    if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or image.size == 0:
+        raise ValueError(f"image: expected an array (H, W, 3) or (H, W), got shape {image.shape}")
+    return Image.fromarray(np.ascontiguousarray(image)).convert("RGB"), None
+
+
+def hand_box(size: tuple[int, int], bbox: Sequence[float] | None) -> Box:
+    """The square crop (x, y, side, side) for a hand's box in an image of `size` (width, height).
+
+    Raises ValueError for a box that is not four finite numbers with a positive size, or that lies outside.
+    """
+    width, height = size
+    if bbox is None:
+        side = float(max(width, height))
+        return ((width - side) / 2, (height - side) / 2, side, side)
+    values = [float(value) for value in bbox]
+    if len(values) != 4 or not all(math.isfinite(value) for value in values):
+        raise ValueError(f"bbox: expected four finite numbers X Y W H, got {list(bbox)}")
+    x, y, w, h = values
+    if w <= 0 or h <= 0:
+        raise ValueError(f"bbox: expected a positive width and height, got {w:g} x {h:g}")
+    if x >= width or y >= height or x + w <= 0 or y + h <= 0:
+        raise ValueError(f"bbox: {x:g} {y:g} {w:g} {h:g} lies outside the image of {width} x {height} pixels")
+    side = max(w, h) / HAND_SHARE
+    return (x + (w - side) / 2, y + (h - side) / 2, side, side)
