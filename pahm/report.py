@@ -21,6 +21,7 @@ Colour = tuple[float, float, float]
 
 PREDICTED: Colour = (0.28, 0.52, 0.85)
 TRUE: Colour = (0.42, 0.68, 0.30)
+BASELINE: Colour = (0.64, 0.24, 0.62)  # unlike skin, as the other two
 _PAPER, _INK = (255, 255, 255), (30, 30, 30)
 _STUDIO = Light(
     direction=(-0.5, -0.7, -0.9), colour=(0.8, 0.8, 0.8), ambient=(0.25, 0.25, 0.25), occlusion_rays=32
@@ -66,17 +67,33 @@ def mesh_picture(
     flat: bool = False,
     colour: Colour = PREDICTED,
 ) -> Image.Image:
-    """A shaded mesh on white, an RGB image of `size` (width, height).
+    """A shaded mesh on white, an RGB image of `size` (width, height); arguments as `mesh_cutout`."""
+    cutout = mesh_cutout(vertices, faces, K, size, flat=flat, colour=colour)
+    picture = Image.new("RGB", size, _PAPER)
+    picture.paste(cutout, mask=cutout.getchannel("A"))
+    return picture
+
+
+def mesh_cutout(
+    vertices: npt.ArrayLike,
+    faces: npt.ArrayLike,
+    K: npt.ArrayLike,
+    size: tuple[int, int],
+    *,
+    flat: bool = False,
+    colour: Colour = PREDICTED,
+) -> Image.Image:
+    """A shaded mesh on nothing, an RGBA image of `size` (width, height).
 
     vertices (N, 3), metres, camera space; faces (F, 3); K (3, 3), pixels. flat: shade each triangle evenly,
-    which shows how coarse the mesh is.
+    which shows how coarse the mesh is. colour: linear RGB. Raises as `render_mesh`.
     """
     if flat:
         corners = np.asarray(vertices, np.float64)[np.asarray(faces)]
         vertices, faces = corners.reshape(-1, 3), np.arange(corners.size // 3).reshape(-1, 3)
     shaded, alpha = _shade(vertices, faces, K, (size[1], size[0]), colour)
-    picture = Image.new("RGB", size, _PAPER)
-    picture.paste(Image.fromarray(shaded), mask=Image.fromarray((255 * alpha).round().astype(np.uint8)))
+    picture = Image.fromarray(shaded)
+    picture.putalpha(Image.fromarray((255 * alpha).round().astype(np.uint8)))
     return picture
 
 

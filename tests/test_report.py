@@ -4,7 +4,16 @@ from PIL import Image
 
 from pahm.hand.topology import HandTopology
 from pahm.predict import HandPrediction
-from pahm.report import PREDICTED, TRUE, SheetRow, contact_sheet, from_the_side, mesh_picture, overlay
+from pahm.report import (
+    PREDICTED,
+    TRUE,
+    SheetRow,
+    contact_sheet,
+    from_the_side,
+    mesh_cutout,
+    mesh_picture,
+    overlay,
+)
 
 TOPOLOGY = HandTopology.load()
 K = np.array([[200.0, 0, 63.5], [0, 200.0, 63.5], [0, 0, 1]])
@@ -85,6 +94,20 @@ def test_flat_shading_shows_the_facets():
     smooth, flat = (np.asarray(mesh_picture(*arguments, flat=flat)) for flat in (False, True))
     assert len(np.unique(flat.reshape(-1, 3), axis=0)) < len(np.unique(smooth.reshape(-1, 3), axis=0))
     assert (flat[0, 0] == 255).all() and hue_share(flat, PREDICTED) > 0.02
+
+
+def test_cutout_is_the_picture_without_its_paper():
+    prediction = hand()
+    arguments = (prediction.vertices, prediction.faces, K, (128, 128))
+    cutout = mesh_cutout(*arguments)
+    cover = np.asarray(cutout.getchannel("A"))
+    pixels = prediction.vertices_2d.round().astype(int)
+    assert cutout.mode == "RGBA" and (cover[pixels[:, 1], pixels[:, 0]] > 0).mean() > 0.95
+    assert cover[0].max() == 0 and 0.02 < (cover == 255).mean() < 0.5
+    paper = Image.new("RGBA", (128, 128), "white")
+    paper.alpha_composite(cutout)
+    difference = np.asarray(paper.convert("RGB"), int) - np.asarray(mesh_picture(*arguments), int)
+    assert np.abs(difference).max() <= 2
 
 
 def test_side_view_is_a_quarter_turn():

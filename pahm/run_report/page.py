@@ -1,0 +1,292 @@
+"""Gathers what the page of a run shows, and writes it."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from pahm.config import from_json
+from pahm.evaluation import COLUMNS
+from pahm.failures import LIMITS, NONE, Reasons, dominant
+from pahm.model.checkpoint import check_same_network, load_checkpoint, read_metadata
+from pahm.model.network import HandNet
+from pahm.predict import Predictor
+from pahm.run_report.curves import charts, read_curves
+from pahm.run_report.hands import Hand, Photographer
+from pahm.run_report.per_image import Scored, annotated, reasons_of, score
+
+_MODEL = "model.safetensors"
+_PACKAGES = ("pahm", "torch", "timm", "pytorch-lightning", "numpy", "embreex", "plotly")
+_JOINTS_OFF = 20  # mm; joints of a posed mesh differ by less between regressors of one hand
+_LARGEST = 1000  # images that are scored where nothing is said
+
+
+def make_report(
+    run: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    *,
+    baseline: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    count: int = 8,
+    failures: int = 6,
+    images: int | None = None,
+    device: str = "auto",
+    progress: bool = True,
+) -> Path:
+    """Write one HTML file, which needs no network, about a run folder of `pahm train`; returns its path.
+
+    Args:
+        data: a folder in FreiHAND's layout whose evaluation images are annotated.
+        baseline: a run folder or checkpoint to show beside the run's.
+        out: the file, `report.html` in the run folder by default.
+        count: hands in the grid, evenly spread over the images that are scored.
+        failures: how many of those with the largest errors are shown.
+        images: how many of the first evaluation images are scored; all, but at most 1,000, by default.
+
+    Raises:
+        ValueError: plotly is not installed; a number out of range; `data` is not annotated, or its meshes
+            are not those of the checkpoint's hand; the checkpoint does not belong to the run's
+            `config.json`; the baseline's hand is another one.
+        FileNotFoundError, IsADirectoryError: there is no checkpoint; `out` is a folder.
+    """
+    start = time.monotonic()
+    run, data = Path(run), os.fspath(data)
+    out = run / "report.html" if out is None else Path(out)
+    _check_arguments(out, count, failures, images)
+    network = _own_network(run)
+    other = None if baseline is None else _baseline_network(Path(baseline), network)
+    available = len(annotated(data))
+    _check_hand(network, data)
+    total = min(available, _LARGEST if images is None else images)
+
+    ours, constant = score(network, data, total, device=device, progress=progress)
+    theirs = None if other is None else score(other, data, total, device=device, progress=progress)[0]
+    reasons = reasons_of(data, total, network.faces, progress=progress)
+
+    photographer = Photographer(
+        Predictor(network, device), None if other is None else Predictor(other, device)
+    )
+    samples = annotated(data)
+    spread = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
+    worst = np.argsort(-ours.vertices, kind="stable")[:failures].tolist()
+    every = [("grid", i) for i in spread] + [("failure", i) for i in worst]
+    drawn: dict[str, list[Hand]] = {"grid": [], "failure": []}
+    for kind, i in track(every, "drawing", disable=not progress, console=Console(stderr=True)):
+        drawn[kind].append(photographer.row(samples[i], kind))
+
+    named = {"ours": ours} | ({} if theirs is None else {"baseline": theirs}) | {"mean hand": constant}
+    levels = network.topology.hierarchy
+    shown = [*charts(read_curves(run)), _distribution(named)]
+    payload = {
+        "charts": shown,
+        "hands": [
+            {"kind": kind, "index": hand.index, "meshes": hand.meshes}
+            for kind, hands in drawn.items()
+            for hand in hands
+        ],
+        "faces": {str(n): faces.tolist() for n, faces in zip(levels.sizes, levels.faces, strict=True)},
+    }
+    values = {
+        "name": run.resolve().name,
+        "baseline": None if baseline is None else os.fspath(baseline),
+        "data": data,
+        "images": total,
+        "available": available,
+        "has_curves": len(shown) > 1,
+        "charts": shown,
+        "columns": COLUMNS,
+        "scores": {label: _score_row(scored) for label, scored in named.items()},
+        "grid": _table(drawn["grid"], ours, theirs, reasons, "g"),
+        "failures": _table(drawn["failure"], ours, theirs, reasons, "f"),
+        "limits": LIMITS,
+        "none": NONE,
+        "masks": any(not math.isnan(found.occlusion) for found in reasons),
+        "by_reason": _by_reason(ours, theirs, reasons),
+        "provenance": _provenance(run, data, baseline, network),
+        "configuration": _configuration(run),
+        "payload": json.dumps(payload, separators=(",", ":")).replace("<", "\\u003c"),
+        "plotly": importlib.import_module("plotly.offline").get_plotlyjs(),
+        "seconds": round(time.monotonic() - start),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(_render(values), encoding="utf-8")
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return out
+
+
+def _check_arguments(out: Path, count: int, failures: int, images: int | None) -> None:
+    missing = [name for name in ("plotly", "jinja2") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"report: the page needs {' and '.join(missing)}: pip install 'pahm[report]'")
+    for name, value, least in (("--count", count, 1), ("--failures", failures, 0), ("--images", images, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{name}: expected a number of at least {least}, got {value}")
+    if out.is_dir():
+        raise IsADirectoryError(f"--out: {out} is a folder, expected the name of a file")
+
+
+def _own_network(run: Path) -> HandNet:
+    if not (run / _MODEL).is_file():
+        raise FileNotFoundError(f"DIR: {run} has no {_MODEL}, expected a finished run folder of pahm train")
+    recorded = run / "config.json"
+    if recorded.is_file():
+        try:
+            expected = from_json(recorded.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"DIR: {recorded} is not a configuration ({error})") from error
+        check_same_network(read_metadata(run / _MODEL)[0], expected, f"{run / _MODEL}, beside {recorded},")
+    return load_checkpoint(run / _MODEL)
+
+
+def _baseline_network(baseline: Path, network: HandNet) -> HandNet:
+    path = baseline / _MODEL if baseline.is_dir() else baseline
+    if not path.is_file():
+        raise FileNotFoundError(f"--baseline: {path} does not exist, expected a run folder or a checkpoint")
+    other = load_checkpoint(path)
+    if not np.array_equal(other.faces, network.faces):
+        raise ValueError(f"--baseline: the hand of {path} has other triangles than the run's")
+    return other
+
+
+def _check_hand(network: HandNet, data: str) -> None:
+    """Refuse meshes of another hand, in which the network's regressor finds no joints: vertices of two
+    hands do not correspond, though both have 778.
+    """
+    record = annotated(data).record(0)
+    joints = network.joint_regressor.cpu().numpy() @ record["vertices"]
+    off = 1000 * float(np.linalg.norm(joints - record["joints"], axis=1).mean())
+    if off > _JOINTS_OFF:
+        raise ValueError(
+            f"--data: the joints of {data} lie {off:.0f} mm from where the checkpoint's hand has them in "
+            "the same meshes, expected meshes of that hand"
+        )
+
+
+def _score_row(scored: Scored) -> list[str]:
+    places = {name: 2 if name.startswith("pa_") else 3 for name in COLUMNS}
+    return [f"{scored.summary[name]:.{places[name]}f}" for name in COLUMNS]
+
+
+def _distribution(named: dict[str, Scored]) -> dict[str, Any]:
+    """The share of images whose PA-MPVPE is at most so many mm, as a chart (see `charts`)."""
+    traces = []
+    for label, scored in named.items():
+        ordered = np.sort(scored.vertices)
+        share = np.arange(1, len(ordered) + 1) / len(ordered)
+        traces.append({"name": label, "x": ordered.round(2).tolist(), "y": share.round(4).tolist()})
+    axes = {"x": "PA-MPVPE, mm", "y": "share of images below"}
+    return {"id": "distribution", "title": "Error of single images", **axes, "log": False, "traces": traces}
+
+
+def _table(
+    hands: list[Hand], ours: Scored, theirs: Scored | None, reasons: list[Reasons], prefix: str
+) -> dict[str, Any]:
+    """Titles and rows of pictures, `None` where a hand lacks one, each with its numbers."""
+    longest = max(hands, key=lambda hand: len(hand.pictures), default=None)
+    titles = [picture.title for picture in longest.pictures] if longest else []
+    rows = []
+    for position, hand in enumerate(hands):
+        pictures = {picture.title: picture for picture in hand.pictures}
+        why = reasons[hand.index]
+        shares = [
+            {"name": name, "share": None if math.isnan(share) else share, "over": share >= limit.named}
+            for (name, limit), share in zip(LIMITS.items(), why, strict=True)
+        ]
+        rows.append(
+            {
+                "id": f"{prefix}{position}",
+                "index": hand.index,
+                "joints": ours.joints[hand.index],
+                "vertices": ours.vertices[hand.index],
+                "baseline": None if theirs is None else theirs.vertices[hand.index],
+                "pictures": [pictures.get(title) for title in titles],
+                "shares": shares,
+                "dominant": dominant(why),
+            }
+        )
+    return {"titles": titles, "rows": rows}
+
+
+def _by_reason(ours: Scored, theirs: Scored | None, reasons: list[Reasons]) -> list[dict[str, Any]]:
+    """For each dominant reason how many of the images have it, and their mean errors."""
+    names = np.array([dominant(found) for found in reasons])
+    rows = []
+    for name in (*LIMITS, NONE):
+        chosen = names == name
+        row = {"name": name, "count": int(chosen.sum()), "ours": None, "baseline": None}
+        if chosen.any():
+            row["ours"] = ours.vertices[chosen].mean()
+            row["baseline"] = None if theirs is None else theirs.vertices[chosen].mean()
+        rows.append(row)
+    return rows
+
+
+def _provenance(run: Path, data: str, baseline: object, network: HandNet) -> list[tuple[str, str]]:
+    path = run / _MODEL
+    config, recorded = read_metadata(path)
+    scores = ", ".join(f"{name} {value:.4g}" for name, value in recorded.items())
+    rows = [
+        ("made", datetime.datetime.now().astimezone().isoformat(timespec="seconds")),
+        ("run", str(run.resolve())),
+        ("configuration", config.name),
+        ("checkpoint", f"{_MODEL}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"),
+        ("parameters", f"{sum(p.numel() for p in network.parameters()):,}"),
+        ("scores recorded with it", scores or "none"),
+        ("data", str(Path(data).resolve())),
+        ("baseline", "none" if baseline is None else str(Path(str(baseline)).resolve())),
+    ]
+    rows += [("Python", f"{platform.python_version()} on {platform.platform()}")]
+    return rows + [(name, _version(name)) for name in _PACKAGES]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _configuration(run: Path) -> list[tuple[str, str]]:
+    """Every value of the checkpoint's configuration by its dotted name."""
+    config, _ = read_metadata(run / _MODEL)
+    return [(name, json.dumps(value)) for name, value in _leaves(asdict(config), "")]
+
+
+def _leaves(tree: dict[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _render(values: dict[str, Any]) -> str:
+    jinja2 = importlib.import_module("jinja2")
+    assets = resources.files("pahm") / "assets"
+    kinds = ("html", "css", "js")
+    texts = {kind: (assets / f"report.{kind}").read_text(encoding="utf-8") for kind in kinds}
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.from_string(texts["html"]).render(**values, css=texts["css"], js=texts["js"])
+    return str(page)

@@ -1,0 +1,102 @@
+"""Scores of a network on evaluation images, image by image, and what makes each image hard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from pahm.data.augment import CropTransform
+from pahm.data.freihand import FreiHand, Sample
+from pahm.failures import Reasons, find_reasons
+from pahm.metrics import HandMetrics, procrustes_errors
+from pahm.model.network import HandNet
+from pahm.predict import pick_device
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A prediction's scores on N images."""
+
+    summary: dict[str, float]
+    """As `HandMetrics` gives them."""
+    joints: npt.NDArray[np.float64]
+    """`(N,)` PA-MPJPE of each image, mm."""
+    vertices: npt.NDArray[np.float64]
+    """`(N,)` PA-MPVPE of each image, mm."""
+
+
+class _Tally:
+    def __init__(self) -> None:
+        self.metrics = HandMetrics(sync_on_compute=False)
+        self.joints: list[Tensor] = []
+        self.vertices: list[Tensor] = []
+
+    def add(self, joints: Tensor, vertices: Tensor, batch: dict[str, Tensor]) -> None:
+        self.metrics.update(joints, batch["joints"], vertices, batch["vertices"])
+        self.joints.append(1000 * procrustes_errors(joints, batch["joints"]).mean(1))
+        self.vertices.append(1000 * procrustes_errors(vertices, batch["vertices"]).mean(1))
+
+    def result(self) -> Scored:
+        summary = {name: float(value) for name, value in self.metrics.compute().items()}
+        return Scored(summary, torch.cat(self.joints).numpy(), torch.cat(self.vertices).numpy())
+
+
+def annotated(data: str, transform: Callable[[Sample], Sample] | None = None) -> FreiHand:
+    """The evaluation images of a folder in FreiHAND's layout, each with its truth.
+
+    Raises ValueError where they have no annotations, and as `FreiHand`.
+    """
+    dataset = FreiHand(data, "evaluation", transform)
+    if not dataset.annotated:
+        raise ValueError(
+            f"--data: {data} has no evaluation_xyz.json and evaluation_verts.json, expected the truth of "
+            "its evaluation images to compare with"
+        )
+    return dataset
+
+
+def score(
+    network: HandNet, data: str, images: int, *, device: str = "auto", progress: bool = True
+) -> tuple[Scored, Scored]:
+    """Scores of a network, and of its mean hand, on the first `images` evaluation images of a folder.
+
+    Raises as `annotated`, and ValueError where the network gives numbers that are not finite.
+    """
+    dataset = Subset(annotated(data, CropTransform(network.config.image_size)), range(images))
+    place = pick_device(device)
+    network = network.eval().to(place)
+    regressor, mean = network.joint_regressor.double().cpu(), network.mean_hand.double().cpu()
+    ours, constant = _Tally(), _Tally()
+    for batch in _track(DataLoader(dataset, 32), "reconstructing", progress):
+        with torch.inference_mode():
+            vertices = network(batch["image"].to(place)).meshes[-1].double().cpu()
+        ours.add(regressor @ vertices, vertices, batch)
+        same = mean.expand_as(vertices)
+        constant.add(regressor @ same, same, batch)
+    return ours.result(), constant.result()
+
+
+def reasons_of(data: str, images: int, faces: npt.ArrayLike, *, progress: bool = True) -> list[Reasons]:
+    """`find_reasons` of the first `images` evaluation images of a folder; faces: (F, 3) of the meshes."""
+
+    def measure(sample: Sample) -> Sample:
+        return {"reasons": find_reasons(sample, faces)}
+
+    dataset = annotated(data, measure)
+    # No worker processes: Embree's threads do not outlive a fork.
+    return [dataset[i]["reasons"] for i in _track(range(images), "looking for reasons", progress)]
+
+
+def _track(items: Iterable[T], title: str, progress: bool) -> Iterable[T]:
+    return track(items, title, disable=not progress, console=Console(stderr=True))
