@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 
 from pahm.ablation import TABLES, ablate
@@ -12,13 +13,9 @@ from pahm.ablation.tables import VARIANTS, Row, Table, configuration
 from pahm.ablation.write import markdown, pairs_that_hold
 from pahm.config import preset
 from pahm.data.synth import generate
+from pahm.model.extractor import create_backbone
 
-CHANGES = {
-    "model.backbone": "test_resnet",
-    "model.backbone_weights": "",
-    "model.image_size": 64,
-    "train.batch_size": 4,
-}
+CHANGES = {"model.backbone": "test_resnet", "train.batch_size": 4}
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +27,6 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    import torch
-
-    from pahm.model.extractor import create_backbone
-
     path = tmp_path_factory.mktemp("weights") / "backbone.pth"
     torch.manual_seed(0)
     torch.save(create_backbone("test_resnet").state_dict(), path)
