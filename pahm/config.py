@@ -1,17 +1,23 @@
 """One typed configuration for the network, its losses, its training and its augmentation.
 
-`preset("tiny" | "resnet18" | "resnet50" | "hrnet_w64")` gives a `Config`; `Config.override` changes single
-values by dotted name, and `to_json` / `from_json` carry it into a checkpoint and back.
+The defaults are the paper's. `preset(name)` reads a file of `pahm/configs`, `from_file` one of your own;
+`Config.override` changes single values by dotted name, and `to_json` / `from_json` carry a configuration into
+a checkpoint and back.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from pahm.data.augment import AugmentConfig
 
@@ -32,11 +38,34 @@ class ModelConfig:
     """Side of the square input in pixels, a multiple of 32."""
     feature_channels: tuple[int, int, int, int] = (256, 256, 128, 64)
     """Channels of Q_s at strides 32, 16, 8, 4."""
+    stacks: Literal[1, 2] = 1
+    """Hourglasses of the extractor; the second one sees the first one's 2D cues (CMR's, Table 4)."""
+    cues: bool = True
+    """Predict 2D pose and silhouette, which the auxiliary supervision of section 3.4 needs; False is the
+    paper's "w/o 2D".
+    """
+    mapping: Literal["pixel_aligned", "mlp", "repeat"] = "pixel_aligned"
+    """How image features reach the vertices (Table 1): sampled at their projections, or the global feature
+    through an MLP, or the global feature repeated.
+    """
+    skips: tuple[bool, bool, bool, bool] = (True, True, True, True)
+    """Whether M4, M3, M2, M1 receive features of their image feature map (Table 2)."""
+    refinements: Literal[0, 1, 3] = 0
+    """Refinements of the full mesh after a decoder that sees the image at M4 only (Table 3); 0 is the
+    paper's own coarse-to-fine decoder.
+    """
+    decoder: Literal["gcn", "metro"] = "gcn"
+    """Graph convolutions, or METRO's transformer (Table 4)."""
     decoder_channels: tuple[int, int, int, int] = (256, 128, 64, 64)
     """Vertex channels at M4, M3, M2, M1."""
     spiral_length: int = 9
     attention_heads: tuple[int, int, int, int] = (4, 4, 4, 4)
     """Heads of the self-attention in the mesh-conv layers of M4, M3, M2, M1; 0 leaves it out."""
+    transformer_channels: tuple[int, int, int] = (1024, 256, 128)
+    """Widths of METRO's three encoder blocks."""
+    transformer_layers: int = 4
+    """Layers of each of METRO's blocks."""
+    transformer_heads: int = 4
     root_joint: int = 9
     """The joint (FreiHAND's order) that predicted meshes are relative to."""
 
@@ -55,6 +84,8 @@ class LossConfig:
     """Weight of the camera's supervision, see `pahm.losses.projection_loss`."""
     position: float = 1.0
     """Weight of the 2D positions that the first mesh is lifted from, see `pahm.losses.position_loss`."""
+    joints: float = 1.0
+    """Weight of the joints that METRO's joint queries predict, see `pahm.losses.joint_loss`."""
     heatmap_sigma: float = 3.5
     """Standard deviation of a pose heatmap's Gaussian, in pixels of a 224-pixel image (CMR)."""
 
@@ -81,7 +112,16 @@ class TrainConfig:
     export: Literal["float32", "float16"] = "float32"
     """Type of the weights in `model.safetensors`."""
     channels_last: bool = True
+    sync_batchnorm: bool = True
+    """Normalise over the images of all processes, so that several train what one would."""
+    shuffle_buffer: int = 4000
+    """Images of tar shards among which the next one is drawn; a folder's are all shuffled."""
     workers: int = 2
+    """Processes that load images, for each training process; they have no part in the result."""
+    save_minutes: float = 10.0
+    """A resumable checkpoint is saved as often within an epoch, besides at its end; 0 does not."""
+    save_every: int = 0
+    """The same in steps; 0 does not."""
     seed: int = 0
 
 
@@ -196,43 +236,51 @@ def _describe(kind: Any) -> str:
     return getattr(kind, "__name__", str(kind))
 
 
-PRESETS: dict[str, Config] = {
-    "tiny": Config(
-        name="tiny",
-        model=ModelConfig(
-            backbone="tf_efficientnet_lite0",
-            pretrained=True,
-            image_size=128,
-            feature_channels=(128, 96, 64, 48),
-            decoder_channels=(96, 64, 48, 32),
-            # At 389 and 778 vertices attention would take a third of a training step's time on a CPU.
-            attention_heads=(4, 4, 0, 0),
-        ),
-        train=TrainConfig(
-            epochs=6,
-            batch_size=32,
-            learning_rate=1e-3,
-            optimizer="adamw",
-            weight_decay=0.02,
-            schedule="cosine",
-            gradient_clip=1.0,
-            export="float16",
-        ),
-        # One pixel of the 32 x 32 heatmaps.
-        loss=LossConfig(heatmap_sigma=7.0),
-        # Mild: `pahm synth` varies poses, views and colours by itself.
-        augment=AugmentConfig(
-            rotation=30.0, translation=0.05, scale=0.1, brightness=0.2, contrast=0.2, saturation=0.2, hue=10.0
-        ),
-    ),
-    "resnet18": Config(name="resnet18", model=ModelConfig(backbone="resnet18", pretrained=True)),
-    "resnet50": Config(name="resnet50", model=ModelConfig(backbone="resnet50", pretrained=True)),
-    "hrnet_w64": Config(name="hrnet_w64", model=ModelConfig(backbone="hrnet_w64", pretrained=True)),
-}
+_FOLDER = resources.files("pahm") / "configs"
+
+PRESETS = tuple(sorted(entry.name.removesuffix(".yaml") for entry in _FOLDER.iterdir()))
+"""Names of the configuration files in the package."""
 
 
 def preset(name: str) -> Config:
     """One of `PRESETS` by name; ValueError lists them."""
     if name not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
-    return PRESETS[name]
+    return _from_yaml((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), name, f"{name}.yaml")
+
+
+def from_file(path: str | os.PathLike[str]) -> Config:
+    """The configuration in a YAML file (or JSON, such as a run's `config.json`); what it leaves out is the
+    default, and its `name` the file's.
+
+    Raises FileNotFoundError, or ValueError naming the file and the value that is wrong.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"configuration: {file} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not a text file ({error})") from error
+    return _from_yaml(text, file.stem, str(file))
+
+
+def _from_yaml(text: str, name: str, where: str) -> Config:
+    try:
+        values = yaml.load(text, _Loader)
+        if not isinstance(values, dict):
+            raise ValueError(f"expected values by name, got {values!r}")
+        return from_dict({"name": name} | values)
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a value that is given twice, of which YAML's readers take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name} is given twice, again in line {node.start_mark.line + 1} or below")
+        return super().construct_mapping(node, deep)

@@ -63,9 +63,8 @@ def brightness_map(image):
 @pytest.mark.parametrize("size", [96, 128, 224, 300])
 @pytest.mark.parametrize("seed", range(4))
 def test_augmented_labels_project_on_the_same_image_content(size, seed):
-    torch.manual_seed(seed)
     point = (100.4, 121.7)
-    result = CropTransform(size, GEOMETRY_ONLY)(sample_with_spot(point))
+    result = CropTransform(size, GEOMETRY_ONLY, seed)(sample_with_spot(point))
     picture = brightness_map(result["image"])
     expected = result["joints_2d"][9].numpy()
     row, column = (round(float(value)) for value in (expected[1], expected[0]))
@@ -84,10 +83,8 @@ def test_augmented_labels_project_on_the_same_image_content(size, seed):
 
 def test_rotation_keeps_depth_and_distances_and_turns_the_labels():
     sample = sample_with_spot((112, 112))
-    torch.manual_seed(0)
-    angle = math.radians(90) * (2 * torch.rand(8, dtype=torch.float64) - 1)[0].item()
-    torch.manual_seed(0)
-    result = CropTransform(128, AugmentConfig(90, 0, 0, 0, 0, 0, 0))(sample)
+    angle = math.radians(90) * np.random.default_rng((3, 2, 7)).uniform(-1, 1, 8)[0]
+    result = CropTransform(128, AugmentConfig(90, 0, 0, 0, 0, 0, 0), seed=3)(sample, 2)
     x, y, z = sample["joints"].astype(np.float64).T
     cos, sin = math.cos(angle), math.sin(angle)
     turned = np.stack([cos * x - sin * y, sin * x + cos * y, z])
@@ -139,16 +136,20 @@ def test_outside_of_the_image_is_neutral():
     assert np.asarray(warp(Image.new("L", (50, 50), 255), matrix, 60))[:15].max() == 0
 
 
-def test_same_seed_same_crop_and_other_draws_differ():
+def test_a_crop_is_a_function_of_seed_epoch_and_index():
     sample = sample_with_spot((112, 112))
-    transform = CropTransform(64, AugmentConfig())
-    torch.manual_seed(5)
-    first, following = transform(sample), transform(sample)
-    torch.manual_seed(5)
-    again = transform(sample)
+    first = CropTransform(64, AugmentConfig(), seed=5)(sample, 1)
+    torch.rand(3)
+    again = CropTransform(64, AugmentConfig(), seed=5)(sample, 1)
     assert all(torch.equal(first[key], again[key]) for key in first)
-    assert not torch.equal(first["K"], following["K"])
-    assert not torch.equal(first["image"], following["image"])
+    others = [
+        CropTransform(64, AugmentConfig(), seed=6)(sample, 1),
+        CropTransform(64, AugmentConfig(), seed=5)(sample, 2),
+        CropTransform(64, AugmentConfig(), seed=5)({**sample, "index": 8}, 1),
+    ]
+    for other in others:
+        assert not torch.equal(first["K"], other["K"])
+        assert not torch.equal(first["image"], other["image"])
 
 
 def test_augmentation_stays_in_its_ranges():
@@ -156,10 +157,9 @@ def test_augmentation_stays_in_its_ranges():
     sample["K"] = np.array([[480.0, 0, 111.5], [0, 480.0, 111.5], [0, 0, 1]], np.float32)
     config = AugmentConfig(rotation=30, translation=0.1, scale=0.25)
     transform = CropTransform(224, config)
-    torch.manual_seed(0)
     focal, shift, angle = [], [], []
-    for _ in range(200):
-        result = transform(sample)
+    for epoch in range(200):
+        result = transform(sample, epoch)
         focal.append(result["K"][0, 0].item() / 480)
         shift.append(((result["K"][:2, 2] - 111.5) / 224).numpy())
         before, after = sample["joints"][9] - sample["joints"][0], result["joints"][9] - result["joints"][0]

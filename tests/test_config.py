@@ -1,8 +1,11 @@
 """The configuration: presets, overrides, the way to JSON and back."""
 
+import json
+from importlib import resources
+
 import pytest
 
-from pahm.config import PRESETS, Config, from_dict, from_json, preset
+from pahm.config import PRESETS, Config, from_dict, from_file, from_json, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -68,7 +71,61 @@ def test_wrong_overrides_are_named(values, sentence):
 def test_unknown_names_and_presets_are_refused():
     with pytest.raises(ValueError, match=r"no value named model\.depth"):
         from_dict({"model": {"depth": 3}})
-    with pytest.raises(ValueError, match="expected one of tiny, resnet18"):
+    with pytest.raises(ValueError, match="one of hrnet_w64, resnet18, resnet50, tiny, got 'resnet101'"):
         preset("resnet101")
     with pytest.raises(ValueError, match="expected a JSON object, got list"):
         from_json("[]")
+
+
+def test_a_preset_is_a_file_and_a_copy_of_it_is_the_same_configuration(tmp_path):
+    for name in PRESETS:
+        text = (resources.files("pahm") / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
+        (tmp_path / f"{name}.yaml").write_text(text)
+        assert from_file(tmp_path / f"{name}.yaml") == preset(name)
+        assert preset(name).model.backbone in text and preset(name).name == name
+    tiny = preset("tiny")
+    assert (
+        tiny.model.image_size,
+        tiny.model.attention_heads,
+        tiny.train.schedule,
+        tiny.loss.heatmap_sigma,
+    ) == ((128, (4, 4, 0, 0), "cosine", 7.0))
+
+
+def test_a_file_gives_what_it_says_and_the_defaults(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "# a comment\ntrain: {learning_rate: 1e-4, milestones: [3, 5]}\nmodel: {backbone: resnet50}\n"
+    )
+    expected = {"name": "mine", "train.learning_rate": 1e-4, "train.milestones": [3, 5]}
+    assert from_file(path) == Config().override({**expected, "model.backbone": "resnet50"})
+    # What a run leaves in its folder is such a file.
+    other = preset("tiny").override({"train.epochs": 2})
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(other.to_json()), indent=2))
+    assert from_file(tmp_path / "config.json") == other
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("train:\n  epochs: many\n", r"train\.epochs: expected int, got 'many'"),
+        ("train: {epoch: 3}", r"no value named train\.epoch; it has epochs"),
+        ("train: 3", r"train: expected an object, got 3"),
+        ("train: [1", r"while parsing a flow sequence"),
+        ("- 1", r"expected values by name, got \[1\]"),
+        ("train:\n  epochs: 3\n  epochs: 4\n", r"epochs is given twice"),
+        ("augment: {scale: 2}", r"scale: expected a finite number >= 0 and below 1, got 2"),
+        ("a: !!python/object/apply:os.getcwd []", r"could not determine a constructor"),
+    ],
+)
+def test_wrong_files_are_named_with_the_value(tmp_path, text, sentence):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"mine\.yaml: .*{sentence}") as caught:
+        from_file(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml does not exist"):
+        from_file(tmp_path / "none.yaml")

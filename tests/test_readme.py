@@ -37,7 +37,7 @@ def test_python_blocks_run_in_order():
 def test_commands_and_options_exist(capsys):
     lines = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines()]
     commands = [line.split()[1:] for line in lines if line.startswith("pahm ")]
-    assert {command[0] for command in commands} == {"predict", "synth", "train", "eval"}
+    assert {command[0] for command in commands} == {"predict", "synth", "train", "eval", "ablate"}
     for command in commands:
         with pytest.raises(SystemExit):
             main([command[0], "--help"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pahm.cli import main
@@ -213,6 +214,19 @@ def test_bad_input_is_one_sentence(case, sentence, run, trained, data, tmp_path,
 
 
 # In a browser ---------------------------------------------------------------------------------------------
+
+
+def test_the_data_are_those_of_the_run_where_none_are_named(run, trained, data, tmp_path):
+    options = {"count": 1, "failures": 0, "images": 2, "device": "cpu", "progress": False}
+    with pytest.raises(ValueError, match=r"--data: .*run\.json does not exist to name the run's data"):
+        make_report(run, out=tmp_path / "page.html", **options)
+    page = make_report(trained, out=tmp_path / "page.html", **options)
+    assert str(data.resolve()) in body(page)
+    assert f"torch {torch.__version__}" in body(page)
+    shutil.copytree(trained, tmp_path / "broken")
+    (tmp_path / "broken" / "run.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"broken/run\.json is not a record of pahm train"):
+        make_report(tmp_path / "broken", out=tmp_path / "page.html", **options)
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,29 @@
 """Training end to end on a few rendered hands: targets, schedules, resuming, refusals."""
 
 import errno
+import json
 import math
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from fsspec.implementations.local import LocalFileOpener
 
-from pahm.config import preset
+from pahm.config import from_file, from_json, preset
 from pahm.data.augment import CropTransform
 from pahm.data.freihand import FreiHand
+from pahm.data.loading import Batches, FolderImages
 from pahm.data.synth import generate
 from pahm.evaluation import evaluate, mean_hand
 from pahm.losses import project, total_loss
 from pahm.metrics import procrustes_errors
-from pahm.model import load_checkpoint, read_metadata
-from pahm.training import HandTraining, WarmupCosine, loaders, train
+from pahm.model import load_checkpoint, read_metadata, shipped_checkpoint
+from pahm.model.checkpoint import read_provenance
+from pahm.provenance import _revision, provenance
+from pahm.training import HandTraining, WarmupCosine, train
 
 CONFIG = preset("tiny").override(
     {
@@ -61,8 +65,8 @@ def steps(monkeypatch):
 
 
 def batch_of(data, count=4):
-    samples = FreiHand(data, "training", CropTransform(64, CONFIG.augment))
-    return torch.utils.data.default_collate([samples[i] for i in range(count)])
+    images = FolderImages(FreiHand(data, "training"))
+    return Batches(images, CropTransform(64, CONFIG.augment))[0, list(range(count))]
 
 
 def test_targets_are_the_hand_seen_in_the_crop(data):
@@ -155,15 +159,15 @@ def test_a_run_can_start_from_a_checkpoint(run, data, tmp_path):
 def test_a_full_disk_loses_no_finished_epoch(data, tmp_path, monkeypatch):
     written = []
 
-    def write(self, *args):
-        if self.path.endswith("last.ckpt"):
-            written.append(self.path)
+    def save(checkpoint, stream, save=torch.save):
+        written.append(stream.name)
         if len(written) == 2:
+            stream.write(b"a part")
             raise OSError(errno.ENOSPC, "No space left on device")
-        return self.f.write(*args)
+        save(checkpoint, stream)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(LocalFileOpener, "write", write, raising=False)
+        patch.setattr("torch.save", save)
         train(CONFIG, data, tmp_path, accelerator="cpu", progress=False)
     assert len(written) == 2
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 0
@@ -181,10 +185,20 @@ def test_a_run_of_another_configuration_is_not_continued(run, data):
 def test_unusable_data_is_refused_before_anything_is_written(data, tmp_path):
     with pytest.raises(FileNotFoundError, match="training"):
         train(CONFIG, tmp_path, tmp_path / "out", accelerator="cpu", progress=False)
-    with pytest.raises(ValueError, match="8 images, expected at least 9"):
-        loaders(CONFIG.override({"train.batch_size": 9}), data)
-    with pytest.raises(ValueError, match="4 images cannot be split over 3 devices"):
-        loaders(CONFIG, data, devices=3)
+    for options, devices, sentence in [
+        ({"train.batch_size": 9}, 1, "8 images, expected at least 9"),
+        ({}, 3, "4 images cannot be split over 3 devices"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            train(
+                CONFIG.override(options),
+                data,
+                tmp_path / "out",
+                accelerator="cpu",
+                devices=devices,
+                strategy="ddp",
+                progress=False,
+            )
     assert not (tmp_path / "out").exists()
 
 
@@ -197,8 +211,94 @@ def test_a_folder_without_evaluation_images_trains_without_scores(data, tmp_path
 
 def test_a_loss_that_is_not_finite_stops_with_the_images(data, tmp_path, monkeypatch):
     monkeypatch.setattr("pahm.losses.mesh_loss", lambda predicted, target: torch.tensor(math.nan))
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 0, images \[.*mesh_4 nan"):
+    sentence = r"the loss is nan at step 0, images training/rgb/0000000\d\.jpg, .*mesh_4 nan"
+    with pytest.raises(FloatingPointError, match=sentence):
         train(CONFIG, data, tmp_path, accelerator="cpu", progress=False)
+
+
+@pytest.mark.parametrize("often", [{"train.save_every": 1}, {"train.save_minutes": 1e-9}])
+def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(run, data, tmp_path, monkeypatch, often):
+    config = CONFIG.override(often)
+
+    def step(self, batch, index, step=HandTraining.training_step):
+        with pytest.MonkeyPatch.context() as patch:
+            if self.global_step == 3:
+                patch.setattr("pahm.losses.edge_loss", lambda *arguments: torch.tensor(math.inf))
+            return step(self, batch, index)
+
+    monkeypatch.setattr(HandTraining, "training_step", step)
+    with pytest.raises(FloatingPointError, match=r"the loss is inf at step 3, images training/rgb"):
+        train(config, data, tmp_path, accelerator="cpu", progress=False)
+    stored = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert stored["global_step"] == 3 and stored["pahm_place"] == [1, 1]
+    monkeypatch.undo()
+    train(config, data, tmp_path, accelerator="cpu", progress=False)
+    one, two = (load_checkpoint(out / "model.safetensors").state_dict() for out in (run[0], tmp_path))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, monkeypatch):
+    def spoil(self, optimizer):
+        if self.global_step == 2:
+            next(iter(self.network.parameters())).grad.fill_(math.nan)
+
+    monkeypatch.setattr(HandTraining, "on_before_optimizer_step", spoil)
+    # Clipping would make all gradients NaN.
+    config = CONFIG.override({"train.save_every": 1, "train.gradient_clip": 0})
+    sentence = r"weights of .* are not finite after step 2, images training/rgb/.*jpg; .* stays as it was"
+    with pytest.raises(FloatingPointError, match=sentence):
+        train(config, data, tmp_path, accelerator="cpu", progress=False)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_a_run_says_how_it_was_made(run, data):
+    out, _ = run
+    record = json.loads((out / "run.json").read_text())
+    assert record["data"] == str(data.resolve()) and record["eval_data"] is None
+    assert from_file(out / "config.json") == CONFIG
+    assert record["config"] == json.loads(CONFIG.to_json())
+    stored = torch.load(out / "last.ckpt", weights_only=True)
+    made = read_provenance(out / "model.safetensors")
+    assert json.loads(stored["pahm_provenance"]) == made == record["provenance"] == provenance()
+    assert from_json(stored["pahm_config"]) == CONFIG
+    assert made["torch"] == torch.__version__ and made["pytorch-lightning"] and made["timm"]
+    assert made["python"] == platform.python_version() and made["cpu"]
+    assert str(data).encode() not in (out / "model.safetensors").read_bytes()
+
+
+def test_the_shipped_checkpoint_says_nothing_of_where_it_comes_from():
+    assert read_provenance(shipped_checkpoint()) == {}
+
+
+def test_the_revision_is_that_of_the_packages_own_checkout(tmp_path):
+    def git(*arguments):
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    package = tmp_path / "pahm"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    assert _revision(package) is None
+    git("init", "--quiet")
+    (tmp_path / "other").write_text("")
+    git("add", "other")
+    git("commit", "--quiet", "-m", "another project")
+    assert _revision(package) is None, "installed inside another project's checkout"
+    git("add", "pahm")
+    git("commit", "--quiet", "-m", "ours")
+    assert _revision(package) == git("rev-parse", "HEAD")
+    (tmp_path / "notes").write_text("not tracked")
+    assert _revision(package) == git("rev-parse", "HEAD")
+    (package / "__init__.py").write_text("import os")
+    assert _revision(package) == git("rev-parse", "HEAD") + "+dirty"
+
+
+def test_other_evaluation_images_can_be_scored(data, tmp_path):
+    generate(tmp_path / "other", 0, 2, seed=8, workers=1, progress=False)
+    config = CONFIG.override({"train.epochs": 1})
+    options = {"eval_data": tmp_path / "other", "accelerator": "cpu", "progress": True}
+    assert train(config, data, tmp_path / "run", **options)["images"] == 2
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["eval_data"] == str(tmp_path / "other")
 
 
 def test_training_in_bfloat16(data, tmp_path):
@@ -252,8 +352,8 @@ def test_schedules():
 
 def test_mean_hand_beats_any_single_hand(data):
     dataset = FreiHand(data, "training")
-    mean = mean_hand(dataset)
     hands = torch.from_numpy(dataset.tables["vertices"].rows.copy()).double()
+    mean = mean_hand(hands.numpy())
 
     def score(constant):
         return procrustes_errors(constant.double().expand_as(hands), hands, reflection=False).mean()

@@ -22,6 +22,7 @@ from pahm.config import Config, from_dict, preset
 from pahm.data.synth import generate
 from pahm.hand.topology import HandTopology
 from pahm.model.checkpoint import load_checkpoint
+from pahm.provenance import provenance
 
 RESULT = "{variant}-seed{seed}.json"
 _NOT_COMPARED = ("backbone_weights", "workers")  # where weights lie and who reads images decide no result
@@ -40,12 +41,13 @@ class Scale:
 
 def _tiny(table: str) -> Config:
     changes = {
-        "model.image_size": 96,
+        "model.image_size": 64,
         "model.transformer_channels": [256, 128, 64],
         "train.epochs": 1,
         "train.batch_size": 8,
         "train.learning_rate": 5e-4,
         "train.workers": 0,
+        "loss.heatmap_sigma": 14.0,  # one pixel of the 16 x 16 heatmaps
         "train.export": "float32",
     }
     return preset("tiny").override(changes)
@@ -57,7 +59,7 @@ def _paper(table: str) -> Config:
 
 
 SCALES: dict[str, Scale] = {
-    "tiny": Scale("96 x 96 pixels, one pass over 10,000 rendered images", _tiny, (10000, 1000)),
+    "tiny": Scale("64 x 64 pixels, one pass over 10,000 rendered images", _tiny, (10000, 1000)),
     "paper": Scale("224 x 224 pixels, 50 epochs of FreiHAND in batches of 64", _paper, None),
 }
 
@@ -182,6 +184,7 @@ def _run(
         "seconds": round(seconds, 1),
         "threads": threads,
         "config": json.loads(recorded.to_json()),
+        "provenance": provenance(),
     }
     partial_file = result.with_suffix(".part")
     partial_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -131,33 +131,36 @@ class CropTransform:
     """Turns a sample of `FreiHand` into the tensors that a network is trained on.
 
     size: the crop's side S in pixels. augment: ranges of the random changes, or None for the whole image
-    resized (its centred square where it is not square). Random numbers come from torch's default generator,
-    which data loaders seed apart for each worker and epoch from the main process's seed.
+    resized (its centred square where it is not square). seed: the changes of a sample are a function of the
+    seed, of the epoch that the call names, and of the sample's index alone: no process and no order of calls
+    has a part in them.
 
-    Called with a sample, returns a dict: `image` (3, S, S) float32, ImageNet normalised; `mask` (1, S, S)
-    float32, 0 or 1; `K` (3, 3) float32, maps the camera space of the labels to crop pixels; `joints` (21, 3)
-    and `vertices` (778, 3) float32, metres in the camera space after the in-plane rotation; `joints_2d`
-    (21, 2) float32, pixels of the crop; `scale` () float32, metres; `index` () int64. Keys that the sample
-    does not have are absent. With the rotation R_z of the image by A (image pixels to crop pixels):
-    X' = R_z X and K' = A K R_z^T, so that K' X' ~ A K X holds exactly.
+    Called with a sample (and an epoch, 0 by default), returns a dict: `image` (3, S, S) float32, ImageNet
+    normalised; `mask` (1, S, S) float32, 0 or 1; `K` (3, 3) float32, maps the camera space of the labels to
+    crop pixels; `joints` (21, 3) and `vertices` (778, 3) float32, metres in the camera space after the
+    in-plane rotation; `joints_2d` (21, 2) float32, pixels of the crop; `scale` () float32, metres; `index` ()
+    int64. Keys that the sample does not have are absent. With the rotation R_z of the image by A (image
+    pixels to crop pixels): X' = R_z X and K' = A K R_z^T, so that K' X' ~ A K X holds exactly.
 
     Raises ValueError for a size below 8 pixels.
     """
 
-    def __init__(self, size: int, augment: AugmentConfig | None = None) -> None:
+    def __init__(self, size: int, augment: AugmentConfig | None = None, seed: int = 0) -> None:
         if size < 8:
             raise ValueError(f"size: expected at least 8 pixels, got {size}")
         self.size = size
         self.augment = augment
+        self.seed = seed
 
-    def __call__(self, sample: dict[str, Any]) -> dict[str, Tensor]:
+    def __call__(self, sample: dict[str, Any], epoch: int = 0) -> dict[str, Tensor]:
         image: Image.Image = sample["image"]
         width, height = image.size
         side, centre_x, centre_y, angle, colour = float(max(width, height)), width / 2, height / 2, 0.0, None
         draws: list[float] = []
         if self.augment is not None:
             config = self.augment
-            draws = (2 * torch.rand(8, dtype=torch.float64) - 1).tolist()
+            generator = np.random.default_rng((self.seed, epoch, int(sample["index"])))
+            draws = generator.uniform(-1, 1, 8).tolist()
             angle = math.radians(config.rotation) * draws[0]
             side /= 1 + config.scale * draws[1]
             centre_x += config.translation * side * draws[2]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def save_checkpoint(
     *,
     scores: dict[str, float] | None = None,
     dtype: torch.dtype = torch.float32,
+    provenance: Mapping[str, str | None] | None = None,
 ) -> None:
     """Write `network` to a `.safetensors` file that `load_checkpoint` needs nothing else for.
 
@@ -35,6 +37,7 @@ def save_checkpoint(
             weights lay on this machine is not recorded.
         scores: the scores to record beside the weights, such as `HandMetrics` gives.
         dtype: floating-point weights are stored in this type (float16 halves the file).
+        provenance: versions, machine and revision to record, as `pahm.provenance` gives them.
     """
     tensors = {
         f"network.{name}": value.to(dtype if value.is_floating_point() else value.dtype).contiguous()
@@ -44,6 +47,7 @@ def save_checkpoint(
         tensors[f"topology.{name}"] = torch.from_numpy(value.copy())
     recorded = config.override({"model.backbone_weights": None}).to_json()
     metadata = {"format": FORMAT, "config": recorded, "scores": json.dumps(scores or {})}
+    metadata["provenance"] = json.dumps(dict(provenance or {}))
     temporary = Path(f"{os.fspath(path)}.part")
     temporary.write_bytes(save(tensors, metadata))
     temporary.replace(path)
@@ -56,18 +60,32 @@ def read_metadata(path: str | os.PathLike[str]) -> tuple[Config, dict[str, float
         FileNotFoundError: no such file.
         ValueError: not a checkpoint of this package.
     """
+    metadata = _metadata(path)
+    return from_json(metadata["config"]), json.loads(metadata["scores"])
+
+
+def read_provenance(path: str | os.PathLike[str]) -> dict[str, str | None]:
+    """What made a checkpoint, as `pahm.provenance` gives it; empty for files that do not say.
+
+    Raises FileNotFoundError, ValueError as `read_metadata`.
+    """
+    found: dict[str, str | None] = json.loads(_metadata(path).get("provenance", "{}"))
+    return found
+
+
+def _metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint: no file at {os.fspath(path)}")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata: dict[str, str] = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"checkpoint: {os.fspath(path)} is not a safetensors file ({error})") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"checkpoint: {os.fspath(path)} has format {metadata.get('format')!r}, expected {FORMAT!r}"
         )
-    return from_json(metadata["config"]), json.loads(metadata["scores"])
+    return metadata
 
 
 def shipped_checkpoint() -> Path:

@@ -24,9 +24,10 @@ from rich.progress import track
 from pahm.config import from_json
 from pahm.evaluation import COLUMNS
 from pahm.failures import LIMITS, NONE, Reasons, dominant
-from pahm.model.checkpoint import check_same_network, load_checkpoint, read_metadata
+from pahm.model.checkpoint import check_same_network, load_checkpoint, read_metadata, read_provenance
 from pahm.model.network import HandNet
 from pahm.predict import Predictor
+from pahm.run_folder import CONFIG, RECORD
 from pahm.run_report.curves import charts, read_curves
 from pahm.run_report.hands import Hand, Photographer
 from pahm.run_report.per_image import Scored, annotated, reasons_of, score
@@ -39,7 +40,7 @@ _LARGEST = 1000  # images that are scored where nothing is said
 
 def make_report(
     run: str | os.PathLike[str],
-    data: str | os.PathLike[str],
+    data: str | os.PathLike[str] | None = None,
     *,
     baseline: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -52,7 +53,8 @@ def make_report(
     """Write one HTML file, which needs no network, about a run folder of `pahm train`; returns its path.
 
     Args:
-        data: a folder in FreiHAND's layout whose evaluation images are annotated.
+        data: a folder in FreiHAND's layout whose evaluation images are annotated; by default the one that
+            the run's `run.json` names.
         baseline: a run folder or checkpoint to show beside the run's.
         out: the file, `report.html` in the run folder by default.
         count: hands in the grid, evenly spread over the images that are scored.
@@ -60,13 +62,15 @@ def make_report(
         images: how many of the first evaluation images are scored; all, but at most 1,000, by default.
 
     Raises:
-        ValueError: plotly is not installed; a number out of range; `data` is not annotated, or its meshes
+        ValueError: plotly is not installed; a number out of range; `data` is not given and not recorded, or
+            is not annotated, or its meshes
             are not those of the checkpoint's hand; the checkpoint does not belong to the run's
             `config.json`; the baseline's hand is another one.
         FileNotFoundError, IsADirectoryError: there is no checkpoint; `out` is a folder.
     """
     start = time.monotonic()
-    run, data = Path(run), os.fspath(data)
+    run = Path(run)
+    data = _recorded_data(run) if data is None else os.fspath(data)
     out = run / "report.html" if out is None else Path(out)
     _check_arguments(out, count, failures, images)
     network = _own_network(run)
@@ -134,6 +138,18 @@ def make_report(
     return out
 
 
+def _recorded_data(run: Path) -> str:
+    """The folder whose evaluation images the run was scored on."""
+    path = run / RECORD
+    if not path.is_file():
+        raise ValueError(f"--data: {path} does not exist to name the run's data, give the folder")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return str(record["eval_data"] or record["data"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"DIR: {path} is not a record of pahm train ({error!r})") from error
+
+
 def _check_arguments(out: Path, count: int, failures: int, images: int | None) -> None:
     missing = [name for name in ("plotly", "jinja2") if importlib.util.find_spec(name) is None]
     if missing:
@@ -148,7 +164,7 @@ def _check_arguments(out: Path, count: int, failures: int, images: int | None) -
 def _own_network(run: Path) -> HandNet:
     if not (run / _MODEL).is_file():
         raise FileNotFoundError(f"DIR: {run} has no {_MODEL}, expected a finished run folder of pahm train")
-    recorded = run / "config.json"
+    recorded = run / CONFIG
     if recorded.is_file():
         try:
             expected = from_json(recorded.read_text(encoding="utf-8"))
@@ -244,6 +260,7 @@ def _by_reason(ours: Scored, theirs: Scored | None, reasons: list[Reasons]) -> l
 def _provenance(run: Path, data: str, baseline: object, network: HandNet) -> list[tuple[str, str]]:
     path = run / _MODEL
     config, recorded = read_metadata(path)
+    made = read_provenance(path)
     scores = ", ".join(f"{name} {value:.4g}" for name, value in recorded.items())
     rows = [
         ("made", datetime.datetime.now().astimezone().isoformat(timespec="seconds")),
@@ -252,6 +269,7 @@ def _provenance(run: Path, data: str, baseline: object, network: HandNet) -> lis
         ("checkpoint", f"{_MODEL}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"),
         ("parameters", f"{sum(p.numel() for p in network.parameters()):,}"),
         ("scores recorded with it", scores or "none"),
+        ("trained with", ", ".join(f"{name} {value}" for name, value in made.items() if value) or "unknown"),
         ("data", str(Path(data).resolve())),
         ("baseline", "none" if baseline is None else str(Path(str(baseline)).resolve())),
     ]

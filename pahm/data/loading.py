@@ -1,0 +1,173 @@
+"""Batches for training and evaluation: which images a process reads, when, and with which augmentation.
+
+All of it is a function of the seed, the epoch and the step. Neither the number of processes and of loader
+workers nor a stop in between changes what a step sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from pahm.data.augment import CropTransform
+from pahm.data.freihand import FreiHand, Sample
+
+Batch = dict[str, Any]
+"""What `CropTransform` gives, stacked over the images; `name`, their files' names in the data folder; and
+`unreadable`, one sentence for each image that another one stands in for. Empty for no images.
+"""
+
+_MAX_UNREADABLE = 100
+
+
+class Images(Protocol):
+    """Training images: `FreiHand`, or tar shards (`ShardImages`)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def order(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+        """The indices of all images in an epoch's order, the same in every process."""
+
+    def vertices(self, count: int) -> npt.NDArray[np.floating]:
+        """`(N, 778, 3)` metres: the vertices of the first hands, at most `count`."""
+
+
+class FolderImages:
+    """The training images of a folder in FreiHAND's layout; each epoch's order is a new permutation."""
+
+    def __init__(self, dataset: FreiHand) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.dataset[index]
+
+    def order(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+        return np.random.default_rng((seed, epoch)).permutation(len(self.dataset))
+
+    def vertices(self, count: int) -> npt.NDArray[np.floating]:
+        return np.asarray(self.dataset.tables["vertices"].rows[:count])
+
+
+class Batches(Dataset[Batch]):
+    """Whole batches of transformed images.
+
+    An item's key is an epoch and the indices of its images. An image that cannot be read is replaced by the
+    next one that can; ValueError after 100 in a row.
+    """
+
+    def __init__(self, images: Images, transform: CropTransform) -> None:
+        self.images = images
+        self.transform = transform
+
+    def __getitem__(self, key: tuple[int, list[int]]) -> Batch:
+        epoch, indices = key
+        if not indices:
+            return {}
+        unreadable: list[str] = []
+        samples = [self._read(index, unreadable) for index in indices]
+        batch: Batch = default_collate([self.transform(sample, epoch) for sample in samples])
+        return {**batch, "name": [sample["name"] for sample in samples], "unreadable": unreadable}
+
+    def _read(self, index: int, unreadable: list[str]) -> Sample:
+        for step in range(_MAX_UNREADABLE):
+            try:
+                return self.images[(index + step) % len(self.images)]
+            except ValueError as error:
+                unreadable.append(str(error))
+        raise ValueError(f"{_MAX_UNREADABLE} images in a row cannot be read, the last: {unreadable[-1]}")
+
+
+class TrainingKeys(Sampler[tuple[int, list[int]]]):
+    """The keys of one process's batches in an epoch: its part of every global batch, equally large in every
+    process. What does not fill a global batch at an epoch's end is left out.
+
+    Args:
+        batch_size: images a step over all processes, a multiple of their number.
+        processes: how many there are.
+        rank: gives the number of this process, once known.
+        start: epoch, and step within it, at which a resumed run begins.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        seed: int,
+        batch_size: int,
+        processes: int = 1,
+        rank: Callable[[], int] = lambda: 0,
+        start: tuple[int, int] = (0, 0),
+    ) -> None:
+        self.images, self.seed, self.batch_size = images, seed, batch_size
+        self.processes, self.rank = processes, rank
+        self.epoch, self.first = start
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go on to an epoch. Lightning names each one, but a resumed run's first only after its start."""
+        if epoch != self.epoch:
+            self.epoch, self.first = epoch, 0
+
+    def __len__(self) -> int:
+        return len(self.images) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        order = self.images.order(self.seed, self.epoch)
+        share = self.batch_size // self.processes
+        for step in range(self.first, len(self)):
+            first = step * self.batch_size + self.rank() * share
+            yield self.epoch, order[first : first + share].tolist()
+
+
+class EvaluationKeys(Sampler[tuple[int, list[int]]]):
+    """The keys of one process's evaluation batches: of all batches every `processes`-th one, whole, so that
+    each image is scored once and in the company that it has in a single process. A process that gets one
+    batch less than others ends with an empty one, since all have to take the same number of steps.
+    """
+
+    def __init__(
+        self, count: int, batch_size: int, processes: int = 1, rank: Callable[[], int] = lambda: 0
+    ) -> None:
+        self.count, self.batch_size = count, batch_size
+        self.processes, self.rank = processes, rank
+
+    def __len__(self) -> int:
+        return -(-self.count // (self.batch_size * self.processes))
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        for step in range(len(self)):
+            first = (step * self.processes + self.rank()) * self.batch_size
+            yield 0, list(range(first, min(first + self.batch_size, self.count)))
+
+
+def loader(
+    images: Images, transform: CropTransform, keys: Sampler[tuple[int, list[int]]], workers: int, pin: bool
+) -> DataLoader[Batch]:
+    """A loader of the batches of `keys`; `pin` puts them into page-locked memory, for a GPU."""
+    return DataLoader(
+        Batches(images, transform),
+        batch_size=None,
+        sampler=keys,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin,
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make what a training step draws from torch's generators a function of seed, step and process."""
+    state = np.random.SeedSequence((seed, step, rank)).generate_state(2, np.uint32)
+    torch.manual_seed(int(state[0]) << 32 | int(state[1]))

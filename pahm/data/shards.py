@@ -1,0 +1,248 @@
+"""Training images in tar shards, in webdataset's layout: a few large files instead of many small ones.
+
+Each image is a run of files of one key: `.jpg`, `.mask.jpg`, `.json` (index, name, K, scale), `.joints.npy`
+and `.vertices.npy`. Images lie in the shards in a random order that is fixed. They are read where they lie,
+each with one read, in the order that seed and epoch give; so that a resumed run reads nothing of what it has
+seen, and processes and workers share an epoch as they share a folder's.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+import tarfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from pahm.data.freihand import FreiHand, Sample
+
+LOG = logging.getLogger("pahm")
+MANIFEST = "shards.json"
+_PARTS = ("jpg", "mask.jpg", "json", "joints.npy", "vertices.npy")
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_BLOCK = 512  # a tar file's unit
+_OPEN = 32  # shards that a process keeps open
+
+
+def write_shards(data: str | os.PathLike[str], out: str | os.PathLike[str], size: int = 1000) -> int:
+    """Pack the training images of a folder in FreiHAND's layout, `size` a shard, into `train-000000.tar`, ...
+
+    Files are copied as they are. A shard has its name once it is whole; those that are there are not written
+    again, so that a stopped call can be repeated. Returns the number of shards.
+
+    Raises FileNotFoundError or ValueError as `FreiHand`, and ValueError for a size below 1 or a folder `out`
+    that was begun with other data or another size.
+    """
+    if size < 1:
+        raise ValueError(f"size: expected at least 1 image a shard, got {size}")
+    dataset, out = FreiHand(data, "training"), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    made_of = {"images": len(dataset), "annotations": dataset.annotations, "size": size}
+    manifest = out / MANIFEST
+    if manifest.exists():
+        if (begun := json.loads(manifest.read_text(encoding="utf-8"))) != made_of:
+            raise ValueError(f"out: {out} was begun with {begun}, got {made_of}; choose another folder")
+    else:
+        _write(manifest, json.dumps(made_of).encode())
+    # Neighbours in FreiHAND are alike, and a buffer does not reach far.
+    order = np.random.default_rng(0).permutation(len(dataset))
+    shards = [order[at : at + size] for at in range(0, len(order), size)]
+    for number, indices in enumerate(shards):
+        path = out / f"train-{number:06d}.tar"
+        if path.exists():
+            continue
+        content = io.BytesIO()
+        with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for index in indices:
+                for part, data_of_part in _files(dataset, int(index)).items():
+                    entry = tarfile.TarInfo(f"{index:08d}.{part}")
+                    entry.size = len(data_of_part)
+                    tar.addfile(entry, io.BytesIO(data_of_part))
+        _write(path, content.getbuffer())
+    return len(shards)
+
+
+def _files(dataset: FreiHand, index: int) -> dict[str, bytes]:
+    record = dataset.record(index)
+    image = dataset.root / record["name"]
+    mask = dataset.root / "training" / "mask" / f"{index % dataset.annotations:08d}.jpg"
+    values = {
+        "index": index,
+        "name": record["name"],
+        "K": record["K"].tolist(),
+        "scale": float(record["scale"]),
+    }
+    files = {"jpg": image.read_bytes(), "mask.jpg": mask.read_bytes(), "json": json.dumps(values).encode()}
+    for key in ("joints", "vertices"):
+        stream = io.BytesIO()
+        np.save(stream, record[key])
+        files[f"{key}.npy"] = stream.getvalue()
+    return files
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    partial.replace(path)
+
+
+def find_shards(data: str | os.PathLike[str]) -> list[Path]:
+    """The shards that `data` names: a tar file, several as `train-{000000..000009}.tar`, or a folder of them;
+    none where it names something else.
+
+    Raises FileNotFoundError for a shard that is missing.
+    """
+    text = os.fspath(data)
+    if text.endswith(".tar"):
+        paths = [Path(name) for name in _expand(text)]
+        for path in paths:
+            if not path.is_file():
+                raise FileNotFoundError(f"data: {path} does not exist")
+        return paths
+    return sorted(Path(text).glob("*.tar")) if not (Path(text) / "training").exists() else []
+
+
+def _expand(text: str) -> list[str]:
+    match = _RANGE.search(text)
+    if match is None:
+        return [text]
+    first, last = match.groups()
+    numbers = range(int(first), int(last) + 1)
+    return [
+        name
+        for number in numbers
+        for name in _expand(f"{text[: match.start()]}{number:0{len(first)}d}{text[match.end() :]}")
+    ]
+
+
+class ShardImages:
+    """The training images of tar shards, as `FolderImages` gives a folder's; `name` of a sample begins with
+    its shard's.
+
+    Parameters: `paths` of the shards; `buffer`, the number of images among which an epoch's order draws the
+    next one, over shards in a random order; `strict`, refuse a shard that is not whole.
+    What is whole in a shard that ends early is used, and one sentence names the shard. Raises ValueError
+    with `strict`, and where no whole image is left.
+    """
+
+    def __init__(self, paths: list[Path], buffer: int, strict: bool = False) -> None:
+        self.paths, self.buffer = paths, buffer
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+        places = []
+        for number, path in enumerate(paths):
+            found, whole = _index(path)
+            if not whole:
+                sentence = f"data: {path} ends early or is damaged: {len(found)} whole images"
+                if strict:
+                    raise ValueError(sentence)
+                LOG.warning("%s are used", sentence)
+            places += [(number, start, end) for start, end in found]
+        if not places:
+            raise ValueError(f"data: no whole image in {len(paths)} shards, the first is {paths[0]}")
+        self._places = np.array(places, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Sample:
+        files, shard = self._read(index)
+        values = json.loads(files["json"])
+        name = f"{shard}/{values['name']}"
+        return {
+            "index": int(values["index"]),
+            "name": name,
+            "image": _decode(files["jpg"], "RGB", name),
+            "mask": _decode(files["mask.jpg"], "L", name),
+            "K": np.array(values["K"], np.float32),
+            "scale": np.float32(values["scale"]),
+            "joints": np.load(io.BytesIO(files["joints.npy"])),
+            "vertices": np.load(io.BytesIO(files["vertices.npy"])),
+        }
+
+    def order(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+        generator = np.random.default_rng((seed, epoch))
+        shards = generator.permutation(len(self.paths))
+        stream = np.concatenate([np.flatnonzero(self._places[:, 0] == shard) for shard in shards])
+        waiting, rest = stream[: self.buffer], stream[self.buffer :]
+        draws = generator.integers(max(1, len(waiting)), size=len(rest))
+        order = np.empty_like(rest)
+        for i, draw in enumerate(draws):
+            order[i], waiting[draw] = waiting[draw], rest[i]
+        return np.concatenate([order, generator.permutation(waiting)])
+
+    def vertices(self, count: int) -> npt.NDArray[np.floating]:
+        """`(N, 778, 3)` metres: the vertices of the first hands, at most `count`."""
+        files = (self._read(index)[0] for index in range(min(count, len(self))))
+        return np.stack([np.load(io.BytesIO(parts["vertices.npy"])) for parts in files])
+
+    def _read(self, index: int) -> tuple[dict[str, bytes], str]:
+        number, start, end = (int(value) for value in self._places[index])
+        path = self.paths[number]
+        content = os.pread(self._descriptor(number), end - start, start)
+        try:
+            with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+                members = [(member.name.split(".", 1)[1], tar.extractfile(member)) for member in tar]
+                files = {part: stream.read() for part, stream in members if stream is not None}
+        except (tarfile.TarError, IndexError) as error:
+            raise ValueError(f"data: {path} has changed since training began ({error})") from error
+        if not set(_PARTS) <= set(files):
+            raise ValueError(f"data: {path} has changed since training began")
+        return files, path.name
+
+    def _descriptor(self, number: int) -> int:
+        if number not in self._descriptors:
+            if len(self._descriptors) >= _OPEN:
+                os.close(self._descriptors.popitem(last=False)[1])
+            self._descriptors[number] = os.open(self.paths[number], os.O_RDONLY)
+        return self._descriptors[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_descriptors": OrderedDict()}
+
+
+def _decode(content: bytes, mode: str, name: str) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.convert(mode)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image: {name} is not a readable image ({error})") from error
+
+
+def _index(path: Path) -> tuple[list[tuple[int, int]], bool]:
+    """First and last byte of every whole image in a shard, and whether the shard itself is whole."""
+    length = path.stat().st_size
+    found: list[tuple[int, int]] = []
+    key, start, parts = "", 0, set[str]()
+    with path.open("rb") as stream:
+        try:
+            with tarfile.open(fileobj=stream, mode="r:") as tar:
+                for member in tar:
+                    end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+                    if end > length:
+                        return found, False
+                    name, _, part = member.name.partition(".")
+                    if name != key:
+                        key, start, parts = name, member.offset, set()
+                    parts.add(part)
+                    if parts == set(_PARTS):
+                        found.append((start, end))
+        except tarfile.TarError:
+            return found, False
+        # A tar file ends with two blocks of zeros; without them it was cut between two images.
+        stream.seek(max(0, length - 2 * _BLOCK))
+        return found, not any(stream.read())

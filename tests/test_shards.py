@@ -1,0 +1,202 @@
+"""Tar shards: the folder's images, read where they lie; whole shards, cut ones, stopped writers."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pahm.cli import main
+from pahm.config import preset
+from pahm.data.augment import AugmentConfig, CropTransform
+from pahm.data.freihand import FreiHand
+from pahm.data.loading import Batches, FolderImages, TrainingKeys, loader
+from pahm.data.shards import ShardImages, find_shards, write_shards
+from pahm.data.synth import generate
+from pahm.model import read_metadata
+from pahm.training import HandTraining, train
+
+wds = pytest.importorskip("webdataset")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    generate(folder, 11, 3, seed=3, workers=1, progress=False)
+    return folder
+
+
+@pytest.fixture
+def shards(data, tmp_path):
+    folder = tmp_path / "shards"
+    assert write_shards(data, folder, 4) == 3
+    return folder
+
+
+def test_webdataset_reads_what_was_written(data, shards):
+    dataset = FreiHand(data, "training")
+    paths = [str(path) for path in find_shards(shards)]
+    assert [Path(path).name for path in paths] == [f"train-00000{i}.tar" for i in range(3)]
+    found = list(wds.WebDataset(paths, shardshuffle=False).decode("pil"))
+    assert sorted(sample["__key__"] for sample in found) == [f"{i:08d}" for i in range(11)]
+    for sample in found:
+        truth = dataset[sample["json"]["index"]]
+        assert sample["json"]["name"] == truth["name"]
+        assert np.array_equal(sample["jpg"], truth["image"])
+        assert np.array_equal(sample["mask.jpg"].convert("L"), truth["mask"])
+        for key in ("joints", "vertices"):
+            assert np.array_equal(sample[f"{key}.npy"], truth[key])
+        assert np.array_equal(np.float32(sample["json"]["K"]), truth["K"])
+
+
+def test_what_webdataset_writes_is_read(shards, tmp_path):
+    with wds.TarWriter(str(tmp_path / "copy.tar")) as writer:
+        for sample in wds.WebDataset([str(path) for path in find_shards(shards)], shardshuffle=False):
+            writer.write(
+                {key: value for key, value in sample.items() if key in ("__key__", "jpg") or "." in key}
+                | {"json": sample["json"]}
+            )
+    images = ShardImages([tmp_path / "copy.tar"], 4)
+    assert sorted(images[i]["index"] for i in range(len(images))) == list(range(11))
+
+
+def test_shards_give_the_folders_samples(data, shards):
+    folder = FreiHand(data, "training")
+    images = ShardImages(find_shards(shards), 5)
+    assert len(images) == 11
+    transform = CropTransform(32, AugmentConfig(), seed=2)
+    for i in range(11):
+        index = images[i]["index"]
+        one = Batches(images, transform)[7, [i]]
+        two = Batches(FolderImages(folder), transform)[7, [index]]
+        assert one["name"][0].endswith(f".tar/{two['name'][0]}")
+        assert one.keys() == two.keys()
+        assert all(torch.equal(v, two[k]) for k, v in one.items() if isinstance(v, torch.Tensor))
+    assert sorted(map(tuple, images.vertices(99)[:, 0])) == sorted(
+        map(tuple, folder.tables["vertices"].rows[:, 0])
+    )
+    assert images.vertices(3).shape == (3, 778, 3)
+
+
+def test_an_epochs_order_shuffles_shards_and_a_buffer(tmp_path):
+    images = ShardImages.__new__(ShardImages)
+    images.paths = [tmp_path] * 50
+    images._places = np.stack([np.repeat(np.arange(50), 20), *np.zeros((2, 1000), int)], axis=1)
+    images.buffer = 100
+    order = images.order(0, 0)
+    assert np.array_equal(np.sort(order), np.arange(1000))
+    assert np.array_equal(order, images.order(0, 0))
+    for other in (images.order(0, 1), images.order(1, 0)):
+        assert (other != order).mean() > 0.9
+    # A read is near the ones before it: of the shards in use at a time there are a few, not all.
+    spread = [len(set(order[at : at + 20] // 20)) for at in range(0, 1000, 20)]
+    assert 5 < np.mean(spread) < 16
+    assert len(set(order[:200] // 20)) < 20
+    images.buffer = 5000
+    assert np.array_equal(np.sort(images.order(0, 0)), np.arange(1000))
+
+
+def test_workers_and_processes_share_an_epoch(shards):
+    images = ShardImages(find_shards(shards), 5)
+    transform = CropTransform(32, AugmentConfig())
+
+    def names(workers, processes=1, rank=0, start=(1, 0)):
+        keys = TrainingKeys(images, 0, 4, processes, lambda: rank, start)
+        return [batch["name"] for batch in loader(images, transform, keys, workers, pin=False)]
+
+    whole = names(0)
+    assert len(whole) == 2 and len({name for batch in whole for name in batch}) == 8
+    assert names(2) == whole and names(0, start=(1, 1)) == whole[1:]
+    halves = [names(1, 2, rank) for rank in range(2)]
+    assert [a + b for a, b in zip(*halves, strict=True)] == whole
+
+
+@pytest.mark.parametrize("cut", [5000, 20000, "between", "end"])
+def test_a_cut_shard_is_named_and_the_rest_is_used(shards, caplog, cut):
+    path = shards / "train-000001.tar"
+    content = path.read_bytes()
+    whole = ShardImages([path], 1)._places
+    # Inside the first image; inside another; exactly between two images; the last zeros of the file.
+    length = {"between": int(whole[1, 2]), "end": int(whole[3, 2])}.get(cut, cut)
+    path.write_bytes(content[:length])
+    images = ShardImages(find_shards(shards), 5)
+    kept = int((whole[:, 2] <= length).sum())
+    assert len(images) == 7 + kept
+    [line] = [record.message for record in caplog.records if record.name == "pahm"]
+    assert line == f"data: {path} ends early or is damaged: {kept} whole images are used"
+    assert len({images[i]["index"] for i in range(len(images))}) == len(images)
+    with pytest.raises(ValueError, match=r"train-000001\.tar ends early"):
+        ShardImages(find_shards(shards), 5, strict=True)
+
+
+def test_what_is_not_a_tar_file_is_named(tmp_path, caplog):
+    (tmp_path / "train-000000.tar").write_bytes(b"no tar file " * 100)
+    with pytest.raises(ValueError, match=r"no whole image in 1 shards, the first is .*train-000000\.tar"):
+        ShardImages(find_shards(tmp_path), 5)
+    assert "train-000000.tar ends early or is damaged: 0 whole images" in caplog.text
+
+
+def test_a_shard_that_changes_during_training_costs_its_images_only(shards):
+    images = ShardImages(find_shards(shards), 5)
+    os.truncate(shards / "train-000002.tar", 100)
+    batch = Batches(images, CropTransform(32))[0, list(range(11))]
+    assert len(batch["name"]) == 11 and not any("train-000002" in name for name in batch["name"])
+    assert all("train-000002.tar has changed" in sentence for sentence in batch["unreadable"])
+
+
+def test_a_stopped_writer_goes_on(data, shards):
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in find_shards(shards)}
+    (shards / "train-000001.tar").rename(shards / "train-000001.tar.partial")
+    assert len(find_shards(shards)) == 2
+    assert write_shards(data, shards, 4) == 3
+    after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in find_shards(shards)}
+    assert {name: content for name, (content, _) in after.items()} == {n: c for n, (c, _) in before.items()}
+    assert after["train-000000.tar"] == before["train-000000.tar"], "written once"
+    assert not list(shards.glob("*.partial"))
+    with pytest.raises(ValueError, match=r"was begun with .*'size': 4.*'size': 5.*another folder"):
+        write_shards(data, shards, 5)
+    with pytest.raises(ValueError, match="size: expected at least 1 image a shard, got 0"):
+        write_shards(data, shards, 0)
+
+
+def test_ranges_of_shards(shards):
+    pattern = shards / "train-{000000..000002}.tar"
+    assert find_shards(pattern) == find_shards(shards)
+    assert find_shards(shards / "train-000001.tar") == [shards / "train-000001.tar"]
+    with pytest.raises(FileNotFoundError, match=r"train-000003\.tar does not exist"):
+        find_shards(shards / "train-{000001..000003}.tar")
+
+
+def test_training_on_shards_by_the_command_line(data, tmp_path, capsys, monkeypatch):
+    seen = []
+
+    def step(self, batch, index, step=HandTraining.training_step):
+        seen.extend(batch["name"])
+        return step(self, batch, index)
+
+    monkeypatch.setattr(HandTraining, "training_step", step)
+    out = tmp_path / "shards"
+    assert main(["shards", "--data", str(data), "--out", str(out), "--size", "6"]) == 0
+    assert "2 shards are ready" in capsys.readouterr().out
+    changes = ["model.backbone=test_resnet", "model.pretrained=false", "model.image_size=64"]
+    changes += ["train.batch_size=4", "train.epochs=1", "train.workers=0"]
+    command = ["train", "--data", f"{out}/train-{{000000..000001}}.tar", "--eval-data", str(data)]
+    command += ["--out", str(tmp_path / "run"), "--preset", "tiny", "--accelerator", "cpu"]
+    assert main([*command, *(part for change in changes for part in ("--set", change))]) == 0
+    assert len(set(seen)) == 8 and all(name.startswith("train-00000") for name in seen)
+    assert read_metadata(tmp_path / "run" / "model.safetensors")[1]["images"] == 3
+
+
+def test_shards_alone_train_without_scores(shards, tmp_path):
+    config = preset("tiny").override(
+        {
+            "model.backbone": "test_resnet",
+            "model.pretrained": False,
+            "model.image_size": 64,
+            "train.epochs": 1,
+            "train.batch_size": 4,
+            "train.workers": 0,
+        }
+    )
+    assert train(config, shards, tmp_path / "run", accelerator="cpu", progress=False) == {}
