@@ -85,9 +85,9 @@ def test_killed_runs_end_with_the_same_bits(data, whole, tmp_path, workers):
 def test_runs_killed_at_any_time_end_with_the_same_bits(data, whole, tmp_path):
     config = CONFIG.override({"train.save_every": 1, "train.workers": 1})
     clock, killed = random.Random(0), 0
-    for _ in range(40):
+    for life in range(60):
         process = start(config, data, tmp_path)
-        deadline = time.monotonic() + clock.uniform(1, 12)
+        deadline = time.monotonic() + clock.uniform(0, 1 + life / 4)
         while process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
         if not process.is_alive():

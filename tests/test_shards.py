@@ -1,6 +1,7 @@
 """Tar shards: the folder's images, read where they lie; whole shards, cut ones, stopped writers."""
 
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,10 @@ def test_an_epochs_order_shuffles_shards_and_a_buffer(tmp_path):
     spread = [len(set(order[at : at + 20] // 20)) for at in range(0, 1000, 20)]
     assert 5 < np.mean(spread) < 16
     assert len(set(order[:200] // 20)) < 20
+    images.buffer = 1  # the shards one after the other, each epoch in another order
+    visits = [images.order(0, epoch)[::20] // 20 for epoch in (0, 1)]
+    assert all(np.array_equal(np.sort(visit), np.arange(50)) for visit in visits)
+    assert (visits[0] != np.arange(50)).mean() > 0.8 and (visits[0] != visits[1]).mean() > 0.8
     images.buffer = 5000
     assert np.array_equal(np.sort(images.order(0, 0)), np.arange(1000))
 
@@ -137,9 +142,12 @@ def test_what_is_not_a_tar_file_is_named(tmp_path, caplog):
     assert "train-000000.tar ends early or is damaged: 0 whole images" in caplog.text
 
 
-def test_a_shard_that_changes_during_training_costs_its_images_only(shards):
+@pytest.mark.parametrize("members", [0, 2])
+def test_a_shard_that_changes_during_training_costs_its_images_only(shards, members):
     images = ShardImages(find_shards(shards), 5)
-    os.truncate(shards / "train-000002.tar", 100)
+    with tarfile.open(shards / "train-000002.tar") as tar:
+        length = tar.getmembers()[members].offset + 100 * (members == 0)
+    os.truncate(shards / "train-000002.tar", length)
     batch = Batches(images, CropTransform(32))[0, list(range(11))]
     assert len(batch["name"]) == 11 and not any("train-000002" in name for name in batch["name"])
     assert all("train-000002.tar has changed" in sentence for sentence in batch["unreadable"])

@@ -94,12 +94,20 @@ def logged(out):
 
 
 def score(config, data, options):
-    """The scores of a new network, as the evaluation within a run logs them."""
-    config = from_json(config)
+    """The scores of a new network, as the evaluation within a run logs them, and this process's images."""
+    config, names = from_json(config), []
+    update = HandTraining.validation_step
+
+    def validation_step(self, batch, index):
+        names.extend(batch.get("name", []))
+        update(self, batch, index)
+
+    HandTraining.validation_step = validation_step
     torch.manual_seed(0)
     trainer = _trainer(config, Path(data), Place(), "cpu", options["devices"], 1, "auto", False)
     trainer.validate(HandTraining(config), evaluation_loader(config, Path(data), trainer), verbose=False)
-    return {name: value.item() for name, value in trainer.callback_metrics.items()}
+    HandTraining.validation_step = update
+    return {name: value.item() for name, value in trainer.callback_metrics.items()}, names
 
 
 def spoil(config, data, out, options):
