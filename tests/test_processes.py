@@ -82,7 +82,16 @@ def test_two_processes_have_the_weights_of_one(single, double):
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_scores_of_two_processes_are_those_of_one(data, double):
+@pytest.fixture
+def one_thread():
+    """As many threads as each of the two processes has: torch's sums depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_scores_of_two_processes_are_those_of_one(data, double, one_thread):
     # Seven images in batches of four: the second process's batch is not full.
     found = [json.loads((double.parent / f"found{rank}.json").read_text())["scores"] for rank in range(2)]
     scores, names = score(CONFIG.to_json(), data, {"devices": 1})
