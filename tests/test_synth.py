@@ -130,7 +130,12 @@ def test_a_finished_set_is_left_alone(made, monkeypatch):
 
 def run_in_background(out: Path, workers: int) -> subprocess.Popen[str]:
     options = {**OPTIONS, "workers": workers}
-    code = f"from pahm.data.synth import generate; generate({str(out)!r}, **{options!r})"
+    # Slowed down, or a busy machine might let it finish before it is stopped.
+    code = (
+        "import time; from pahm.data import synth; save = synth.save_image; "
+        "synth.save_image = lambda *given: (time.sleep(0.1), save(*given)); "
+        f"synth.generate({str(out)!r}, **{options!r})"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent
     )
