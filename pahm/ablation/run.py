@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from pahm.ablation.tables import TABLES, configuration
 from pahm.ablation.write import write_table
 from pahm.config import Config, from_dict, preset
+from pahm.data.freihand import FreiHand
 from pahm.data.synth import generate
 from pahm.hand.topology import HandTopology
 from pahm.model.checkpoint import load_checkpoint
@@ -32,7 +33,6 @@ _NOT_COMPARED = ("backbone_weights", "workers")  # where weights lie and who rea
 class Scale:
     """What all rows of a table have in common."""
 
-    about: str
     base: Callable[[str], Config]
     """The configuration that rows change, by the table's name."""
     images: tuple[int, int] | None
@@ -59,8 +59,8 @@ def _paper(table: str) -> Config:
 
 
 SCALES: dict[str, Scale] = {
-    "tiny": Scale("64 x 64 pixels, one pass over 10,000 rendered images", _tiny, (10000, 1000)),
-    "paper": Scale("224 x 224 pixels, 50 epochs of FreiHAND in batches of 64", _paper, None),
+    "tiny": Scale(_tiny, (10000, 1000)),
+    "paper": Scale(_paper, None),
 }
 
 
@@ -130,7 +130,7 @@ def ablate(
         data = out / "data"
         if waiting:
             generate(data, *images, seed=0)
-    write = partial(write_table, out, table, seeds, SCALES[scale].about)
+    write = partial(write_table, out, table, seeds)
     options = {"topology": topology, "accelerator": accelerator, "devices": devices, "strategy": strategy}
     for variant, seed, seconds in _run_all(waiting, data, out, jobs, options):
         report(f"{variant}, seed {seed}: {seconds / 60:.1f} min")
@@ -183,6 +183,7 @@ def _run(
         "scores": scores,
         "seconds": round(seconds, 1),
         "threads": threads,
+        "training_images": len(FreiHand(data, "training")),
         "config": json.loads(recorded.to_json()),
         "provenance": provenance(),
     }

@@ -18,7 +18,7 @@ from pahm.ablation.tables import SCORES, TABLES, Row, Table
 Results = dict[str, list[dict[str, Any]]]
 
 
-def write_table(out: Path, name: str, seeds: Sequence[int], about: str) -> Path:
+def write_table(out: Path, name: str, seeds: Sequence[int]) -> Path:
     """Write `<name>.md`, `.csv` and `.png` into `out` from the results there; returns the Markdown's path.
 
     Rows without a result stay, with a dash.
@@ -26,7 +26,7 @@ def write_table(out: Path, name: str, seeds: Sequence[int], about: str) -> Path:
     table = TABLES[name]
     results = load_results(out, table, seeds)
     path = out / f"{name}.md"
-    path.write_text(markdown(table, name, results, about), encoding="utf-8")
+    path.write_text(markdown(table, name, results), encoding="utf-8")
     (out / f"{name}.csv").write_text(as_csv(table, results), encoding="utf-8")
     _plot(table, results).savefig(out / f"{name}.png", dpi=120)
     return path
@@ -63,7 +63,7 @@ def pairs_that_hold(table: Table, results: Results, score: str = "pa_mpjpe") -> 
     return pairs
 
 
-def markdown(table: Table, name: str, results: Results, about: str) -> str:
+def markdown(table: Table, name: str, results: Results) -> str:
     """The table, its budget, and which orderings hold."""
     titles = [*table.columns]
     for score in table.scores:
@@ -78,9 +78,7 @@ def markdown(table: Table, name: str, results: Results, about: str) -> str:
             cells += [f"{paper:g}", _spread(scores_of(results, row, score), places)]
         cells += [_spread([r["seconds"] / 60 for r in results.get(row.variant or "", [])], 1)]
         lines.append("| " + " | ".join(cells) + " |")
-    counts = sorted({len(records) for records in results.values()})
-    runs = "no runs yet" if counts == [0] else f"{' to '.join(map(str, counts))} seeds a row"
-    lines += ["", f"Ours: {about}; {runs}, mean and standard deviation between seeds. The paper's: FreiHAND."]
+    lines += ["", f"Ours: {_budget(results)}. The paper's: FreiHAND."]
     for score in table.scores[:2]:
         pairs = pairs_that_hold(table, results, score)
         if pairs:
@@ -94,6 +92,20 @@ def markdown(table: Table, name: str, results: Results, about: str) -> str:
                 for a, b, holds in pairs
             ]
     return "\n".join(lines) + "\n"
+
+
+def _budget(results: Results) -> str:
+    """What the runs had in common, as their records say it."""
+    records = [record for found in results.values() for record in found]
+    if not records:
+        return "no runs yet"
+    budgets = {
+        f"{r['training_images']:,} images of {r['config']['model']['image_size']} pixels a side, "
+        f"epochs: {r['config']['train']['epochs']}, batch size: {r['config']['train']['batch_size']}"
+        for r in records
+    }
+    seeds = sorted({r["config"]["train"]["seed"] for r in records})
+    return f"{'; '.join(sorted(budgets))}; mean and standard deviation of seeds {', '.join(map(str, seeds))}"
 
 
 def _spread(values: Sequence[float], places: int) -> str:
