@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from pahm.ablation.tables import TABLES, configuration
+from pahm.ablation.tables import RESULT, TABLES, configuration
 from pahm.ablation.write import write_table
 from pahm.config import Config, from_dict, preset
 from pahm.data.freihand import FreiHand
@@ -25,7 +25,6 @@ from pahm.hand.topology import HandTopology
 from pahm.model.checkpoint import load_checkpoint
 from pahm.provenance import provenance
 
-RESULT = "{variant}-seed{seed}.json"
 _NOT_COMPARED = ("backbone_weights", "workers")  # where weights lie and who reads images decide no result
 
 

@@ -10,6 +10,9 @@ from pahm.config import Config
 SCORES = {"pa_mpjpe": "PA-MPJPE mm", "pa_mpvpe": "PA-MPVPE mm", "f5": "F@5 mm", "f15": "F@15 mm"}
 """The scores of the tables by their name in `HandMetrics`, with their titles."""
 
+RESULT = "{variant}-seed{seed}.json"
+"""The file in `results/` that a run's scores are kept in."""
+
 
 @dataclass(frozen=True)
 class Row:

@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pahm.ablation.tables import SCORES, TABLES, Row, Table
+from pahm.ablation.tables import RESULT, SCORES, TABLES, Row, Table
 
 Results = dict[str, list[dict[str, Any]]]
 
@@ -34,8 +34,6 @@ def write_table(out: Path, name: str, seeds: Sequence[int]) -> Path:
 
 def load_results(out: Path, table: Table, seeds: Sequence[int]) -> Results:
     """The results of a table's networks, each a list over the seeds that are there."""
-    from pahm.ablation.run import RESULT
-
     results: Results = {}
     for row in table.rows:
         if row.variant is None:

@@ -45,8 +45,9 @@ class EncoderBlock(nn.Module):
 class MetroDecoder(nn.Module):
     """21 joint queries and 195 vertex queries through three encoder blocks of falling width (Table 4).
 
-    As published (`config.mapping` "repeat"): a query is the global feature and the template's coordinates of
-    its joint or vertex; the last block gives all coordinates. In training up to 30 % of the queries are
+    As published (`config.mapping` "repeat"): a query is the global feature (the mean of Q_32; METRO's is its
+    backbone's own) and the template's coordinates of its joint or vertex; the last block gives all
+    coordinates. In training up to 30 % of the queries are
     hidden. A linear layer takes the 195 vertices to 778; it starts from the hierarchy's up transforms, where
     METRO's starts at random. METRO's own camera head is replaced by the one that all our networks have.
 
