@@ -36,6 +36,10 @@ class ModelConfig:
     """A local `.safetensors` or `.pth` file of the timm model's weights, for machines without a network."""
     image_size: int = 224
     """Side of the square input in pixels, a multiple of 32."""
+    crop: float = 1.0
+    """What the input shows: the square about the image's centre with this fraction of its longer side. Below
+    1 it leaves out the margin that hands in FreiHAND's images have.
+    """
     feature_channels: tuple[int, int, int, int] = (256, 256, 128, 64)
     """Channels of Q_s at strides 32, 16, 8, 4."""
     stacks: Literal[1, 2] = 1

@@ -20,7 +20,7 @@ from pahm.hand.left import mirror_intrinsics
 Box = tuple[float, float, float, float]
 ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
 
-HAND_SHARE = 0.6  # of the crop's side that the hand's box takes, about as in the training images
+HAND_SHARE = 0.6  # of the training images' sides that the hand's box takes, about
 
 
 class Request(NamedTuple):
@@ -59,11 +59,14 @@ class Crop(NamedTuple):
     """`(3, 3)` intrinsics of the image that `pixels` was taken from."""
 
 
-def read_crop(request: Request, size: int) -> Crop | Exception:
-    """The crop of `size` x `size` pixels for a request, or the error that names the image."""
+def read_crop(request: Request, size: int, share: float) -> Crop | Exception:
+    """The crop of `size` x `size` pixels for a request, or the error that names the image.
+
+    share: the fraction of the training images' sides that the network sees, `ModelConfig.crop`.
+    """
     try:
         image, source = load_image(request.image)
-        box = hand_box(image.size, request.bbox)
+        box = hand_box(image.size, request.bbox, share)
         if request.intrinsics is None:
             K = assumed_intrinsics(*image.size)
         else:
@@ -108,14 +111,17 @@ def load_image(image: ImageSource) -> tuple[Image.Image, str | None]:
     return Image.fromarray(np.ascontiguousarray(image)).convert("RGB"), None
 
 
-def hand_box(size: tuple[int, int], bbox: Sequence[float] | None) -> Box:
+def hand_box(size: tuple[int, int], bbox: Sequence[float] | None, share: float = 1.0) -> Box:
     """The square crop (x, y, side, side) for a hand's box in an image of `size` (width, height).
+
+    Without a box the image is taken for one like those of the training, of which the crop is the middle with
+    `share` of its side.
 
     Raises ValueError for a box that is not four finite numbers with a positive size, or that lies outside.
     """
     width, height = size
     if bbox is None:
-        side = float(max(width, height))
+        side = share * max(width, height)
         return ((width - side) / 2, (height - side) / 2, side, side)
     values = [float(value) for value in bbox]
     if len(values) != 4 or not all(math.isfinite(value) for value in values):
@@ -125,5 +131,5 @@ def hand_box(size: tuple[int, int], bbox: Sequence[float] | None) -> Box:
         raise ValueError(f"bbox: expected a positive width and height, got {w:g} x {h:g}")
     if x >= width or y >= height or x + w <= 0 or y + h <= 0:
         raise ValueError(f"bbox: {x:g} {y:g} {w:g} {h:g} lies outside the image of {width} x {height} pixels")
-    side = max(w, h) / HAND_SHARE
+    side = share * max(w, h) / HAND_SHARE
     return (x + (w - side) / 2, y + (h - side) / 2, side, side)

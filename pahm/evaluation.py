@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from pahm.camera import solve_translation
+from pahm.config import ModelConfig
 from pahm.data.augment import CropTransform
 from pahm.data.freihand import FreiHand, read_image
 from pahm.hand.left import mirror, mirror_intrinsics
@@ -74,8 +75,9 @@ class _Images(torch.utils.data.Dataset[dict[str, Any]]):
     The image is blank then; an exception in a worker would come out as pages of its traceback.
     """
 
-    def __init__(self, dataset: FreiHand, size: int, left: bool) -> None:
-        self.dataset, self.left, self.crop = dataset, left, CropTransform(size)
+    def __init__(self, dataset: FreiHand, config: ModelConfig, left: bool) -> None:
+        self.dataset, self.left = dataset, left
+        self.crop = CropTransform(config.image_size, share=config.crop)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -132,9 +134,8 @@ def reconstruct(
     place = pick_device(device)
     network = network.eval().to(place)
     regressor = network.joint_regressor.double().cpu()
-    loader = torch.utils.data.DataLoader(
-        _Images(dataset, network.config.image_size, left), batch_size, num_workers=workers
-    )
+    images = _Images(dataset, network.config, left)
+    loader = torch.utils.data.DataLoader(images, batch_size, num_workers=workers)
     relatives, places = [], []
     errors: dict[int, str] = {}
     for batch in track(loader, "reconstructing", disable=not progress, console=Console(stderr=True)):

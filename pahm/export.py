@@ -30,8 +30,9 @@ def export_onnx(network: HandNet, path: str | os.PathLike[str]) -> None:
     """Write `network` as one ONNX file of standard operators, for any batch size.
 
     Its input is `images` (B, 3, S, S) float32, RGB normalised with ImageNet's mean and deviation (as
-    `CropTransform` gives them). Its outputs are `vertices` (B, 778, 3) and `joints` (B, 21, 3), metres
-    relative to the root joint, and `camera` (B, 3), weak perspective (see `Prediction`).
+    `CropTransform` gives them with the network's `config.crop`). Its outputs are `vertices` (B, 778, 3) and
+    `joints` (B, 21, 3), metres relative to the root joint, and `camera` (B, 3), weak perspective (see
+    `Prediction`).
 
     Raises:
         ValueError: the packages onnx and onnxscript, which PyTorch's exporter needs, are not installed.

@@ -90,6 +90,7 @@ class Predictor:
         module = network.to(self.device).eval().to(memory_format=torch.channels_last)
         self.network: HandNetwork = module  # type: ignore[assignment]
         self.size = int(self.network.config.image_size)
+        self.share = float(self.network.config.crop)
         self._regressor = self.network.joint_regressor.double().cpu().numpy()
         hierarchy = self.network.topology.hierarchy
         self._faces = {
@@ -109,9 +110,10 @@ class Predictor:
 
         image: a path, a PIL image, or a uint8 array (H, W, 3) or (H, W). bbox: the hand's box
         (x, y, width, height) in pixels from the image's top-left corner; the crop is the square about its
-        centre of which the hand takes `HAND_SHARE`. Without it the image is taken for such a crop itself,
-        as FreiHAND's are. intrinsics: (3, 3) in pixels, else `assumed_intrinsics`. left: the image shows a
-        left hand; it is mirrored for the network, and the mesh is mirrored back.
+        centre that shows the hand as large as in the training images (see `HAND_SHARE`). Without it the
+        image is taken for one of those, as FreiHAND's are. intrinsics: (3, 3) in pixels, else
+        `assumed_intrinsics`. left: the image shows a left hand; it is mirrored for the network, and the mesh
+        is mirrored back.
 
         The network's mesh is relative to its root joint and seen by a camera that looks at the crop's
         centre. It is turned to the ray of that centre, and its translation is the least-squares solution of
@@ -178,7 +180,10 @@ class Predictor:
         pool = ThreadPoolExecutor(min(READERS, batch_size), thread_name_prefix="pahm-read")
 
         def read_ahead() -> list[Future[Crop | Exception]]:
-            return [pool.submit(read_crop, request, self.size) for request in islice(requests, batch_size)]
+            return [
+                pool.submit(read_crop, request, self.size, self.share)
+                for request in islice(requests, batch_size)
+            ]
 
         try:
             ahead = read_ahead()

@@ -144,7 +144,7 @@ def training_loader(config: Config, images: Images, trainer: pl.Trainer, start: 
         lambda: trainer.global_rank,
         start=(start.epoch, start.step),
     )
-    transform = CropTransform(config.model.image_size, config.augment, train.seed)
+    transform = CropTransform(config.model.image_size, config.augment, train.seed, config.model.crop)
     return loader(images, transform, keys, train.workers, _pins(trainer))
 
 
@@ -157,7 +157,7 @@ def evaluation_loader(config: Config, data: Path, trainer: pl.Trainer) -> DataLo
         return None
     size = config.train.batch_size
     keys = EvaluationKeys(len(dataset), size, trainer.world_size, lambda: trainer.global_rank)
-    transform = CropTransform(config.model.image_size)
+    transform = CropTransform(config.model.image_size, share=config.model.crop)
     return loader(FolderImages(dataset), transform, keys, config.train.workers, _pins(trainer))
 
 

@@ -29,7 +29,7 @@ class KnownNetwork(nn.Module):
 
     def __init__(self, mesh, camera, look=0.0):
         super().__init__()
-        self.config = SimpleNamespace(image_size=SIZE, root_joint=9)
+        self.config = SimpleNamespace(image_size=SIZE, crop=1.0, root_joint=9)
         self.topology = TOPOLOGY
         self.register_buffer("joint_regressor", torch.tensor(TOPOLOGY.joint_regressor, dtype=torch.float32))
         self.register_buffer("mesh", torch.tensor(mesh))

@@ -121,6 +121,16 @@ def test_evaluation_resizes_the_whole_image_by_the_half_pixel_rule():
     assert torch.equal(first["image"], second["image"])
 
 
+def test_a_share_shows_the_middle_of_the_image():
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)
+    sample = {"image": Image.fromarray(pixels), "K": np.eye(3), "index": 0}
+    result = CropTransform(64, share=0.8)(sample)
+    assert torch.equal(result["image"], normalise(Image.fromarray(pixels[8:72, 8:72])))
+    np.testing.assert_allclose(result["K"], [[1, 0, -8], [0, 1, -8], [0, 0, 1]])
+    with pytest.raises(ValueError, match="share: expected a positive, finite fraction, got 0"):
+        CropTransform(64, share=0)
+
+
 def test_shrinking_does_not_alias():
     checker = np.indices((224, 224)).sum(0) % 2 * 255
     image = Image.fromarray(np.stack([checker] * 3, -1).astype(np.uint8))

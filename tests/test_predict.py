@@ -26,7 +26,8 @@ def fit_weak_camera(mesh, crop_pixels):
 @pytest.mark.parametrize(
     ("root", "tolerance"), [((0.01, -0.02, 5.0), 0.005), ((0.9, -0.5, 5.0), 0.01), ((-1.2, 0.6, 4.0), 0.01)]
 )
-def test_a_hand_far_away_is_found_in_camera_space(root, tolerance):
+@pytest.mark.parametrize("share", [1.0, 0.8])
+def test_a_hand_far_away_is_found_in_camera_space(root, tolerance, share):
     K = np.array([[3000.0, 0, 1000.0], [0, 2950.0, 700.0], [0, 0, 1]])
     mesh = known_hand()
     truth = mesh + np.array(root)
@@ -34,7 +35,7 @@ def test_a_hand_far_away_is_found_in_camera_space(root, tolerance):
     pixels = pixels[:, :2] / pixels[:, 2:]
     low, high = pixels.min(0), pixels.max(0)
     bbox = [*(low + 0.5), *(high - low)]  # from pixel centres to the image's corner
-    x, y, side, _ = hand_box((2000, 1400), bbox)
+    x, y, side, _ = hand_box((2000, 1400), bbox, share)
     crop = SIZE / side * (pixels - np.array([x, y]) + 0.5) - 0.5
     ray = np.linalg.solve(K, np.array([x + side / 2 - 0.5, y + side / 2 - 0.5, 1]))
     ray /= np.linalg.norm(ray)
@@ -42,10 +43,13 @@ def test_a_hand_far_away_is_found_in_camera_space(root, tolerance):
     turn = Rotation.from_rotvec(axis / np.linalg.norm(axis) * math.acos(ray[2])).as_matrix()
     relative = mesh @ turn  # as a camera that looks at the crop's centre sees it
     network = KnownNetwork(relative, fit_weak_camera(relative, crop))
+    network.config.crop = share
     image = Image.new("RGB", (2000, 1400))
     prediction = Predictor(network, "cpu").predict(image, bbox=bbox, intrinsics=K)
 
     assert not prediction.intrinsics_assumed
+    assert side == pytest.approx(share / 0.6 * (high - low).max())
+    assert prediction.box == pytest.approx((x, y, side, side))
     np.testing.assert_array_equal(prediction.K, K)
     np.testing.assert_allclose(prediction.joints[9], root, rtol=tolerance, atol=0.002)
     np.testing.assert_allclose(prediction.vertices - prediction.joints[9], mesh, atol=1e-6)

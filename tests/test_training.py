@@ -151,6 +151,10 @@ def test_a_run_can_start_from_a_checkpoint(run, data, tmp_path):
     for name, same in [("from", True), ("scratch", False)]:
         after = load_checkpoint(tmp_path / name / "model.safetensors").decoder.embedding
         assert torch.equal(after, before["decoder.embedding"]) == same
+    sharper = frozen.override({"model.image_size": 96, "model.crop": 0.8})
+    train(sharper, data, tmp_path / "sharper", initial=start, accelerator="cpu", progress=False)
+    config, _ = read_metadata(tmp_path / "sharper" / "model.safetensors")
+    assert (config.model.image_size, config.model.crop) == (96, 0.8)
     other = frozen.override({"model.spiral_length": 12})
     with pytest.raises(ValueError, match=r"model\.spiral_length = 9, expected 12"):
         train(other, data, tmp_path / "other", initial=start, accelerator="cpu", progress=False)

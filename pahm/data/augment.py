@@ -130,10 +130,10 @@ def normalise(image: Image.Image, colour: Tensor | None = None) -> Tensor:
 class CropTransform:
     """Turns a sample of `FreiHand` into the tensors that a network is trained on.
 
-    size: the crop's side S in pixels. augment: ranges of the random changes, or None for the whole image
-    resized (its centred square where it is not square). seed: the changes of a sample are a function of the
-    seed, of the epoch that the call names, and of the sample's index alone: no process and no order of calls
-    has a part in them.
+    size: the crop's side S in pixels. augment: ranges of the random changes, or None for the square about the
+    image's centre. seed: the changes of a sample are a function of the seed, of the epoch that the call
+    names, and of the sample's index alone: no process and no order of calls has a part in them. share: the
+    square's side as a fraction of the image's longer side (`ModelConfig.crop`); 1 shows the whole image.
 
     Called with a sample (and an epoch, 0 by default), returns a dict: `image` (3, S, S) float32, ImageNet
     normalised; `mask` (1, S, S) float32, 0 or 1; `K` (3, 3) float32, maps the camera space of the labels to
@@ -142,20 +142,26 @@ class CropTransform:
     int64. Keys that the sample does not have are absent. With the rotation R_z of the image by A (image
     pixels to crop pixels): X' = R_z X and K' = A K R_z^T, so that K' X' ~ A K X holds exactly.
 
-    Raises ValueError for a size below 8 pixels.
+    Raises ValueError for a size below 8 pixels or a share that is not positive and finite.
     """
 
-    def __init__(self, size: int, augment: AugmentConfig | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, size: int, augment: AugmentConfig | None = None, seed: int = 0, share: float = 1.0
+    ) -> None:
         if size < 8:
             raise ValueError(f"size: expected at least 8 pixels, got {size}")
+        if not (math.isfinite(share) and share > 0):
+            raise ValueError(f"share: expected a positive, finite fraction, got {share}")
         self.size = size
+        self.share = share
         self.augment = augment
         self.seed = seed
 
     def __call__(self, sample: dict[str, Any], epoch: int = 0) -> dict[str, Tensor]:
         image: Image.Image = sample["image"]
         width, height = image.size
-        side, centre_x, centre_y, angle, colour = float(max(width, height)), width / 2, height / 2, 0.0, None
+        side, centre_x, centre_y = self.share * max(width, height), width / 2, height / 2
+        angle, colour = 0.0, None
         draws: list[float] = []
         if self.augment is not None:
             config = self.augment

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -98,7 +98,8 @@ def load_checkpoint(path: str | os.PathLike[str] | None = None, expect: Config |
 
     Args:
         path: a file of `save_checkpoint`; None is the shipped one.
-        expect: a configuration that the checkpoint's network must have.
+        expect: a configuration whose network must have the same weights; what it sees of an image
+            (`image_size`, `crop`) may differ.
 
     Raises:
         FileNotFoundError, ValueError: as `read_metadata`.
@@ -108,7 +109,7 @@ def load_checkpoint(path: str | os.PathLike[str] | None = None, expect: Config |
     path = shipped_checkpoint() if path is None else path
     config, _ = read_metadata(path)
     if expect is not None:
-        check_same_network(config, expect, os.fspath(path))
+        check_same_network(config, expect, os.fspath(path), but=("image_size", "crop"))
     weights, arrays = {}, {}
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - the reader is not a mapping
@@ -139,13 +140,13 @@ def build_network(
     return HandNet(config.model, topology)
 
 
-def check_same_network(found: Config, expected: Config, where: str) -> None:
-    """Raise ValueError naming the first value of `model` that differs (where pretrained weights came from
-    aside).
+def check_same_network(found: Config, expected: Config, where: str, but: Sequence[str] = ()) -> None:
+    """Raise ValueError naming the first value of `model` that differs, other than those in `but` and where
+    pretrained weights came from.
     """
-    start = ("pretrained", "backbone_weights")
+    free = ("pretrained", "backbone_weights", *but)
     for name, value in vars(expected.model).items():
-        if name not in start and getattr(found.model, name) != value:
+        if name not in free and getattr(found.model, name) != value:
             raise ValueError(
                 f"checkpoint: {where} has model.{name} = {getattr(found.model, name)!r}, expected {value!r}"
             )

@@ -43,8 +43,9 @@ class FirstMesh(nn.Sequential):
         self.lifts = lifts
         scaled = torch.as_tensor(template, dtype=torch.float32) / UNIT
         self.register_buffer("template", scaled, persistent=False)
-        # A hand of about 0.18 m fills about 60 % of the image.
-        self.register_buffer("mean_camera", torch.tensor([6.0, 0.0, 0.0]), persistent=False)
+        # A hand of about 0.18 m takes about 60 % of an image's side.
+        mean_camera = torch.tensor([6.0 / config.crop, 0.0, 0.0])
+        self.register_buffer("mean_camera", mean_camera, persistent=False)
 
     def forward(  # type: ignore[override]
         self, coarse_map: Tensor, joints_2d: Tensor | None

@@ -162,7 +162,7 @@ class Photographer:
 
 
 class _View:
-    """The crop of a sample that the networks see, as the background and the camera of its pictures."""
+    """A sample's whole image, as the background and the camera of its pictures."""
 
     def __init__(self, sample: dict[str, Any], network: HandNet) -> None:
         image = sample["image"]

@@ -73,7 +73,8 @@ def score(
 
     Raises as `annotated`, and ValueError where the network gives numbers that are not finite.
     """
-    dataset = Subset(annotated(data, CropTransform(network.config.image_size)), range(images))
+    transform = CropTransform(network.config.image_size, share=network.config.crop)
+    dataset = Subset(annotated(data, transform), range(images))
     place = pick_device(device)
     network = network.eval().to(place)
     regressor, mean = network.joint_regressor.double().cpu(), network.mean_hand.double().cpu()
