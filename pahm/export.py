@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from pahm.model.network import HandNet
+from pahm.whole_file import whole_file
 
 INPUT = "images"
 OUTPUTS = ("vertices", "joints", "camera")
@@ -44,7 +44,6 @@ def export_onnx(network: HandNet, path: str | os.PathLike[str]) -> None:
         )
     size = network.config.image_size
     module = _Reconstruction(network).to("cpu", torch.float32).eval()
-    temporary = Path(f"{os.fspath(path)}.part")
     program = torch.onnx.export(
         module,
         (torch.zeros(2, 3, size, size),),
@@ -55,5 +54,5 @@ def export_onnx(network: HandNet, path: str | os.PathLike[str]) -> None:
         verbose=False,
     )
     assert program is not None
-    program.save(temporary, external_data=False)
-    temporary.replace(path)
+    with whole_file(path) as partial:
+        program.save(partial, external_data=False)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+from pahm.whole_file import whole_file
 
 F_THRESHOLDS = (0.005, 0.015)
 PCK_MAXIMUM, PCK_STEPS = 0.05, 100
@@ -229,14 +230,8 @@ def write_submission(
     finite and for coordinates beyond 10, which cannot be metres.
     """
     arrays = _submission(xyz, verts)
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.writelines(_submission_text(arrays))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as stream:
+        stream.writelines(_submission_text(arrays))
 
 
 def load_submission(

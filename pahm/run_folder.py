@@ -16,6 +16,7 @@ from pahm.config import Config, from_json
 from pahm.data.loading import Batch
 from pahm.model.checkpoint import check_same_network
 from pahm.provenance import provenance
+from pahm.whole_file import whole_file
 
 LAST = "last.ckpt"
 CONFIG = "config.json"
@@ -69,9 +70,8 @@ def describe_run(folder: Path, config: Config, data: str, eval_data: str | None)
     values = json.loads(config.to_json())
     record = {"data": data, "eval_data": eval_data, "config": values, "provenance": provenance()}
     for name, content in ((CONFIG, values), (RECORD, record)):
-        partial = folder / f"{name}.partial"
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / name)
+        with whole_file(folder / name) as partial:
+            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -80,16 +80,10 @@ class WholeFiles(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        partial = Path(f"{os.fspath(path)}.partial")
-        try:
-            with partial.open("wb") as stream:
-                torch.save(checkpoint, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        partial.replace(path)
+        with whole_file(path) as partial, partial.open("wb") as stream:
+            torch.save(checkpoint, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 class KeepLast(pl.callbacks.Checkpoint):

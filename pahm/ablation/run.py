@@ -24,6 +24,7 @@ from pahm.data.synth import generate
 from pahm.hand.topology import HandTopology
 from pahm.model.checkpoint import load_checkpoint
 from pahm.provenance import provenance
+from pahm.whole_file import whole_file
 
 _NOT_COMPARED = ("backbone_weights", "workers")  # where weights lie and who reads images decide no result
 
@@ -186,9 +187,8 @@ def _run(
         "config": json.loads(recorded.to_json()),
         "provenance": provenance(),
     }
-    partial_file = result.with_suffix(".part")
-    partial_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial_file.replace(result)
+    with whole_file(result) as written:
+        written.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return seconds
 
 

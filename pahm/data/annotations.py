@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from pahm.whole_file import whole_file
 
 _CHUNK = 1 << 22  # characters; the longest record, 778 vertices, takes about 60,000
 _SPACE = " \t\r\n"
@@ -153,14 +153,10 @@ class Table:
 
     def _write(self, cache: Path, rows: npt.NDArray[np.floating]) -> bool:
         """Write the cache and drop those of earlier versions of the file; False where that is not allowed."""
-        partial = cache.with_suffix(f".{os.getpid()}.partial")
         try:
-            with partial.open("wb") as stream:
+            with whole_file(cache, shared=True) as partial, partial.open("wb") as stream:
                 np.save(stream, rows)
-            partial.replace(cache)
         except OSError:
-            with contextlib.suppress(OSError):  # on a read-only disk there is nothing to remove
-                partial.unlink()
             return False
         for old in self.path.parent.glob(f"{self.path.stem}.*-*.npy"):
             if old != cache:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from pahm.data.freihand import FreiHand, Sample
+from pahm.whole_file import whole_file
 
 LOG = logging.getLogger("pahm")
 MANIFEST = "shards.json"
@@ -89,16 +90,10 @@ def _files(dataset: FreiHand, index: int) -> dict[str, bytes]:
 
 
 def _write(path: Path, content: bytes | memoryview) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    partial.replace(path)
+    with whole_file(path) as partial, partial.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def find_shards(data: str | os.PathLike[str]) -> list[Path]:

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from pahm.data.freihand import Split
+from pahm.whole_file import partial_name, whole_file
 
 MANIFEST = "synth.json"
 FIELDS: dict[Split, tuple[str, ...]] = {
@@ -35,49 +36,34 @@ def is_finished(path: Path) -> bool:
         return False
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial")
-
-
 def save_image(image: Image.Image, path: Path, quality: int) -> None:
-    """Write a JPEG under a temporary name, then rename it."""
-    try:
-        image.save(_partial(path), format="JPEG", quality=quality)
-    except OSError:
-        _partial(path).unlink(missing_ok=True)
-        raise
-    os.replace(_partial(path), path)
+    """Write a JPEG, whole or not at all."""
+    with whole_file(path) as partial:
+        image.save(partial, format="JPEG", quality=quality)
 
 
 @contextmanager
 def annotation_files(out: Path, split: Split) -> Iterator[Callable[[dict[str, str]], None]]:
     """Give a function that appends one sample, its fields as JSON text, to the split's annotation files.
 
-    They are written beside their names and take them when complete; what is incomplete is removed.
+    They take their names when all are complete; what is incomplete is removed.
     """
-    paths = [out / f"{split}_{field}.json" for field in FIELDS[split]]
-    try:
-        with ExitStack() as stack:
-            streams = [stack.enter_context(_partial(path).open("w", encoding="ascii")) for path in paths]
-            separator = "["
+    with ExitStack() as stack:
+        paths = [stack.enter_context(whole_file(out / f"{split}_{field}.json")) for field in FIELDS[split]]
+        streams = [stack.enter_context(path.open("w", encoding="ascii")) for path in paths]
+        separator = "["
 
-            def append(record: dict[str, str]) -> None:
-                nonlocal separator
-                for field, stream in zip(FIELDS[split], streams, strict=True):
-                    stream.write(separator + record[field])
-                separator = ","
+        def append(record: dict[str, str]) -> None:
+            nonlocal separator
+            for field, stream in zip(FIELDS[split], streams, strict=True):
+                stream.write(separator + record[field])
+            separator = ","
 
-            yield append
-            for stream in streams:
-                stream.write("[]" if separator == "[" else "]")
-                stream.flush()
-                os.fsync(stream.fileno())
-    except BaseException:
-        for path in paths:
-            _partial(path).unlink(missing_ok=True)
-        raise
-    for path in paths:
-        os.replace(_partial(path), path)
+        yield append
+        for stream in streams:
+            stream.write("[]" if separator == "[" else "]")
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 class Manifest:
@@ -92,7 +78,7 @@ class Manifest:
         self._options = options
         self._finished: dict[str, int] = {}
         if not self.path.exists():
-            if any(path != _partial(self.path) for path in out.iterdir()):
+            if any(path != partial_name(self.path) for path in out.iterdir()):
                 raise ValueError(
                     f"out: {out} is not empty and was not made by pahm synth; choose a new folder"
                 )
@@ -131,8 +117,8 @@ class Manifest:
 
     def _write(self) -> None:
         text = json.dumps({**self._options, "finished": self._finished}, indent=1)
-        _partial(self.path).write_text(text + "\n", encoding="utf-8")
-        os.replace(_partial(self.path), self.path)
+        with whole_file(self.path) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
 
 
 def check_count(out: Path, split: Split, count: int) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from pahm.config import Config, from_json
 from pahm.hand.topology import HandTopology
 from pahm.model.network import HandNet
+from pahm.whole_file import whole_file
 
 FORMAT = "pahm-1"
 
@@ -48,9 +49,8 @@ def save_checkpoint(
     recorded = config.override({"model.backbone_weights": None}).to_json()
     metadata = {"format": FORMAT, "config": recorded, "scores": json.dumps(scores or {})}
     metadata["provenance"] = json.dumps(dict(provenance or {}))
-    temporary = Path(f"{os.fspath(path)}.part")
-    temporary.write_bytes(save(tensors, metadata))
-    temporary.replace(path)
+    with whole_file(path) as partial:
+        partial.write_bytes(save(tensors, metadata))
 
 
 def read_metadata(path: str | os.PathLike[str]) -> tuple[Config, dict[str, float]]:

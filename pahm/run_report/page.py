@@ -31,6 +31,7 @@ from pahm.run_folder import CONFIG, RECORD
 from pahm.run_report.curves import charts, read_curves
 from pahm.run_report.hands import Hand, Photographer
 from pahm.run_report.per_image import Scored, annotated, reasons_of, score
+from pahm.whole_file import whole_file
 
 _MODEL = "model.safetensors"
 _PACKAGES = ("pahm", "torch", "timm", "pytorch-lightning", "numpy", "embreex", "plotly")
@@ -129,12 +130,8 @@ def make_report(
         "seconds": round(time.monotonic() - start),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(out) as partial:
         partial.write_text(_render(values), encoding="utf-8")
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
     return out
 
 
