@@ -156,7 +156,8 @@ def test_pairs_are_compared_with_the_papers_order():
     def results(**values):
         config = {"model": {"image_size": 64}, "train": {"epochs": 1, "batch_size": 8, "seed": 0}}
         rest = {"seconds": 60, "training_images": 9000, "config": config}
-        return {n: [{"scores": {"pa_mpjpe": x}, **rest} for x in v] for n, v in values.items()}
+        mean = {"mean_hand_pa_mpjpe": 14.5}
+        return {n: [{"scores": {"pa_mpjpe": x, **mean}, **rest} for x in v] for n, v in values.items()}
 
     measured = results(a=[10.0, 12.0], b=[9.0, 11.0], c=[9.5, 9.7])
     assert [holds for *_, holds in pairs_that_hold(table, measured)] == [True, False]
@@ -166,4 +167,7 @@ def test_pairs_are_compared_with_the_papers_order():
     assert [(a.variant, b.variant, holds) for a, b, holds in last] == [("metro", "metro-aligned", True)]
     text = markdown(table, "table1", measured)
     assert "| a | 9 | 11.00 ± 1.41 | 1.0 ± 0.0 |" in text
-    assert "1 of 2 pairs" in text and "- a / b: holds" in text and "- b / c: does not hold" in text
+    assert "1 of 2 pairs" in text and "The mean hand, predicted for every image: PA-MPJPE mm 14.50." in text
+    assert "- a / b: holds, 1.00 apart, 1.41 between seeds\n" in text
+    assert "- b / c: does not hold, 0.40 apart, 1.00 between seeds\n" in text
+    assert "- a / b: holds, 1.00 apart\n" in markdown(table, "table1", results(a=[2.0], b=[1.0], c=[]))

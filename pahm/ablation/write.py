@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -77,6 +78,7 @@ def markdown(table: Table, name: str, results: Results) -> str:
         cells += [_spread([r["seconds"] / 60 for r in results.get(row.variant or "", [])], 1)]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"Ours: {_budget(results)}. The paper's: FreiHAND."]
+    lines += _mean_hand(table, results)
     for score in table.scores[:2]:
         pairs = pairs_that_hold(table, results, score)
         if pairs:
@@ -86,7 +88,8 @@ def markdown(table: Table, name: str, results: Results) -> str:
                 f"Order of rows by {SCORES[score].split()[0]}: {held} of {len(pairs)} pairs as in the paper.",
             ]
             lines += [
-                f"- {' '.join(a.cells)} / {' '.join(b.cells)}: {'holds' if holds else 'does not hold'}"
+                f"- {' '.join(a.cells)} / {' '.join(b.cells)}: {'holds' if holds else 'does not hold'}, "
+                f"{_difference(scores_of(results, a, score), scores_of(results, b, score))}"
                 for a, b, holds in pairs
             ]
     return "\n".join(lines) + "\n"
@@ -104,6 +107,25 @@ def _budget(results: Results) -> str:
     }
     seeds = sorted({r["config"]["train"]["seed"] for r in records})
     return f"{'; '.join(sorted(budgets))}; mean and standard deviation of seeds {', '.join(map(str, seeds))}"
+
+
+def _mean_hand(table: Table, results: Results) -> list[str]:
+    """What predicting the mean training hand for every image scores: a row above it has learnt nothing."""
+    for record in (record for found in results.values() for record in found):
+        scores = [(SCORES[name], record["scores"].get(f"mean_hand_{name}")) for name in table.scores[:2]]
+        if all(value is not None for _, value in scores):
+            text = ", ".join(f"{title} {value:.2f}" for title, value in scores)
+            return ["", f"The mean hand, predicted for every image: {text}."]
+    return []
+
+
+def _difference(one: Sequence[float], two: Sequence[float]) -> str:
+    """How far two rows' means lie apart, and what part of it may be chance."""
+    text = f"{abs(mean(one) - mean(two)):.2f} apart"
+    if min(len(one), len(two)) < 2:
+        return text
+    deviation = math.sqrt((stdev(one) ** 2 + stdev(two) ** 2) / 2)
+    return f"{text}, {deviation:.2f} between seeds"
 
 
 def _spread(values: Sequence[float], places: int) -> str:
