@@ -11,6 +11,8 @@ from pathlib import Path
 
 from pahm.config import PRESETS, from_file, preset
 
+_RESUMABLE = ("synth", "train", "shards", "ablate")
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pahm", description="Pixel-aligned hand mesh reconstruction.")
@@ -138,8 +140,6 @@ def _parser() -> argparse.ArgumentParser:
         "--mano", type=Path, help="MANO_RIGHT.pkl, for data with MANO's mesh such as FreiHAND"
     )
     ablate.add_argument("--accelerator", default="auto", help="cpu, gpu, ... (%(default)s)")
-    ablate.add_argument("--devices", default="1", help="number of devices, or auto (%(default)s)")
-    ablate.add_argument("--strategy", default="auto", help="a Lightning strategy, e.g. ddp (%(default)s)")
     ablate.set_defaults(run=_ablate)
 
     export = commands.add_parser("export", help="write a network as an ONNX file")
@@ -154,21 +154,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options) or 0)
-    except (ValueError, TypeError, IndexError, OSError, FloatingPointError) as error:
+    except _input_errors() as error:
         if options.debug:
             raise
         print(f"pahm {options.command}: {_sentence(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"pahm {options.command}: stopped; the same command goes on from here", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Lightning makes SystemExit(1) of a KeyboardInterrupt.
+        lightning = error.__context__ if isinstance(error, SystemExit) and error.code == 1 else error
+        if not isinstance(lightning, KeyboardInterrupt):
+            raise
+        more = "; the same command goes on from here" if options.command in _RESUMABLE else ""
+        print(f"pahm {options.command}: stopped{more}", file=sys.stderr)
         return 130
+
+
+def _input_errors() -> tuple[type[Exception], ...]:
+    """What is raised where the input is at fault."""
+    errors = (ValueError, TypeError, IndexError, OSError, FloatingPointError)
+    # Lightning is slow to import, and where it was not, it has raised nothing.
+    lightning = sys.modules.get("lightning_fabric.utilities.exceptions")
+    return errors if lightning is None else (*errors, lightning.MisconfigurationException)
 
 
 def _sentence(error: Exception) -> str:
     """The error's message on one line, without the number that the operating system's errors start with."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        path = error.filename2 or error.filename  # of a file moved, the place that it was to go to
+        text = f"{path}: {error.strerror}" if path else error.strerror
     return " ".join(text.split())
 
 
@@ -253,7 +267,6 @@ def _ablate(options: argparse.Namespace) -> None:
     from pahm.hand.topology import HandTopology
 
     topology = HandTopology.from_hand(HandModel.from_mano(options.mano)) if options.mano else None
-    devices = options.devices if options.devices == "auto" else _count("--devices", options.devices)
     path = ablate(
         options.table,
         options.out,
@@ -264,8 +277,6 @@ def _ablate(options: argparse.Namespace) -> None:
         jobs=_count("--jobs", str(options.jobs)),
         topology=topology,
         accelerator=options.accelerator,
-        devices=devices,
-        strategy=options.strategy,
     )
     print(f"{path} is ready")
 
@@ -276,6 +287,8 @@ def _eval(options: argparse.Namespace) -> None:
         if getattr(options, name):
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag}: goes with --freihand and a network, see pahm eval --help")
+    if not options.submission:
+        _check_out(options.out)
     if options.freihand:
         _eval_freihand(options)
         return
@@ -292,14 +305,26 @@ def _eval(options: argparse.Namespace) -> None:
         device=options.device,
         batch_size=options.batch_size,
     )
-    write_submission(options.out, result.joints, result.vertices)
-    print(
-        f"{options.out}: joints and vertices of {len(result.joints)} images, in FreiHAND's submission format"
-    )
     if result.scores is None:
         print(f"{options.data} has no evaluation annotations: nothing to score against")
     else:
         print_scores(result)
+    write_submission(options.out, result.joints, result.vertices)
+    print(
+        f"{options.out}: joints and vertices of {len(result.joints)} images, in FreiHAND's submission format"
+    )
+
+
+def _check_out(path: Path) -> None:
+    """Refuse an --out that cannot become a file, before the work whose result it is to hold."""
+    if path.is_dir():
+        raise ValueError(f"--out: expected a file, {path} is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: {path.parent} cannot be made a folder ({error.strerror})") from error
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--out: expected a folder that can be written to, got {path.parent}")
 
 
 def _eval_freihand(options: argparse.Namespace) -> None:
@@ -384,8 +409,12 @@ def _export(options: argparse.Namespace) -> None:
     from pahm.export import INPUT, OUTPUTS, export_onnx
     from pahm.model import load_checkpoint
 
-    export_onnx(load_checkpoint(options.checkpoint), options.out)
-    print(f"{options.out}: takes {INPUT}, gives {', '.join(OUTPUTS)}")
+    _check_out(options.out)
+    network = load_checkpoint(options.checkpoint)
+    export_onnx(network, options.out)
+    size, crop = network.config.image_size, network.config.crop
+    shape = f"{size} x {size} pixels, crop {crop:g}"
+    print(f"{options.out}: takes {INPUT} ({shape}), gives {', '.join(OUTPUTS)}")
 
 
 if __name__ == "__main__":

@@ -73,6 +73,13 @@ class ModelConfig:
     root_joint: int = 9
     """The joint (FreiHAND's order) that predicted meshes are relative to."""
 
+    def __post_init__(self) -> None:
+        if self.image_size < 32 or self.image_size % 32:
+            raise ValueError(f"model.image_size: expected a multiple of 32, got {self.image_size}")
+        if not 0 < self.crop <= 10:
+            raise ValueError(f"model.crop: expected a fraction above 0, at most 10, got {self.crop:g}")
+        _at_least("model", self, spiral_length=1, transformer_layers=1, transformer_heads=1)
+
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -128,6 +135,9 @@ class TrainConfig:
     """The same in steps; 0 does not."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _at_least("train", self, epochs=1, batch_size=1, shuffle_buffer=1, workers=0, save_every=0, seed=0)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -161,6 +171,12 @@ class Config:
     def to_json(self) -> str:
         """The configuration as one JSON object."""
         return json.dumps(asdict(self))
+
+
+def _at_least(part: str, values: Any, **least: int) -> None:
+    for name, limit in least.items():
+        if getattr(values, name) < limit:
+            raise ValueError(f"{part}.{name}: expected at least {limit}, got {getattr(values, name)}")
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:

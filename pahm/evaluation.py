@@ -88,7 +88,7 @@ class _Images(torch.utils.data.Dataset[dict[str, Any]]):
         error = ""
         try:
             image = read_image(self.dataset.root / record["name"])
-        except ValueError as caught:
+        except (FileNotFoundError, ValueError) as caught:
             image, error = Image.new("RGB", (self.crop.size, self.crop.size)), str(caught)
         if self.left:
             # As in `Predictor`: the mirrored image, seen through the mirrored camera.
@@ -163,8 +163,9 @@ def reconstruct(
         readable = np.setdiff1d(np.arange(len(vertices)), list(errors))
         if len(readable) == 0:
             raise ValueError(f"{dataset.root}: none of the evaluation images can be read: {errors[0]}")
-        roots = regressor[network.config.root_joint] @ vertices[readable] + translations[readable]
-        translations[list(errors)] = roots.quantile(0.5, dim=0)
+        roots = regressor[network.config.root_joint] @ vertices
+        found = (roots + translations)[readable].quantile(0.5, dim=0)
+        translations[list(errors)] = found - roots[list(errors)]
         _report(errors, len(vertices))
     vertices = vertices + translations[:, None]
     if left:
@@ -186,8 +187,13 @@ def evaluate(
     """Reconstruct every evaluation image of a folder in FreiHAND's layout, and score where it is annotated.
 
     The scores are relative ones beside the mean hand's, and the sizes of the hands are the network's own.
-    For `left`, `strict` and what is raised see `reconstruct`.
+    For `left`, `strict` and what is raised see `reconstruct`; ValueError also for annotations with the mesh
+    of another hand.
     """
+    dataset = FreiHand(data, "evaluation")
+    if dataset.annotated:
+        joints, mesh = (dataset.tables[key].rows[0] for key in ("joints", "vertices"))
+        network.topology.check_joints(mesh, joints, f"data: {os.fspath(data)}")
     hands = reconstruct(
         network,
         data,
@@ -199,7 +205,6 @@ def evaluate(
         workers=workers,
         progress=progress,
     )
-    dataset = FreiHand(data, "evaluation")
     if not dataset.annotated:
         return Evaluation(hands.joints, hands.vertices, None, None)
     mean = network.mean_hand.double().cpu()[None]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 
 import torch
 from torch import Tensor, nn
 
+from pahm.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from pahm.model.network import HandNet
 from pahm.whole_file import whole_file
 
@@ -32,7 +34,8 @@ def export_onnx(network: HandNet, path: str | os.PathLike[str]) -> None:
     Its input is `images` (B, 3, S, S) float32, RGB normalised with ImageNet's mean and deviation (as
     `CropTransform` gives them with the network's `config.crop`). Its outputs are `vertices` (B, 778, 3) and
     `joints` (B, 21, 3), metres relative to the root joint, and `camera` (B, 3), weak perspective (see
-    `Prediction`).
+    `Prediction`). Its metadata says so in JSON values: `image_size` S, `crop`, `mean` and `std` of the
+    channels between 0 and 1, and `root_joint`.
 
     Raises:
         ValueError: the packages onnx and onnxscript, which PyTorch's exporter needs, are not installed.
@@ -54,5 +57,14 @@ def export_onnx(network: HandNet, path: str | os.PathLike[str]) -> None:
         verbose=False,
     )
     assert program is not None
+    config = network.config
+    metadata = {
+        "image_size": size,
+        "crop": config.crop,
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "root_joint": config.root_joint,
+    }
+    program.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
     with whole_file(path) as partial:
         program.save(partial, external_data=False)

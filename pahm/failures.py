@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from pahm.crop import hand_box
 from pahm.data.render import Scene, trace
 
 
@@ -42,26 +43,32 @@ class Reasons(NamedTuple):
     self_occlusion: float
 
 
-def find_reasons(sample: dict[str, Any], faces: npt.ArrayLike) -> Reasons:
+def find_reasons(sample: dict[str, Any], faces: npt.ArrayLike, share: float = 1.0) -> Reasons:
     """Measure the reasons of an annotated sample of `FreiHand` (not transformed).
 
-    faces: (F, 3), the triangles of the sample's `vertices` (N, 3), metres, camera space. Gives
+    faces: (F, 3), the triangles of the sample's `vertices` (N, 3), metres, camera space. share: what the
+    network sees, the square about the image's centre with this fraction of its longer side
+    (`ModelConfig.crop`). Gives
 
     - occlusion: the part of the true mesh's silhouette, in pixels of the image, that the mask lacks; NaN
       without a mask, and where the silhouette is outside the image;
-    - out of frame: the part of the vertices that project outside the image;
+    - out of frame: the part of the vertices that project outside that square, or outside the image;
     - self-occlusion: the part of the vertices that the hand itself hides from the camera, turned away or
       behind another part of it, found by a ray to each.
 
-    Raises ValueError for a mask of another size than the image, and as `pahm.data.render.trace` for
-    vertices that are not in front of the camera.
+    Raises ValueError for a share that is not positive and finite, for a mask of another size than the image,
+    and as `pahm.data.render.trace` for vertices that are not in front of the camera.
     """
+    if not (math.isfinite(share) and share > 0):
+        raise ValueError(f"share: expected a positive, finite fraction, got {share}")
     vertices, K = np.asarray(sample["vertices"], np.float64), np.asarray(sample["K"], np.float64)
     width, height = sample["image"].size
     _, ids = trace(vertices, faces, K, (height, width))
     pixels = vertices @ K.T
     pixels = pixels[:, :2] / pixels[:, 2:]
-    outside = ((pixels < -0.5) | (pixels > np.array([width, height]) - 0.5)).any(axis=1)
+    x, y, side, _ = hand_box((width, height), None, share)
+    first, last = np.maximum([x, y], 0), np.minimum([x + side, y + side], [width, height])
+    outside = ((pixels < first - 0.5) | (pixels > last - 0.5)).any(axis=1)
     rays = np.ascontiguousarray(vertices / vertices[:, 2:], np.float32)
     hidden = Scene(vertices, faces).cast(rays).depth < vertices[:, 2] - _DEPTH
     return Reasons(_occlusion(sample, ids >= 0), float(outside.mean()), float(hidden.mean()))

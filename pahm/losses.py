@@ -136,8 +136,8 @@ def total_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of all losses, and each (unweighted) by name; `faces (F, 3)` are those of M1.
 
-    A mesh is compared with the truth of the level that has its number of vertices; a level's loss is the mean
-    over its meshes (there may be several, see `Prediction`). Losses of the 2D cues are means over the
+    A mesh is compared with the truth of the level that has its number of vertices; equation 5 sums over the
+    meshes, of which a level may have several (see `Prediction`). Losses of the 2D cues are means over the
     hourglasses. What the network does not predict has no loss.
     """
     finest, truth = prediction.meshes[-1] / UNIT, targets.meshes[-1] / UNIT
@@ -147,7 +147,7 @@ def total_loss(
     for mesh, place in zip(prediction.meshes, places, strict=True):
         by_level.setdefault(place, []).append(mesh_loss(mesh / UNIT, targets.meshes[place] / UNIT))
     names = {place: f"mesh_{len(targets.meshes) - place}" for place in by_level}
-    parts = {names[place]: _mean(terms) for place, terms in by_level.items()}
+    parts = {names[place]: torch.stack(terms).sum() for place, terms in by_level.items()}
     weights = {names[place]: config.mesh[place] for place in by_level}
     parts["edge"] = edge_loss(finest, truth, faces)
     parts["normal"] = normal_loss(finest, truth, faces)

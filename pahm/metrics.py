@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,11 @@ from torchmetrics import Metric
 
 from pahm.whole_file import whole_file
 
+T = TypeVar("T")
+
 F_THRESHOLDS = (0.005, 0.015)
 PCK_MAXIMUM, PCK_STEPS = 0.05, 100
+_LARGEST = 10.0  # metres across; a hand in millimetres or centimetres is larger
 _PAIRS = 1 << 22  # distances held at once while looking for nearest neighbours
 
 
@@ -227,29 +230,41 @@ def write_submission(
 
     xyz: (N, 21, 3) joints, verts: (N, 778, 3) vertices of the N evaluation images in order, metres, camera
     space; written to a tenth of a micrometre. Raises ValueError for other shapes, for values that are not
-    finite and for coordinates beyond 10, which cannot be metres.
+    finite and for hands more than 10 across (the median of their extents), which cannot be metres.
     """
     arrays = _submission(xyz, verts)
-    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as stream:
+    for name, array in zip(("xyz", "verts"), arrays, strict=True):
+        size = np.median(np.ptp(array, axis=1).max(axis=1))
+        if size > _LARGEST:
+            raise ValueError(f"{name}: expected metres, got hands that are {size:.3g} across")
+    with whole_file(path, shared=True) as partial, partial.open("w", encoding="utf-8") as stream:
         stream.writelines(_submission_text(arrays))
 
 
 def load_submission(
     path: str | os.PathLike[str],
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Read a `pred.json`; returns joints (N, 21, 3) and vertices (N, 778, 3), float64.
+    """Read a `pred.json`; returns joints (N, 21, 3) and vertices (N, 778, 3), float64, of any size.
 
     Raises FileNotFoundError, or ValueError naming the file where it is not such a submission.
     """
+    return _load(path, _submission)
+
+
+def load_joints(path: str | os.PathLike[str]) -> npt.NDArray[np.float64]:
+    """The joints (N, 21, 3) of a `pred.json`, as from `load_submission`, whatever its vertices are."""
+    return _load(path, lambda xyz, verts: _hands("xyz", xyz, 21))
+
+
+def _load(path: str | os.PathLike[str], check: Callable[[Any, Any], T]) -> T:
     with open(path, encoding="utf-8") as stream:
         try:
             content = json.load(stream)
             if not (isinstance(content, list) and len(content) == 2):
                 raise ValueError("expected a JSON array of two, [xyz, verts]")
-            xyz, verts = _submission(*content)
+            return check(*content)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{os.fspath(path)} is not a FreiHAND submission: {error}") from error
-    return xyz, verts
 
 
 def _submission_text(arrays: Iterable[npt.NDArray[np.float64]]) -> Iterator[str]:
@@ -263,24 +278,22 @@ def _submission_text(arrays: Iterable[npt.NDArray[np.float64]]) -> Iterator[str]
 
 
 def _submission(xyz: Any, verts: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    arrays = []
-    for name, values, count in (("xyz", xyz, 21), ("verts", verts, 778)):
-        try:
-            array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, np.float64)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(
-                f"{name}: expected (N, {count}, 3) numbers, got something else ({error})"
-            ) from error
-        if array.ndim != 3 or array.shape[1:] != (count, 3) or len(array) == 0:
-            raise ValueError(f"{name}: expected shape (N, {count}, 3) with N > 0, got {array.shape}")
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name}: expected finite values, sample {_first_bad(array)} has others")
-        if np.abs(array).max() > 10:
-            raise ValueError(f"{name}: expected metres, got coordinates up to {np.abs(array).max():g}")
-        arrays.append(array)
-    if len(arrays[0]) != len(arrays[1]):
-        raise ValueError(f"verts: expected {len(arrays[0])} samples as in xyz, got {len(arrays[1])}")
-    return arrays[0], arrays[1]
+    joints, vertices = _hands("xyz", xyz, 21), _hands("verts", verts, 778)
+    if len(joints) != len(vertices):
+        raise ValueError(f"verts: expected {len(joints)} samples as in xyz, got {len(vertices)}")
+    return joints, vertices
+
+
+def _hands(name: str, values: Any, count: int) -> npt.NDArray[np.float64]:
+    try:
+        array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name}: expected (N, {count}, 3) numbers, got something else: {error}") from error
+    if array.ndim != 3 or array.shape[1:] != (count, 3) or len(array) == 0:
+        raise ValueError(f"{name}: expected shape (N, {count}, 3) with N > 0, got {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: expected finite values, sample {_first_bad(array)} has others")
+    return array
 
 
 def _first_bad(array: npt.NDArray[np.float64]) -> int:

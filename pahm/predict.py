@@ -81,7 +81,7 @@ class Predictor:
 
     network: such as `pahm.model.load_checkpoint` gives; it is moved to `device`, laid out in channels_last
     and put in evaluation mode. device: a torch device or its name; "auto" is the accelerator where there is
-    one, else the CPU. Raises ValueError for a device that torch does not know.
+    one, else the CPU. Raises ValueError for a device that torch cannot use here.
     """
 
     def __init__(self, network: nn.Module, device: str | torch.device = "auto") -> None:
@@ -284,10 +284,13 @@ def _zip(each: dict[str, Iterator[Any]]) -> Iterator[tuple[Any, ...]]:
 def pick_device(device: str | torch.device) -> torch.device:
     """A torch device by name; "auto" is the accelerator where there is one, else the CPU.
 
-    Raises ValueError for a name that torch does not know.
+    Raises ValueError for a name that torch does not know and for a device that does not work here.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     try:
-        return torch.device((accelerator or "cpu") if device == "auto" else device)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected a device of torch, got {device!r} ({error})") from error
+        place = torch.device((accelerator or "cpu") if device == "auto" else device)
+        torch.empty(1, device=place).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).split("\n")[0].split(". ")[0]  # torch's messages may be pages long
+        raise ValueError(f"device: expected a device of torch, got {str(device)!r} ({reason})") from error
+    return place

@@ -19,6 +19,7 @@ import trimesh
 from pahm.data.backgrounds import SUFFIXES
 from pahm.predict import HandPrediction, Predictor
 from pahm.report import overlay
+from pahm.whole_file import whole_file
 
 T = TypeVar("T")
 
@@ -102,7 +103,9 @@ def write(
     so that viewers show the hand upright. The JSON holds everything in `HandPrediction` but the image and
     the coarser meshes. Files of the same image, crop and side are replaced; where a JSON says that the
     names belong to another prediction, such as of an image of the same name in another folder, `<stem>-2`,
-    `<stem>-3`, ... are used. Without a JSON nobody can tell, and files of these names are replaced.
+    `<stem>-3`, ... are used. Without a JSON nobody can tell, and files of these names are replaced. Each
+    file is whole or not there. Two processes must not write to the same folder at the same time: they could
+    take the same names.
 
     Returns the paths in the order of `KINDS`. Raises ValueError for a stem that is not a plain file name
     and for kinds that there are not, OSError where a file cannot be written.
@@ -181,15 +184,19 @@ def _write(prediction: HandPrediction, folder: Path, stem: str, kinds: Sequence[
     if "overlay" in paths:
         picture = overlay(prediction.image, prediction.vertices, prediction.faces, prediction.K)
         # zlib's fastest level takes a half of the default's time, and a fifth more space.
-        picture.save(paths["overlay"], compress_level=1)
+        with whole_file(paths["overlay"]) as partial:
+            picture.save(partial, "PNG", compress_level=1)
     mesh = trimesh.Trimesh(prediction.vertices, prediction.faces, process=False)
     if "ply" in paths:
-        mesh.export(paths["ply"])
+        with whole_file(paths["ply"]) as partial:
+            mesh.export(partial, file_type="ply")
     if "glb" in paths:
         mesh.apply_transform(_GLTF)
-        mesh.export(paths["glb"])
+        with whole_file(paths["glb"]) as partial:
+            mesh.export(partial, file_type="glb")
     if "json" in paths:
-        paths["json"].write_text(json.dumps(to_json(prediction)) + "\n", encoding="utf-8")
+        with whole_file(paths["json"]) as partial:
+            partial.write_text(json.dumps(to_json(prediction)) + "\n", encoding="utf-8")
     return list(paths.values())
 
 
@@ -241,10 +248,10 @@ class _Names:
         if name in self.claimed:
             return self.claimed[name] == owner
         path = self.folder / f"{name}.json"
-        if not path.exists():
+        if not os.path.exists(path):  # a name too long, where Path.exists raises, fails in writing
             return True
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+        except (OSError, ValueError, RecursionError):
             return False
         return isinstance(found, dict) and all(found.get(key) == value for key, value in owner.items())

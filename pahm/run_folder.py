@@ -101,25 +101,30 @@ class KeepLast(pl.callbacks.Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
+        images = f", images {', '.join(batch['name'])}"
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            return  # the end of the epoch saves
+            self._check(trainer, pl_module, images)  # the epoch's end saves, after the evaluation
+            return
         due = self.every > 0 and trainer.global_step % self.every == 0
         if self.minutes > 0 and not due:
             # Clocks differ, and all processes have to take part in saving.
             due = time.monotonic() - self._time >= 60 * self.minutes
             due = trainer.strategy.reduce_boolean_decision(due, all=False)
         if due:
-            self._save(trainer, pl_module, f", images {', '.join(batch['name'])}")
+            self._check(trainer, pl_module, images)
+            self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._save(trainer, pl_module)
+        self._save(trainer)
 
-    def _save(self, trainer: pl.Trainer, module: pl.LightningModule, images: str = "") -> None:
+    def _check(self, trainer: pl.Trainer, module: pl.LightningModule, images: str) -> None:
         for name, value in module.named_parameters():
             if not torch.isfinite(value).all():
                 raise FloatingPointError(
                     f"weights of {name} are not finite after step {trainer.global_step - 1}{images}; "
                     f"{self.path} stays as it was"
                 )
+
+    def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.path)
         self._time = time.monotonic()

@@ -17,7 +17,8 @@ from rich.table import Table
 from pahm.data.annotations import parse_table
 from pahm.data.synth_folder import MANIFEST
 from pahm.hand.topology import HandTopology
-from pahm.metrics import HandMetrics, load_submission
+from pahm.metrics import HandMetrics, load_joints, load_submission
+from pahm.whole_file import whole_file
 
 Array = npt.NDArray[np.float64]
 
@@ -75,7 +76,8 @@ def score_submission(
     """Score a `pred.json` as FreiHAND's evaluation script does; returns as `score_predictions`.
 
     freihand: the folder with `evaluation_xyz.json` and `evaluation_verts.json`, which are read in float64,
-    as the script reads them. joints_only: leave the vertices out; `evaluation_verts.json` is not needed then.
+    as the script reads them. joints_only: leave the vertices out; `evaluation_verts.json` is not needed
+    then, and the submission's vertices may be of another mesh or none.
 
     Raises FileNotFoundError naming a missing file, ValueError naming a file that is malformed, and for a
     submission of another number of hands than the annotations have.
@@ -84,10 +86,10 @@ def score_submission(
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"freihand: {path} is missing, there is nothing to score against")
-    xyz, verts = load_submission(submission)
+    xyz, verts = (load_joints(submission), None) if joints_only else load_submission(submission)
     true_xyz = _truth(paths[0], 21, len(xyz), submission)
-    true_verts = None if joints_only else _truth(paths[1], 778, len(verts), submission)
-    return score_predictions(xyz, None if joints_only else verts, true_xyz, true_verts, progress=progress)
+    true_verts = None if verts is None else _truth(paths[1], 778, len(verts), submission)
+    return score_predictions(xyz, verts, true_xyz, true_verts, progress=progress)
 
 
 def _truth(path: Path, points: int, count: int, submission: str | os.PathLike[str]) -> Array:
@@ -102,7 +104,8 @@ def _truth(path: Path, points: int, count: int, submission: str | os.PathLike[st
 def write_scores(submission: str | os.PathLike[str], scores: dict[str, float]) -> Path:
     """Write the scores beside the submission, to `pred.scores.json` for `pred.json`; returns that path."""
     path = Path(submission).with_suffix(".scores.json")
-    path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     return path
 
 

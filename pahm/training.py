@@ -93,6 +93,7 @@ def train(
     module = HandTraining(config, topology, load_backbone=place is None and initial is None, strict=strict)
     if place is None and initial is not None:
         module.network.load_state_dict(load_checkpoint(initial, expect=config).state_dict())
+    _check_hand(images, module.network.topology, data)
     module.network.mean_hand.copy_(mean_hand(images.vertices(2000)))
     if trainer.is_global_zero:
         where = None if eval_data is None else str(scored.resolve())
@@ -163,6 +164,17 @@ def evaluation_loader(config: Config, data: Path, trainer: pl.Trainer) -> DataLo
 
 def _pins(trainer: pl.Trainer) -> bool:
     return bool(trainer.strategy.root_device.type == "cuda")
+
+
+def _check_hand(images: Images, topology: HandTopology, data: str | os.PathLike[str]) -> None:
+    """Refuse images whose mesh is another hand's, as FreiHAND's are where `--mano` was forgotten."""
+    for index in range(min(len(images), 100)):
+        try:
+            sample = images[index]
+        except (ValueError, FileNotFoundError):
+            continue  # the training says what it makes of an unreadable image
+        topology.check_joints(sample["vertices"], sample["joints"], f"data: {os.fspath(data)}")
+        return
 
 
 def _trainer(

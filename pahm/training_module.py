@@ -17,6 +17,8 @@ from pahm.hand.topology import HandTopology
 from pahm.losses import Targets, total_loss
 from pahm.metrics import HandMetrics
 from pahm.model.checkpoint import build_network
+from pahm.model.extractor import STRIDES, maps_needed
+from pahm.model.network import HandNet
 from pahm.provenance import provenance
 
 LOG = logging.getLogger("pahm")
@@ -41,6 +43,8 @@ class HandTraining(pl.LightningModule):
         self.config = config
         self.strict = strict
         self.network = build_network(config, topology, load_backbone)
+        if maps_needed(config.model) < len(STRIDES):
+            _freeze_unreached(self.network)
         if config.train.channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)
         self.register_buffer("faces", torch.as_tensor(self.network.faces), persistent=False)
@@ -76,13 +80,14 @@ class HandTraining(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, index: int) -> None:
         seed_step(self.config.train.seed, self.global_step, self.global_rank)
-        self._replaced += len(batch["unreadable"])
+        self._replaced += batch["replaced"]
         self._name_unreadable(batch)
 
     def _name_unreadable(self, batch: Batch) -> None:
-        for sentence in batch["unreadable"]:
-            if self.strict:
-                raise ValueError(sentence)
+        sentences = batch.get("unreadable", [])
+        if self.strict and self._in_any_process(bool(sentences)):
+            raise ValueError(sentences[0] if sentences else "another process met an image it cannot read")
+        for sentence in sentences:
             if sentence not in self._unreadable:
                 self._unreadable.add(sentence)
                 LOG.warning("%s; the next image takes its place", sentence)
@@ -124,11 +129,19 @@ class HandTraining(pl.LightningModule):
             LOG.warning("epoch %d: %d unreadable images were replaced", self.current_epoch, int(replaced))
 
     def validation_step(self, batch: Batch, index: int) -> None:
+        self._name_unreadable(batch)
+        vertices = self.network(batch["image"]).meshes[-1] if batch else torch.zeros(0)
+        if self._in_any_process(not bool(torch.isfinite(vertices).all())):
+            raise FloatingPointError(
+                f"evaluation after step {self.global_step - 1}: meshes are not finite in this process or "
+                f"another, images {', '.join(batch.get('name', []))}"
+            )
         if not batch:
             return
-        self._name_unreadable(batch)
-        vertices = self.network(batch["image"]).meshes[-1]
         self.metrics.update(self.network.joints(vertices), batch["joints"], vertices, batch["vertices"])
+
+    def _in_any_process(self, found: bool) -> bool:
+        return bool(self.trainer.strategy.reduce_boolean_decision(found, all=False))
 
     def on_validation_epoch_end(self) -> None:
         scores = {name: float(value) for name, value in self.metrics.compute().items()}
@@ -172,6 +185,23 @@ class HandTraining(pl.LightningModule):
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, WarmupCosine(steps))
             interval = "step"
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+
+
+def _freeze_unreached(network: HandNet) -> None:
+    """Leave out of the training what no output depends on.
+
+    A backbone like HRNet makes its maps together, and where a network reads only some of them, distributed
+    training would wait for gradients that never come.
+    """
+    size = network.config.image_size
+    prediction = network.eval()(torch.zeros(1, 3, size, size))
+    cues = [logits for pair in prediction.cues for logits in pair]
+    outputs = [*prediction.meshes, prediction.camera, *cues, *prediction.joints]
+    torch.stack([output.sum() for output in outputs]).sum().backward()
+    for parameter in network.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+    network.zero_grad()
+    network.train()
 
 
 class WarmupCosine:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ from pahm.ablation.tables import VARIANTS, Row, Table, configuration
 from pahm.ablation.write import markdown, pairs_that_hold
 from pahm.config import preset
 from pahm.data.synth import generate
+from pahm.hand.topology import HandTopology
 from pahm.model.extractor import create_backbone
 
 CHANGES = {"model.backbone": "test_resnet", "train.batch_size": 4}
@@ -105,6 +107,54 @@ def test_a_stopped_table_keeps_its_finished_rows(run, monkeypatch):
     assert "2 of 2 pairs as in the paper" not in path.read_text()
 
 
+def test_a_resumed_run_has_no_time(run, monkeypatch):
+    def stop(config, data, folder, **options):
+        folder.mkdir(parents=True)
+        (folder / "last.ckpt").touch()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pahm.training.train", stop)
+        run()
+    monkeypatch.setattr("pahm.training.train", lambda *a, **k: {"pa_mpjpe": 8.0, "pa_mpvpe": 8.0})
+    path, _ = run()
+    rows = path.read_text().splitlines()
+    assert next(row for row in rows if row.startswith("| refine once")).endswith("| - |")
+    assert next(row for row in rows if row.startswith("| coarse to fine")).endswith("| 0.0 |")
+
+
+def test_other_images_hands_or_weights_are_refused(run, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("pahm.training.train", lambda *a, **k: {"pa_mpjpe": 8.0, "pa_mpvpe": 8.0})
+    path, _ = run()
+    (path.parent / "results" / "aligned-seed0.json").unlink()
+    moved = tmp_path / "moved"
+    shutil.copytree(data, moved)
+    run(data=moved)  # the same images, wherever they lie
+    (path.parent / "results" / "aligned-seed0.json").unlink()
+    cameras = json.loads((moved / "training_K.json").read_text())
+    cameras[0][0][0] += 1
+    (moved / "training_K.json").write_text(json.dumps(cameras))
+    with pytest.raises(
+        ValueError, match=r"were made with other images \(--data\); use another output folder"
+    ):
+        run(data=moved)
+    other = tmp_path / "other.pth"
+    torch.save(create_backbone("test_resnet").state_dict(), other)
+    with pytest.raises(ValueError, match=r"were made with other first weights; use another output folder"):
+        run(changes={"model.backbone_weights": str(other)})
+    topology = HandTopology.load()
+    topology = topology._replace(joint_regressor=topology.joint_regressor[::-1].copy())
+    with pytest.raises(ValueError, match=r"were made with other hands \(--mano\)"):
+        run(topology=topology)
+
+
+def test_an_error_in_one_process_ends_the_others(run, weights):
+    # Unknown to timm, so that the runs end at once, with a sentence.
+    with pytest.raises(ValueError, match=r"timm .* has no model named 'no_net'"):
+        run("table1", jobs=2, changes={"model.backbone": "no_net"})
+    assert multiprocessing.active_children() == []
+
+
 def test_runs_in_processes_of_their_own(run):
     path, said = run("table3", jobs=2, changes={"train.epochs": 1})
     assert len(said) == 3 and len(list((path.parent / "results").glob("*.json"))) == 3
@@ -119,6 +169,8 @@ def test_what_cannot_be_run_is_refused(run, tmp_path):
         run(scale="huge")
     with pytest.raises(ValueError, match=r"expected different numbers, got \[1, 1\]"):
         run(seeds=[1, 1])
+    with pytest.raises(ValueError, match="jobs: expected at least 1, got 0"):
+        run(jobs=0)
     with pytest.raises(ValueError, match="preset 'paper' needs a folder in FreiHAND's layout"):
         ablate("table1", tmp_path, scale="paper")
 

@@ -2,6 +2,10 @@
 
 import errno
 import json
+import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from pahm.config import preset
 from pahm.data.freihand import FreiHand
 from pahm.metrics import load_submission
 from pahm.model import HandNet, read_metadata, save_checkpoint
+from pahm.training import HandTraining
 
 SMALL = ["--set", "model.backbone=test_resnet", "--set", "model.image_size=64", "--set", "train.epochs=1"]
 SMALL += ["--set", "model.pretrained=false", "--set", "train.batch_size=4", "--set", "train.workers=0"]
@@ -72,6 +77,56 @@ def test_eval_without_annotations_writes_the_submission_only(data, checkpoint, t
     assert "nothing to score" in capsys.readouterr().out and pred.exists()
 
 
+@pytest.mark.parametrize("folder", ["--data", "--freihand"])
+def test_eval_finds_a_bad_output_before_the_work(folder, data, tmp_path, capsys, monkeypatch):
+    def load(path):
+        raise ValueError("the network is loaded")
+
+    monkeypatch.setattr("pahm.model.load_checkpoint", load)
+    file, inner = tmp_path / "file", tmp_path / "a" / "b"
+    file.write_text("")
+    for out, sentence in (
+        (tmp_path, f"--out: expected a file, {tmp_path} is a folder"),
+        (file / "pred.json", f"--out: {file} cannot be made a folder (File exists)"),
+        (inner / "pred.json", "the network is loaded"),
+    ):
+        assert main(["eval", folder, str(data), "--out", str(out)]) == 2
+        assert capsys.readouterr().err == f"pahm eval: {sentence}\n"
+    assert inner.is_dir()
+    monkeypatch.setattr("os.access", lambda *arguments: False)
+    assert main(["eval", folder, str(data), "--out", str(inner / "pred.json")]) == 2
+    assert f"--out: expected a folder that can be written to, got {inner}" in capsys.readouterr().err
+
+
+def test_scores_are_printed_though_the_submission_cannot_be_written(
+    data, checkpoint, tmp_path, capsys, monkeypatch
+):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pahm.metrics.write_submission", full)
+    command = ["eval", "--data", str(data), "--checkpoint", str(checkpoint), "--device", "cpu"]
+    assert main([*command, "--out", str(tmp_path / "pred.json")]) == 2
+    printed = capsys.readouterr()
+    assert "mean hand" in printed.out and printed.err.endswith("pahm eval: No space left on device\n")
+
+
+def test_eval_takes_an_image_that_is_gone_for_an_unreadable_one(data, checkpoint, tmp_path, capsys):
+    folder, pred = tmp_path / "set", tmp_path / "pred.json"
+    shutil.copytree(data, folder)
+    image = folder / "evaluation" / "rgb" / "00000001.jpg"
+    image.unlink()
+    image.symlink_to(tmp_path / "gone.jpg")
+    command = ["eval", "--data", str(folder), "--checkpoint", str(checkpoint), "--out", str(pred)]
+    command += ["--device", "cpu"]
+    assert main([*command, "--strict"]) == 2
+    assert capsys.readouterr().err.endswith(f"pahm eval: image: {image} does not exist\n")
+    assert main(command) == 0
+    errors = capsys.readouterr().err
+    assert f"image: {image} does not exist\n" in errors and "1 of 3 images cannot be read" in errors
+    assert len(load_submission(pred)[0]) == 3
+
+
 def test_predict_writes_overlay_mesh_and_json(data, checkpoint, tmp_path):
     sample = FreiHand(data, "evaluation")[0]
     image = data / sample["name"]
@@ -110,6 +165,10 @@ def test_demo_shows_and_scores_new_hands(checkpoint, tmp_path, capsys):
         ),
         (["train", "--data", "{tmp}", "--out", "{tmp}/run", "--devices", "0"], "at least 1, got '0'"),
         (["train", "--data", "{tmp}", "--out", "{tmp}/run", "--mano", "{tmp}/none.pkl"], "none.pkl"),
+        (
+            ["train", "--data", "{tmp}", "--out", "{tmp}/run", "--accelerator", "gpu", "--devices", "99"],
+            "gpu",
+        ),
         (["eval", "--data", "{tmp}", "--checkpoint", "{tmp}/none"], "no file at"),
         (["export", "--checkpoint", "{tmp}/none"], "no file at"),
         (["eval", "--data", "{tmp}/none", "--checkpoint", "{checkpoint}"], "none is not a folder"),
@@ -121,6 +180,7 @@ def test_demo_shows_and_scores_new_hands(checkpoint, tmp_path, capsys):
             "does not exist",
         ),
         (["predict", "{tmp}/text.jpg", "--checkpoint", "{checkpoint}", "--device", "abacus"], "abacus"),
+        (["predict", "{tmp}/text.jpg", "--checkpoint", "{checkpoint}", "--device", "cuda:99"], "cuda:99"),
     ],
 )
 def test_bad_input_ends_with_one_sentence(command, sentence, checkpoint, tmp_path, capsys, monkeypatch):
@@ -142,13 +202,76 @@ def test_a_full_disk_is_told_without_numbers(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().err == expected
 
 
-def test_a_stop_by_the_user_says_how_to_go_on(monkeypatch, capsys, tmp_path):
+def test_what_cannot_be_put_in_its_place_is_named_by_that_place(monkeypatch, capsys, tmp_path):
+    def moves(*args, **kwargs):
+        (tmp_path / "new.partial").write_text("")
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new.partial").replace(tmp_path / "new")
+
+    monkeypatch.setattr("pahm.data.synth.generate", moves)
+    assert main(["synth", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"pahm synth: {tmp_path / 'new'}: Is a directory\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "function", "more"),
+    [
+        (["synth", "--out", "{tmp}"], "pahm.data.synth.generate", True),
+        (["shards", "--data", "{tmp}", "--out", "{tmp}"], "pahm.data.shards.write_shards", True),
+        (["ablate", "table2", "--out", "{tmp}"], "pahm.ablation.ablate", True),
+        (["demo", "--out", "{tmp}"], "pahm.demo.demo", False),
+        (["predict", "{tmp}"], "pahm.model.load_checkpoint", False),
+    ],
+)
+def test_a_stop_by_the_user_says_whether_the_command_goes_on(
+    command, function, more, monkeypatch, capsys, tmp_path
+):
     def interrupted(*args, **kwargs):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            if command[0] == "ablate":
+                sys.exit(1)  # as Lightning does
+            raise
+
+    monkeypatch.setattr(function, interrupted)
+    assert main([part.format(tmp=tmp_path) for part in command]) == 130
+    more = "; the same command goes on from here" if more else ""
+    assert capsys.readouterr().err == f"pahm {command[0]}: stopped{more}\n"
+
+
+def test_a_stop_in_the_middle_of_training_says_so_too(data, tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pahm.data.synth.generate", interrupted)
-    assert main(["synth", "--out", str(tmp_path)]) == 130
-    assert "goes on from here" in capsys.readouterr().err
+    monkeypatch.setattr(HandTraining, "training_step", interrupted)
+    train = ["train", "--data", str(data), "--out", str(tmp_path), "--preset", "tiny", "--accelerator", "cpu"]
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert main([*train, *SMALL]) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores it from then on
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "pahm train: stopped; the same command goes on from here"
+
+
+@pytest.mark.parametrize("code", [1, 130])
+def test_other_exits_are_left_alone(code, monkeypatch, capsys, tmp_path):
+    def ends(*args, **kwargs):
+        try:
+            raise KeyboardInterrupt if code == 130 else ValueError
+        except BaseException:
+            sys.exit(code)
+
+    monkeypatch.setattr("pahm.data.synth.generate", ends)
+    with pytest.raises(SystemExit) as stop:
+        main(["synth", "--out", str(tmp_path)])
+    assert stop.value.code == code and not capsys.readouterr().err
+
+
+def test_the_command_line_starts_without_lightning():
+    code = "import sys, pahm.cli; assert 'lightning_fabric' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_help_names_every_command(capsys):

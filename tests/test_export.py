@@ -1,14 +1,17 @@
 """ONNX files of the network and of networks on the three ops, run by ONNX Runtime."""
 
+import json
 import warnings
 
+import onnx
 import onnxruntime
 import pytest
 import torch
 
+from pahm.cli import main
 from pahm.config import preset
 from pahm.export import INPUT, OUTPUTS, export_onnx
-from pahm.model import HandNet
+from pahm.model import HandNet, save_checkpoint
 from pahm_ops import MeshPool, SpiralConv, vertex_sample
 
 CHANGES = {"model.backbone": "test_resnet", "model.pretrained": False, "model.image_size": 64}
@@ -46,6 +49,22 @@ def test_the_network_gives_the_same_hands_for_any_batch(tmp_path):
         torch.testing.assert_close(vertices, expected, rtol=0, atol=1e-6)
         torch.testing.assert_close(joints, network.joints(expected), rtol=0, atol=1e-6)
         torch.testing.assert_close(camera, prediction.camera)
+
+
+def test_the_file_and_the_command_say_what_the_network_takes(tmp_path, capsys):
+    config = preset("tiny").override({**CHANGES, "model.crop": 0.75})
+    save_checkpoint(tmp_path / "net.safetensors", HandNet(config.model), config)
+    path = tmp_path / "hand.onnx"
+    assert main(["export", "--checkpoint", str(tmp_path / "net.safetensors"), "--out", str(path)]) == 0
+    assert f"{path}: takes images (64 x 64 pixels, crop 0.75), gives vertices" in capsys.readouterr().out
+    found = {entry.key: json.loads(entry.value) for entry in onnx.load(path).metadata_props}
+    assert found == {
+        "image_size": 64,
+        "crop": 0.75,
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "root_joint": 9,
+    }
 
 
 class Layers(torch.nn.Module):

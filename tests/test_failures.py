@@ -46,6 +46,26 @@ def test_out_of_frame_counts_vertices_beyond_the_outer_edges():
     assert wide.out_of_frame == 0
 
 
+def test_out_of_frame_counts_vertices_beyond_what_the_network_sees():
+    inside_the_image = sphere(x=32 / 400)  # half of the image's side ends 32 pixels from its centre
+    shares = [
+        find_reasons(sample_of(inside_the_image), SPHERE.faces, share).out_of_frame for share in (1.0, 0.5)
+    ]
+    assert shares[0] == 0 and shares[1] == pytest.approx(0.5, abs=0.05)
+    # The sphere's centre is at pixel 63.5, and the square of half the longer side begins at 64 of 256.
+    for size, expected in (((256, 128), 0.5), ((128, 256), 0.5), ((128, 160), 0.0), ((128, 128), 0.0)):
+        found = find_reasons(sample_of(sphere(), size=size), SPHERE.faces, 0.5).out_of_frame
+        assert found == pytest.approx(expected, abs=0.05)
+    beyond = find_reasons(sample_of(sphere(x=64 / 400)), SPHERE.faces, 2.0)
+    assert beyond.out_of_frame == pytest.approx(0.5, abs=0.05), "there is no hand beyond the image"
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, math.nan, math.inf])
+def test_a_share_that_shows_nothing_is_refused(share):
+    with pytest.raises(ValueError, match=rf"share: expected a positive, finite fraction, got {share}"):
+        find_reasons(sample_of(sphere()), SPHERE.faces, share)
+
+
 def test_self_occlusion_of_spheres():
     # From a distance d a sphere of radius r shows the cap (1 - r / d) / 2 of its area.
     alone = find_reasons(sample_of(sphere()), SPHERE.faces).self_occlusion

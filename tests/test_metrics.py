@@ -17,6 +17,7 @@ from pahm.metrics import (
     align_with_scale,
     auc_of_pck,
     f_scores,
+    load_joints,
     load_submission,
     pck_counts,
     point_errors,
@@ -282,6 +283,27 @@ def test_submission_comes_back(tmp_path):
     np.testing.assert_allclose(verts, vertices.numpy(), atol=6e-8)
 
 
+def test_hands_may_be_far_away_and_files_in_any_unit(tmp_path):
+    path = tmp_path / "pred.json"
+    joints, _, vertices, _ = hands(3)
+    write_submission(path, joints[:1] + 1000, vertices[:1] + 1000)
+    joints[0] *= 1000  # one hand that the network made nothing of
+    write_submission(path, joints, vertices)
+    path.write_text(json.dumps([(1000 * joints).tolist(), (1000 * vertices).tolist()]))
+    np.testing.assert_allclose(load_submission(path)[1], 1000 * vertices.numpy())
+
+
+def test_joints_are_read_whatever_the_vertices_are(tmp_path):
+    path = tmp_path / "pred.json"
+    joints = hands(3)[0].tolist()
+    for verts in ([], [[[0, 0, 0]] * 6890] * 3, None):
+        path.write_text(json.dumps([joints, verts]))
+        np.testing.assert_array_equal(load_joints(path), joints)
+    path.write_text(json.dumps([joints[0], []]))
+    with pytest.raises(ValueError, match=r"pred.json is not a FreiHAND submission: xyz: expected shape"):
+        load_joints(path)
+
+
 def test_bad_submissions_are_refused(tmp_path):
     path = tmp_path / "pred.json"
     xyz, verts = np.zeros((2, 21, 3)), np.zeros((2, 778, 3))
@@ -289,7 +311,7 @@ def test_bad_submissions_are_refused(tmp_path):
         ((xyz[:, :20], verts), r"xyz: expected shape \(N, 21, 3\)"),
         ((xyz, verts[:1]), "verts: expected 2 samples as in xyz, got 1"),
         ((xyz, verts * np.nan), "verts: expected finite values, sample 0"),
-        ((xyz + 400.0, verts), "xyz: expected metres, got coordinates up to 400"),
+        ((xyz, 1000 * hands(2)[2]), r"verts: expected metres, got hands that are \d{3} across"),
     ]:
         with pytest.raises(ValueError, match=message):
             write_submission(path, *arguments)

@@ -9,7 +9,7 @@ from scipy.spatial.transform import Rotation
 
 from pahm.camera import assumed_intrinsics, ray_rotation, read_intrinsics, solve_translation
 from pahm.crop import hand_box, load_image
-from pahm.predict import Predictor
+from pahm.predict import Predictor, pick_device
 
 
 def fit_weak_camera(mesh, crop_pixels):
@@ -250,6 +250,13 @@ def test_bad_arguments_are_named():
         Predictor(network, "nothing")
     with pytest.raises(ValueError, match=r"intrinsics: expected shape \(3, 3\), got \(3,\)"):
         Predictor(network, "cpu").predict(picture(), intrinsics=[1, 2, 3])
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "xla:99", "hpu"])
+def test_a_device_that_does_not_work_here_is_named_in_one_line(device):
+    with pytest.raises(ValueError, match=f"device: expected a device of torch, got '{device}' ") as caught:
+        pick_device(device)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
 
 
 def pictures(count):

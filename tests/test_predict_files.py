@@ -74,6 +74,31 @@ def test_images_of_the_same_name_do_not_overwrite_each_other(tmp_path):
     assert (out / "other.json").read_text() == "not ours"
 
 
+def test_a_json_that_cannot_be_read_is_another_predictions(predictor, tmp_path):
+    prediction = predictor.predict(picture())
+    (tmp_path / "hand.json").mkdir()
+    (tmp_path / "hand-2.json").write_text("[" * 100_000)
+    assert [path.name for path in write(prediction, tmp_path, "hand")][-1] == "hand-3.json"
+    error, paths = write_many([("a" * 300, prediction), ("b", prediction)], tmp_path, ["json"])
+    assert isinstance(error, OSError) and paths == [tmp_path / "b.json"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_ends_in_the_middle_leaves_the_file_as_it_was(kind, predictor, tmp_path, monkeypatch):
+    prediction = predictor.predict(picture())
+    (path,) = write(prediction, tmp_path, "hand", [kind])
+    before = path.read_bytes()
+
+    def stopped(partial, name):
+        assert partial.read_bytes() == before
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write(prediction, tmp_path, "hand", [kind])
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
+
+
 def read_back(folder, stem):
     """(vertices, faces) in camera space of the GLB, the PLY and the JSON of a prediction."""
     scene = trimesh.load(folder / f"{stem}.glb", process=False)

@@ -1,5 +1,6 @@
 """The page of a run: what it says, and how it behaves in a browser without a network."""
 
+import base64
 import io
 import json
 import re
@@ -18,6 +19,7 @@ from pahm.data.synth import generate
 from pahm.evaluation import evaluate
 from pahm.model import load_checkpoint, read_metadata, shipped_checkpoint
 from pahm.run_report import make_report
+from pahm.run_report.per_image import reasons_of, score
 from pahm.training import train
 
 IMAGES, GRID, FAILURES = 6, 4, 3
@@ -26,6 +28,7 @@ CONFIG = preset("tiny").override(
         "model.backbone": "test_resnet",
         "model.pretrained": False,
         "model.image_size": 64,
+        "model.crop": 0.5,
         "train.epochs": 4,
         "train.batch_size": 4,
         "train.workers": 0,
@@ -154,6 +157,102 @@ def test_without_baseline_curves_and_masks_the_page_says_so(run, data, tmp_path)
     assert text.count("occlusion unknown") == 2
     titles = re.findall(r'<th scope="col">(.*?)</th>', text)
     assert "baseline" not in titles and "M4 (98)" in titles
+    assert table(out, ' id="by-reason"')["occlusion"] == ["unknown", "\N{EN DASH}"]
+    assert text.count("so occlusion is unknown") == 2, "beside the table and the failures"
+
+
+def test_known_reasons_are_counted(page):
+    rows = table(page, ' id="by-reason"')
+    assert list(rows)[1:] == ["occlusion", "out of frame", "self-occlusion", "none stands out"]
+    assert sum(int(count) for count, *_ in list(rows.values())[1:]) == IMAGES
+    assert "so occlusion is unknown" not in body(page)
+
+
+@pytest.fixture(scope="module")
+def cropped(trained, data, tmp_path_factory):
+    """The page of a network that sees a part of each image."""
+    out = tmp_path_factory.mktemp("cropped") / "page.html"
+    options = {"count": 1, "failures": IMAGES, "device": "cpu", "progress": False}
+    return make_report(trained, data, out=out, **options)
+
+
+def test_out_of_frame_is_what_the_network_does_not_see(page, cropped, data):
+    faces = load_checkpoint().faces
+    reasons = reasons_of(str(data), range(IMAGES), faces, CONFIG.model.crop, progress=False)
+    expected = sorted(100 * found.out_of_frame for found in reasons)
+    shown = sorted(float(share) for share in re.findall(r"out of frame ([\d.]+) %", body(cropped)))
+    np.testing.assert_allclose(shown, expected, atol=0.051)
+    assert min(shown) > 5, "the whole images have all of these hands"
+    assert "with 50 % of its longer side, outlined in the input." in body(cropped)
+    assert "network sees" not in body(page) and "project outside the image." in body(page)
+
+
+def test_what_the_network_sees_is_outlined_in_the_input(page, cropped):
+    def steps(path):
+        """How much brighter the square's outermost columns, 48 and 143 of 192, are than those beside."""
+        uri = re.search(r'<img src="data:image/jpeg;base64,(.*?)" alt="evaluation image 0[",]', body(path))[1]
+        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))).convert("L"), int)
+        return picture[60:130, [48, 143]] - picture[60:130, [47, 144]]
+
+    assert steps(cropped).min() > 120, "white inside of black"
+    assert np.abs(steps(page)).max() < 120
+
+
+@pytest.fixture
+def damaged(data, tmp_path):
+    """The data with an image that is cut short, one that links to nothing, and one without a mask."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(data, folder)
+    files = [
+        folder / "evaluation" / kind / f"{i:08d}.jpg" for kind, i in (("rgb", 0), ("rgb", 2), ("mask", 4))
+    ]
+    files[0].write_bytes(files[0].read_bytes()[:600])
+    files[1].unlink()
+    files[1].symlink_to("nowhere.jpg")
+    files[2].write_bytes(b"")
+    return folder, files
+
+
+def test_images_that_cannot_be_read_are_left_out(run, trained, data, damaged, tmp_path, capsys):
+    folder, files = damaged
+    options = {"baseline": trained, "count": 2, "failures": 2, "device": "cpu", "progress": False}
+    page = make_report(run, folder, out=tmp_path / "page.html", **options)
+    *sentences, summary = capsys.readouterr().err.splitlines()
+    assert [str(file) in sentence for file, sentence in zip(files, sentences, strict=True)] == [True] * 3
+    assert summary == f"3 of {IMAGES} images cannot be read and are left out"
+    assert "3 images were left out" in body(page) and f"3 of {IMAGES} evaluation images" in body(page)
+    assert all(f"<code>evaluation/rgb/{i:08d}.jpg</code>" in body(page) for i in (0, 2, 4))
+    readable = [1, 3, 5]
+    (ours, _), (theirs, _) = (
+        score(network, str(data), readable, device="cpu", progress=False)
+        for network in (load_checkpoint(), load_checkpoint(trained / "model.safetensors"))
+    )
+    rows = table(page)
+    assert next(iter(rows)) == "3 images"
+    assert float(rows["ours"][1]) == pytest.approx(ours.vertices.mean(), abs=0.006)
+    worst = [readable[i] for i in np.argsort(-ours.vertices)[:2]]
+    assert [hand["index"] for hand in payload(page)["hands"]] == [1, 5, *worst]
+    for index, *shown in re.findall(
+        r'<th scope="row"><b>(\d)</b><br>([\d.]+) mm<br><small>baseline ([\d.]+)</small></th>', body(page)
+    ):
+        at = readable.index(int(index))
+        assert [f"{scored.vertices[at]:.1f}" for scored in (ours, theirs)] == shown
+
+
+def test_many_and_no_images(run, damaged, tmp_path, capsys):
+    folder, _ = damaged
+    (folder / "evaluation" / "rgb" / "00000001.jpg").write_bytes(b"")
+    options = {"count": 1, "failures": 1, "device": "cpu", "progress": False, "out": tmp_path / "page.html"}
+    text = body(make_report(run, folder, **options))
+    assert "4 images were left out" in text and "and 1 more." in text
+    assert "<code>evaluation/rgb/00000004.jpg</code>" not in text
+    capsys.readouterr()
+    with pytest.raises(
+        ValueError, match=r"^--data: none of the 3 evaluation images of .*damaged can"
+    ) as found:
+        make_report(run, folder, **options | {"images": 3})
+    assert re.search(r"image: .*00000000\.jpg is not a readable image [^\n]*$", str(found.value))
+    assert capsys.readouterr().err == ""
 
 
 def test_networks_that_find_no_hand_leave_their_pictures_out(run, trained, data, tmp_path, monkeypatch):

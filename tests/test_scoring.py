@@ -219,6 +219,12 @@ def test_joints_are_scored_alone(tmp_path, capsys):
     assert {name: written[name] for name in joints} == pytest.approx(
         {name: expected[name] for name in joints}, abs=1e-6
     )
+    for verts in ([], [[[0, 0, 0]] * 6890] * 3):  # none, or another mesh
+        (tmp_path / "pred.json").write_text(json.dumps([predicted[0].tolist(), verts]))
+        assert score_submission(tmp_path / "pred.json", tmp_path, joints_only=True) == written
+        write_truth(tmp_path, truth)
+        with pytest.raises(ValueError, match="verts: expected shape"):
+            score_submission(tmp_path / "pred.json", tmp_path)
 
 
 def break_count(folder, truth):

@@ -1,6 +1,10 @@
 """Tar shards: the folder's images, read where they lie; whole shards, cut ones, stopped writers."""
 
+import errno
+import io
+import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -19,6 +23,7 @@ from pahm.model import read_metadata
 from pahm.training import HandTraining, train
 
 wds = pytest.importorskip("webdataset")
+_BLOCK = 512
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +140,33 @@ def test_a_cut_shard_is_named_and_the_rest_is_used(shards, caplog, cut):
         ShardImages(find_shards(shards), 5, strict=True)
 
 
+@pytest.mark.parametrize("length", [1, _BLOCK, None])  # all the rest is zero, as after a lost write
+def test_a_damaged_header_in_the_middle_is_a_shards_damage(shards, caplog, length):
+    path = shards / "train-000001.tar"
+    with tarfile.open(path) as tar:
+        header = tar.getmembers()[7].offset  # inside the second of four images
+    content = bytearray(path.read_bytes())
+    end = len(content) if length is None else header + length
+    content[header:end] = bytes(end - header)
+    path.write_bytes(content)
+    assert len(ShardImages(find_shards(shards), 5)) == 4 + 1 + 3
+    assert f"data: {path} ends early or is damaged: 1 whole images are used" in caplog.messages
+    with pytest.raises(ValueError, match=r"train-000001\.tar ends early or is damaged"):
+        ShardImages(find_shards(shards), 5, strict=True)
+
+
+def test_whole_shards_of_every_length_are_whole(shards, tmp_path):
+    with tarfile.open(find_shards(shards)[0]) as tar:
+        sample = [(member.name, tar.extractfile(member).read()) for member in tar.getmembers()[:5]]
+    for blocks in range(1, 21):  # a tar file is filled up to 20 blocks
+        with tarfile.open(tmp_path / "one.tar", "w") as tar:
+            for name, content in [*sample, ("x.bin", bytes(blocks * _BLOCK))]:
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+        assert len(ShardImages([tmp_path / "one.tar"], 1, strict=True)) == 1
+
+
 def test_what_is_not_a_tar_file_is_named(tmp_path, caplog):
     (tmp_path / "train-000000.tar").write_bytes(b"no tar file " * 100)
     with pytest.raises(ValueError, match=r"no whole image in 1 shards, the first is .*train-000000\.tar"):
@@ -150,13 +182,78 @@ def test_a_shard_that_changes_during_training_costs_its_images_only(shards, memb
     os.truncate(shards / "train-000002.tar", length)
     batch = Batches(images, CropTransform(32))[0, list(range(11))]
     assert len(batch["name"]) == 11 and not any("train-000002" in name for name in batch["name"])
-    assert all("train-000002.tar has changed" in sentence for sentence in batch["unreadable"])
+    assert all("train-000002.tar cannot be read: the shard has changed" in s for s in batch["unreadable"])
+
+
+def _npy(array):
+    np.save(stream := io.BytesIO(), array)
+    return stream.getvalue()
+
+
+_VALUES = {"index": 3, "name": "training/rgb/00000003.jpg", "K": np.eye(3).tolist(), "scale": 0.03}
+_JOINTS = _npy(np.zeros((21, 3), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("part", "content", "reason"),
+    [
+        ("json", b"\0", "json does not give index, name, K and scale .JSONDecodeError: Expecting value"),
+        ("json", b"[" * 99999, "json does not give .*RecursionError"),
+        ("json", b'{"index": 3, "name": "", "scale": 1}', "json does not give .*'K'"),
+        ("json", json.dumps(_VALUES | {"index": -3}).encode(), "json: expected an index of at least 0"),
+        ("json", json.dumps(_VALUES | {"K": [1, 2]}).encode(), r"json: expected .* finite K \(3, 3\)"),
+        ("json", json.dumps(_VALUES | {"scale": np.nan}).encode(), "json: expected .* finite .* scale"),
+        ("joints.npy", b"", "joints.npy is not an array .EOF: reading magic string"),
+        ("joints.npy", b"\0" + _JOINTS[1:], "joints.npy is not an array .the magic string is not correct"),
+        ("joints.npy", _JOINTS[:8] + b"\x36" + _JOINTS[9:], "joints.npy is not an array .*multi-line"),
+        ("joints.npy", _npy(np.zeros((20, 3))), r"joints.npy: expected .*\(21, 3\), got float64 \(20, 3\)"),
+        ("vertices.npy", _npy(np.full((778, 3), np.nan)), "vertices.npy: expected finite floats"),
+        ("mask.jpg", b"", "mask.jpg is not a readable image"),
+    ],
+)
+def test_damage_inside_an_image_is_named_and_the_image_replaced(shards, part, content, reason):
+    path = shards / "train-000001.tar"
+    with tarfile.open(path) as tar:
+        files = [(member.name, tar.extractfile(member).read()) for member in tar]
+    damaged = f"{files[5][0].split('.')[0]}.{part}"
+    with tarfile.open(path, "w") as tar:
+        for name, whole in files:
+            used = content if name == damaged else whole
+            entry = tarfile.TarInfo(name)
+            entry.size = len(used)
+            tar.addfile(entry, io.BytesIO(used))
+    images = ShardImages(find_shards(shards), 5, strict=True)
+    sentence = rf"^image: {damaged[:8]} of {path} cannot be read: {reason}"
+    with pytest.raises(ValueError, match=sentence):
+        images[5]
+    batch = Batches(images, CropTransform(32))[0, list(range(11))]
+    assert len(batch["unreadable"]) == 1 and batch["index"][5] == batch["index"][6]
+    assert len(images.vertices(99)) == 11 - (part == "vertices.npy")
+
+
+@pytest.mark.parametrize("call", ["open", "pread"])
+def test_a_shard_that_cannot_be_read_costs_its_images_only(shards, monkeypatch, call):
+    images = ShardImages(find_shards(shards), 5)
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(
+            ValueError, match=r"^image: \d{8} of .*train-000001\.tar cannot .* \(Input/output"
+        ):
+            images[5]
+        with pytest.raises(ValueError, match="data: the first 20 images cannot be read"):
+            images.vertices(20)
+    assert images[5]["name"].startswith("train-000001.tar/")
 
 
 def test_a_stopped_writer_goes_on(data, shards):
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in find_shards(shards)}
     (shards / "train-000001.tar").rename(shards / "train-000001.tar.partial")
-    assert len(find_shards(shards)) == 2
+    with pytest.raises(FileNotFoundError, match=r"2 of 3 shards, train-000001\.tar is missing; run `pahm"):
+        find_shards(shards)
     assert write_shards(data, shards, 4) == 3
     after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in find_shards(shards)}
     assert {name: content for name, (content, _) in after.items()} == {n: c for n, (c, _) in before.items()}
@@ -166,6 +263,35 @@ def test_a_stopped_writer_goes_on(data, shards):
         write_shards(data, shards, 5)
     with pytest.raises(ValueError, match="size: expected at least 1 image a shard, got 0"):
         write_shards(data, shards, 0)
+
+
+def test_a_writer_does_not_go_on_with_other_annotations(data, shards, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    assert write_shards(other, shards, 4) == 3, "the same data in another place"
+    scales = json.loads((other / "training_scale.json").read_text())
+    (other / "training_scale.json").write_text(json.dumps([2 * scales[0], *scales[1:]]))
+    with pytest.raises(ValueError, match=r"was begun with .*'sha256': .*'sha256': .*another folder"):
+        write_shards(other, shards, 4)
+    begun = json.loads((shards / "shards.json").read_text())
+    del begun["sha256"]
+    (shards / "shards.json").write_text(json.dumps(begun))
+    assert len(find_shards(shards)) == 3
+    with pytest.raises(
+        ValueError, match=r"shards\.json lacks the annotations' sha256; choose another folder"
+    ):
+        write_shards(data, shards, 4)
+
+
+def test_a_folder_without_all_its_shards_is_refused(shards):
+    for number in (1, 0, 2):
+        (shards / f"train-00000{number}.tar").unlink()
+    with pytest.raises(FileNotFoundError, match=r"0 of 3 shards, train-000000\.tar is missing; run `pahm"):
+        find_shards(shards)
+    for content in ("", "[]", '{"images": 11}', '{"images": 11, "size": 0}', '{"images": "11", "size": 4}'):
+        (shards / "shards.json").write_text(content)
+        with pytest.raises(ValueError, match=r"shards\.json is not a manifest of `pahm shards`, which has"):
+            find_shards(shards)
 
 
 def test_ranges_of_shards(shards):

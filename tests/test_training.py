@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pahm.ablation.tables import configuration
 from pahm.config import from_file, from_json, preset
 from pahm.data.augment import CropTransform
 from pahm.data.freihand import FreiHand
@@ -20,7 +22,7 @@ from pahm.data.synth import generate
 from pahm.evaluation import evaluate, mean_hand
 from pahm.losses import project, total_loss
 from pahm.metrics import procrustes_errors
-from pahm.model import load_checkpoint, read_metadata, shipped_checkpoint
+from pahm.model import HandNet, load_checkpoint, read_metadata, shipped_checkpoint
 from pahm.model.checkpoint import read_provenance
 from pahm.provenance import _revision, provenance
 from pahm.training import HandTraining, WarmupCosine, train
@@ -241,18 +243,55 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(run, data, tmp_pat
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
-def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("last", [2, 3])  # the third step is an epoch's first, the fourth its last
+def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, monkeypatch, last):
     def spoil(self, optimizer):
-        if self.global_step == 2:
+        if self.global_step == last:
             next(iter(self.network.parameters())).grad.fill_(math.nan)
 
     monkeypatch.setattr(HandTraining, "on_before_optimizer_step", spoil)
     # Clipping would make all gradients NaN.
     config = CONFIG.override({"train.save_every": 1, "train.gradient_clip": 0})
-    sentence = r"weights of .* are not finite after step 2, images training/rgb/.*jpg; .* stays as it was"
+    sentence = (
+        rf"weights of .* are not finite after step {last}, images training/rgb/.*jpg; .* stays as it was"
+    )
     with pytest.raises(FloatingPointError, match=sentence):
         train(config, data, tmp_path, accelerator="cpu", progress=False)
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == last
+
+
+def test_meshes_that_are_not_finite_in_evaluation_are_named(data, tmp_path, monkeypatch):
+    def forward(self, images, forward=HandNet.forward):
+        prediction = forward(self, images)
+        return prediction if self.training else prediction._replace(meshes=[m / 0 for m in prediction.meshes])
+
+    monkeypatch.setattr(HandNet, "forward", forward)
+    sentence = r"evaluation after step 1: meshes are not finite .*, images evaluation/rgb/00000000\.jpg, "
+    with pytest.raises(FloatingPointError, match=sentence):
+        train(CONFIG, data, tmp_path, accelerator="cpu", progress=False)
+
+
+def test_the_mesh_of_another_hand_is_refused(run, data, tmp_path):
+    strange = tmp_path / "data"
+    shutil.copytree(data, strange)
+    for split in ("training", "evaluation"):
+        path = strange / f"{split}_verts.json"
+        path.write_text(json.dumps([mesh[::-1] for mesh in json.loads(path.read_text())]))
+    sentence = r"data: .*data: the joints lie \d+ mm from where the network's hand has them in the same mesh"
+    with pytest.raises(ValueError, match=sentence):
+        train(CONFIG, strange, tmp_path / "run", accelerator="cpu", progress=False)
+    with pytest.raises(ValueError, match=sentence):
+        evaluate(load_checkpoint(run[0] / "model.safetensors"), strange, device="cpu", progress=False)
+
+
+def test_what_no_output_depends_on_is_not_trained():
+    config = configuration(CONFIG, "repeat").override({"model.backbone": "hrnet_w18_small"})
+    module = HandTraining(config)
+    prediction = module.network(torch.zeros(2, 3, 64, 64))
+    torch.stack([x.sum() for x in (*prediction.meshes, prediction.camera)]).sum().backward()
+    missing = {name for name, p in module.network.named_parameters() if p.grad is None}
+    frozen = {name for name, p in module.network.named_parameters() if not p.requires_grad}
+    assert missing == frozen and any("incre_modules.0" in name for name in frozen) and module.network.training
 
 
 def test_a_run_says_how_it_was_made(run, data):

@@ -202,6 +202,9 @@ def test_encoder_block_tells_queries_apart_and_joins_them():
     assert out.shape == (1, 5, 4) and not torch.allclose(out[0, 0], out[0, 1])
     (gradient,) = torch.autograd.grad(out[0, 0].sum(), x)
     assert (gradient.abs().sum(-1) > 0).all()
+    one, two = EncoderBlock(6, 8, 4, queries=5, layers=2, heads=2).encoder.layers
+    for (name, first), second in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert first.dim() == 1 or not torch.equal(first, second), name
     with pytest.raises(ValueError, match="8 channels cannot be split over 3 heads"):
         EncoderBlock(6, 8, 4, 5, 1, 3)
 

@@ -6,16 +6,19 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from pahm.ablation.inputs import check_inputs
 from pahm.ablation.tables import RESULT, TABLES, configuration
 from pahm.ablation.write import write_table
 from pahm.config import Config, from_dict, preset
@@ -24,8 +27,12 @@ from pahm.data.synth import generate
 from pahm.hand.topology import HandTopology
 from pahm.model.checkpoint import load_checkpoint
 from pahm.provenance import provenance
+from pahm.run_folder import LAST
 from pahm.whole_file import whole_file
+from pahm.workers import start_worker
 
+DATA_SEED = 1
+"""Of the images that are rendered; those of the shipped checkpoint have 0."""
 _NOT_COMPARED = ("backbone_weights", "workers")  # where weights lie and who reads images decide no result
 
 
@@ -75,8 +82,6 @@ def ablate(
     jobs: int = 1,
     topology: HandTopology | None = None,
     accelerator: str = "auto",
-    devices: int | str = 1,
-    strategy: str = "auto",
     report: Callable[[str], None] = print,
 ) -> Path:
     """Train and score the rows of one of the paper's tables, and write it beside the paper's numbers.
@@ -87,19 +92,21 @@ def ablate(
 
     Args:
         table: a name of `TABLES`. scale: a name of `SCALES`.
-        data: a folder in FreiHAND's layout; None renders one into `out` for a scale that says how large.
+        data: a folder in FreiHAND's layout; None renders one into `out` for a scale that says how large,
+            with another seed than the images that the shipped checkpoint was trained on.
         seeds: of the weights, the order of the images and their augmentation; each row runs with each.
         changes: dotted names of the configuration and values, for all rows alike.
         jobs: runs at the same time, each with its share of the CPU's threads.
-        topology, accelerator, devices, strategy: as `pahm.training.train`.
+        topology, accelerator: as `pahm.training.train`. A run has one device.
         report: takes a line of progress.
 
     Returns:
         the path of the Markdown table.
 
     Raises:
-        ValueError: no such table or scale, no data, or `out` has results of another configuration (the first
-            difference is named).
+        ValueError: no such table or scale, no data, or `out` has runs of another configuration (the first
+            difference is named), or of other images, another hand or other first weights.
+        ChildProcessError: with several jobs, the process of a run ended by itself.
     """
     if table not in TABLES:
         raise ValueError(f"table: expected one of {', '.join(TABLES)}, got {table!r}")
@@ -107,6 +114,8 @@ def ablate(
         raise ValueError(f"preset: expected one of {', '.join(SCALES)}, got {scale!r}")
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds: expected different numbers, got {list(seeds)}")
+    if jobs < 1:
+        raise ValueError(f"jobs: expected at least 1, got {jobs}")
     out = Path(out)
     images = SCALES[scale].images
     if data is None and images is None:
@@ -129,16 +138,19 @@ def ablate(
     if data is None and images is not None:
         data = out / "data"
         if waiting:
-            generate(data, *images, seed=0)
-    write = partial(write_table, out, table, seeds)
-    options = {"topology": topology, "accelerator": accelerator, "devices": devices, "strategy": strategy}
+            generate(data, *images, seed=DATA_SEED)
+    if waiting and data is not None:
+        check_inputs(out, data, topology, base)
+    options = {"topology": topology, "accelerator": accelerator}
     for variant, seed, seconds in _run_all(waiting, data, out, jobs, options):
         report(f"{variant}, seed {seed}: {seconds / 60:.1f} min")
-        write()
-    return write()
+        write_table(out, table, seeds)
+    return write_table(out, table, seeds)
 
 
-def _run_all(waiting: Sequence[Any], data: Any, out: Path, jobs: int, options: dict[str, Any]) -> Any:
+def _run_all(
+    waiting: Sequence[Any], data: Any, out: Path, jobs: int, options: dict[str, Any]
+) -> Iterator[tuple[str, int, float]]:
     """Run what waits, `jobs` at a time; yields variant, seed and seconds of each as it ends."""
     threads = max(1, torch.get_num_threads() // jobs)
     tasks = [
@@ -150,13 +162,29 @@ def _run_all(waiting: Sequence[Any], data: Any, out: Path, jobs: int, options: d
             yield variant, seed, task()
         return
     # Fresh processes: a forked one would share the parent's thread pools.
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(task): item for task, item in zip(tasks, waiting, strict=True)}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker) as pool:
+        queue = zip(tasks, waiting, strict=True)
+        running: dict[Future[float], Any] = {}
         try:
-            for future in as_completed(futures):
-                yield *futures[future][:2], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            while True:
+                # Not one more than can run: what a pool holds ready cannot be cancelled.
+                for task, item in islice(queue, jobs - len(running)):
+                    running[pool.submit(task)] = item
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    variant, seed, *_ = running.pop(future)
+                    yield variant, seed, future.result()
+        except BaseException as error:
+            # The other runs go on from their last checkpoints; nobody waits for them to end.
+            for child in multiprocessing.active_children():
+                child.kill()
+            if isinstance(error, BrokenProcessPool):
+                raise ChildProcessError(
+                    "the process of a run ended by itself, as it does where memory runs out; "
+                    "the same command goes on, with fewer --jobs in less memory"
+                ) from error
             raise
 
 
@@ -173,6 +201,7 @@ def _run(
     from pahm.training import train
 
     torch.set_num_threads(threads)
+    resumed = (folder / LAST).exists()
     started = time.monotonic()
     scores = train(config, data, folder, progress=progress, **options)
     if not scores:
@@ -181,7 +210,7 @@ def _run(
     recorded = config.override({"model.backbone_weights": None})
     record = {
         "scores": scores,
-        "seconds": round(seconds, 1),
+        "seconds": None if resumed else round(seconds, 1),  # of a resumed run only the last part is known
         "threads": threads,
         "training_images": len(FreiHand(data, "training")),
         "config": json.loads(recorded.to_json()),
@@ -211,11 +240,13 @@ def _check_same(path: Path, config: Config) -> None:
 def _shipped_backbone(out: Path) -> Path:
     """The backbone of the shipped checkpoint as a file of weights, from which all rows of `tiny` start.
 
-    ImageNet's weights would have to be downloaded, and from them or from random ones no row leaves the mean
-    hand behind in a quarter of an hour on two cores.
+    From ImageNet's weights no row leaves the mean hand behind in a quarter of an hour on two cores. The
+    shipped network is the pixel-aligned one with 2D supervision, so rows without them start from features
+    that had them: what the rows show is what the rest of each network makes of the same features.
     """
     path = out / "backbone.safetensors"
     if not path.exists():
         weights = load_checkpoint().extractor.backbone.state_dict()
-        save_file({name: value.contiguous() for name, value in weights.items()}, path)
+        with whole_file(path) as partial_file:
+            save_file({name: value.contiguous() for name, value in weights.items()}, partial_file)
     return path

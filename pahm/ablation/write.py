@@ -75,7 +75,8 @@ def markdown(table: Table, name: str, results: Results) -> str:
         for score, paper in zip(table.scores, row.paper, strict=True):
             places = 2 if score.startswith("pa_") else 3
             cells += [f"{paper:g}", _spread(scores_of(results, row, score), places)]
-        cells += [_spread([r["seconds"] / 60 for r in results.get(row.variant or "", [])], 1)]
+        seconds = [r["seconds"] for r in results.get(row.variant or "", []) if r["seconds"] is not None]
+        cells += [_spread([value / 60 for value in seconds], 1)]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"Ours: {_budget(results)}. The paper's: FreiHAND."]
     lines += _mean_hand(table, results)

@@ -19,7 +19,8 @@ from pahm.data.freihand import FreiHand, Sample
 
 Batch = dict[str, Any]
 """What `CropTransform` gives, stacked over the images; `name`, their files' names in the data folder; and
-`unreadable`, one sentence for each image that another one stands in for. Empty for no images.
+`unreadable`, one sentence for each image that could not be read, and `replaced`, the number of images that
+another one stands in for. Empty for no images.
 """
 
 _MAX_UNREADABLE = 100
@@ -74,15 +75,20 @@ class Batches(Dataset[Batch]):
         if not indices:
             return {}
         unreadable: list[str] = []
-        samples = [self._read(index, unreadable) for index in indices]
+        samples, replaced = [], 0
+        for index in indices:
+            before = len(unreadable)
+            samples.append(self._read(index, unreadable))
+            replaced += len(unreadable) > before
         batch: Batch = default_collate([self.transform(sample, epoch) for sample in samples])
-        return {**batch, "name": [sample["name"] for sample in samples], "unreadable": unreadable}
+        names = [sample["name"] for sample in samples]
+        return {**batch, "name": names, "unreadable": unreadable, "replaced": replaced}
 
     def _read(self, index: int, unreadable: list[str]) -> Sample:
         for step in range(_MAX_UNREADABLE):
             try:
                 return self.images[(index + step) % len(self.images)]
-            except ValueError as error:
+            except (FileNotFoundError, ValueError) as error:
                 unreadable.append(str(error))
         raise ValueError(f"{_MAX_UNREADABLE} images in a row cannot be read, the last: {unreadable[-1]}")
 

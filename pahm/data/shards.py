@@ -8,6 +8,7 @@ seen, and processes and workers share an epoch as they share a folder's.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
@@ -15,6 +16,7 @@ import os
 import re
 import tarfile
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,12 @@ from pahm.whole_file import whole_file
 
 LOG = logging.getLogger("pahm")
 MANIFEST = "shards.json"
+_NAME = "train-{:06d}.tar"
 _PARTS = ("jpg", "mask.jpg", "json", "joints.npy", "vertices.npy")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _BLOCK = 512  # a tar file's unit
+# A tar file ends with two blocks of zeros, and more up to a whole record of 20 blocks.
+_END = range(2 * _BLOCK, 21 * _BLOCK + 1)
 _OPEN = 32  # shards that a process keeps open
 
 
@@ -40,24 +45,29 @@ def write_shards(data: str | os.PathLike[str], out: str | os.PathLike[str], size
     again, so that a stopped call can be repeated. Returns the number of shards.
 
     Raises FileNotFoundError or ValueError as `FreiHand`, and ValueError for a size below 1 or a folder `out`
-    that was begun with other data or another size.
+    that was begun with another number of images, other annotations or another size.
     """
     if size < 1:
         raise ValueError(f"size: expected at least 1 image a shard, got {size}")
     dataset, out = FreiHand(data, "training"), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    made_of = {"images": len(dataset), "annotations": dataset.annotations, "size": size}
-    manifest = out / MANIFEST
-    if manifest.exists():
-        if (begun := json.loads(manifest.read_text(encoding="utf-8"))) != made_of:
-            raise ValueError(f"out: {out} was begun with {begun}, got {made_of}; choose another folder")
-    else:
-        _write(manifest, json.dumps(made_of).encode())
+    digest = hashlib.sha256()
+    for table in dataset.tables.values():
+        digest.update(table.rows.data)
+    counts = {"images": len(dataset), "annotations": dataset.annotations, "size": size}
+    made_of = {**counts, "sha256": digest.hexdigest()}
+    begun = _manifest(out)
+    if begun is None:
+        _write(out / MANIFEST, json.dumps(made_of).encode())
+    elif "sha256" not in begun:
+        raise ValueError(f"out: {out / MANIFEST} lacks the annotations' sha256; choose another folder")
+    elif begun != made_of:
+        raise ValueError(f"out: {out} was begun with {begun}, got {made_of}; choose another folder")
     # Neighbours in FreiHAND are alike, and a buffer does not reach far.
     order = np.random.default_rng(0).permutation(len(dataset))
     shards = [order[at : at + size] for at in range(0, len(order), size)]
     for number, indices in enumerate(shards):
-        path = out / f"train-{number:06d}.tar"
+        path = out / _NAME.format(number)
         if path.exists():
             continue
         content = io.BytesIO()
@@ -89,6 +99,18 @@ def _files(dataset: FreiHand, index: int) -> dict[str, bytes]:
     return files
 
 
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """What a folder's shards were begun with; None where it does not say."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    with suppress(ValueError, TypeError, KeyError):
+        made_of: dict[str, Any] = json.loads(path.read_bytes())
+        if range(made_of["images"]) and range(made_of["size"]):
+            return made_of
+    raise ValueError(f"{path} is not a manifest of `pahm shards`, which has positive images and size")
+
+
 def _write(path: Path, content: bytes | memoryview) -> None:
     with whole_file(path) as partial, partial.open("wb") as stream:
         stream.write(content)
@@ -100,7 +122,8 @@ def find_shards(data: str | os.PathLike[str]) -> list[Path]:
     """The shards that `data` names: a tar file, several as `train-{000000..000009}.tar`, or a folder of them;
     none where it names something else.
 
-    Raises FileNotFoundError for a shard that is missing.
+    Raises FileNotFoundError for a shard that is missing, in a folder for one that its manifest counts, and
+    ValueError for a manifest that cannot be read.
     """
     text = os.fspath(data)
     if text.endswith(".tar"):
@@ -109,7 +132,16 @@ def find_shards(data: str | os.PathLike[str]) -> list[Path]:
             if not path.is_file():
                 raise FileNotFoundError(f"data: {path} does not exist")
         return paths
-    return sorted(Path(text).glob("*.tar")) if not (Path(text) / "training").exists() else []
+    folder = Path(text)
+    if (folder / "training").exists():
+        return []
+    paths = sorted(folder.glob("*.tar"))
+    if made_of := _manifest(folder):
+        names = [_NAME.format(number) for number in range(-(-made_of["images"] // made_of["size"]))]
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            state = f"{len(names) - len(missing)} of {len(names)} shards, {missing[0]} is missing"
+            raise FileNotFoundError(f"data: {folder} has {state}; run `pahm shards` again")
+    return paths
 
 
 def _expand(text: str) -> list[str]:
@@ -131,13 +163,15 @@ class ShardImages:
 
     Parameters: `paths` of the shards; `buffer`, the number of images among which an epoch's order draws the
     next one, over shards in a random order; `strict`, refuse a shard that is not whole.
-    What is whole in a shard that ends early is used, and one sentence names the shard. Raises ValueError
-    with `strict`, and where no whole image is left.
+    What is whole in a shard before its end or its first damaged header is used, and one sentence names the
+    shard. Raises ValueError with `strict`, and where no whole image is left; an item that cannot be read
+    raises ValueError naming shard and image.
     """
 
     def __init__(self, paths: list[Path], buffer: int, strict: bool = False) -> None:
         self.paths, self.buffer = paths, buffer
         self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._keys: list[str] = []
         places = []
         for number, path in enumerate(paths):
             found, whole = _index(path)
@@ -146,7 +180,8 @@ class ShardImages:
                 if strict:
                     raise ValueError(sentence)
                 LOG.warning("%s are used", sentence)
-            places += [(number, start, end) for start, end in found]
+            self._keys += [key for key, _, _ in found]
+            places += [(number, start, end) for _, start, end in found]
         if not places:
             raise ValueError(f"data: no whole image in {len(paths)} shards, the first is {paths[0]}")
         self._places = np.array(places, np.int64)
@@ -155,19 +190,19 @@ class ShardImages:
         return len(self._places)
 
     def __getitem__(self, index: int) -> Sample:
-        files, shard = self._read(index)
-        values = json.loads(files["json"])
-        name = f"{shard}/{values['name']}"
-        return {
-            "index": int(values["index"]),
-            "name": name,
-            "image": _decode(files["jpg"], "RGB", name),
-            "mask": _decode(files["mask.jpg"], "L", name),
-            "K": np.array(values["K"], np.float32),
-            "scale": np.float32(values["scale"]),
-            "joints": np.load(io.BytesIO(files["joints.npy"])),
-            "vertices": np.load(io.BytesIO(files["vertices.npy"])),
-        }
+        path = self.paths[self._places[index, 0]]
+        try:
+            files = self._read(index)
+            values = _values(files["json"])
+            return values | {
+                "name": f"{path.name}/{values['name']}",
+                "image": _decode(files, "jpg", "RGB"),
+                "mask": _decode(files, "mask.jpg", "L"),
+                "joints": _array(files, "joints.npy", (21, 3)),
+                "vertices": _array(files, "vertices.npy", (778, 3)),
+            }
+        except ValueError as error:
+            raise ValueError(f"image: {self._keys[index]} of {path} cannot be read: {error}") from error
 
     def order(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
         generator = np.random.default_rng((seed, epoch))
@@ -181,23 +216,29 @@ class ShardImages:
         return np.concatenate([order, generator.permutation(waiting)])
 
     def vertices(self, count: int) -> npt.NDArray[np.floating]:
-        """`(N, 778, 3)` metres: the vertices of the first hands, at most `count`."""
-        files = (self._read(index)[0] for index in range(min(count, len(self))))
-        return np.stack([np.load(io.BytesIO(parts["vertices.npy"])) for parts in files])
+        """`(N, 778, 3)` metres: the vertices of the first hands, at most `count`, without damaged ones."""
+        hands = []
+        for index in range(min(count, len(self))):
+            with suppress(ValueError):  # training names an unreadable image where it comes to it
+                hands.append(_array(self._read(index), "vertices.npy", (778, 3)))
+        if not hands:
+            raise ValueError(f"data: the first {count} images cannot be read, from {self.paths[0]} on")
+        return np.stack(hands)
 
-    def _read(self, index: int) -> tuple[dict[str, bytes], str]:
+    def _read(self, index: int) -> dict[str, bytes]:
         number, start, end = (int(value) for value in self._places[index])
-        path = self.paths[number]
-        content = os.pread(self._descriptor(number), end - start, start)
         try:
+            content = os.pread(self._descriptor(number), end - start, start)
             with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
                 members = [(member.name.split(".", 1)[1], tar.extractfile(member)) for member in tar]
                 files = {part: stream.read() for part, stream in members if stream is not None}
-        except (tarfile.TarError, IndexError) as error:
-            raise ValueError(f"data: {path} has changed since training began ({error})") from error
-        if not set(_PARTS) <= set(files):
-            raise ValueError(f"data: {path} has changed since training began")
-        return files, path.name
+        except OSError as error:
+            raise ValueError(f"the shard cannot be read ({error.strerror})") from error
+        except (tarfile.TarError, IndexError, KeyError) as error:
+            raise ValueError(f"the shard has changed since training began ({error})") from error
+        if missing := [part for part in _PARTS if part not in files]:
+            raise ValueError(f"the shard has changed since training began ({missing[0]} is missing)")
+        return files
 
     def _descriptor(self, number: int) -> int:
         if number not in self._descriptors:
@@ -210,18 +251,42 @@ class ShardImages:
         return self.__dict__ | {"_descriptors": OrderedDict()}
 
 
-def _decode(content: bytes, mode: str, name: str) -> Image.Image:
+def _values(content: bytes) -> Sample:
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        values = json.loads(content)
+        name, index, scale = values["name"], int(values["index"]), np.float32(float(values["scale"]))
+        camera = np.array(values["K"], np.float32)
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"json does not give index, name, K and scale ({reason})") from error
+    right = index in range(1 << 63) and camera.shape == (3, 3)
+    if not right or not np.isfinite([*camera.flat, scale]).all():
+        raise ValueError("json: expected an index of at least 0 and finite K (3, 3) and scale")
+    return {"index": index, "name": name, "K": camera, "scale": scale}
+
+
+def _array(files: dict[str, bytes], part: str, shape: tuple[int, ...]) -> npt.NDArray[np.floating]:
+    try:
+        array = np.lib.format.read_array(io.BytesIO(files[part]), allow_pickle=False)
+    except Exception as error:  # for a damaged header numpy lets errors of its tokenizer through
+        raise ValueError(f"{part} is not an array ({error})") from error
+    if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
+        raise ValueError(f"{part}: expected finite floats {shape}, got {array.dtype} {array.shape}")
+    return array.astype(np.float32, copy=False)
+
+
+def _decode(files: dict[str, bytes], part: str, mode: str) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(files[part])) as image:
             return image.convert(mode)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image: {name} is not a readable image ({error})") from error
+        raise ValueError(f"{part} is not a readable image ({error})") from error
 
 
-def _index(path: Path) -> tuple[list[tuple[int, int]], bool]:
-    """First and last byte of every whole image in a shard, and whether the shard itself is whole."""
+def _index(path: Path) -> tuple[list[tuple[str, int, int]], bool]:
+    """Key, first and last byte of every whole image in a shard, and whether the shard itself is whole."""
     length = path.stat().st_size
-    found: list[tuple[int, int]] = []
+    found: list[tuple[str, int, int]] = []
     key, start, parts = "", 0, set[str]()
     with path.open("rb") as stream:
         try:
@@ -235,9 +300,10 @@ def _index(path: Path) -> tuple[list[tuple[int, int]], bool]:
                         key, start, parts = name, member.offset, set()
                     parts.add(part)
                     if parts == set(_PARTS):
-                        found.append((start, end))
+                        found.append((key, start, end))
+                # tarfile stops at a damaged header as it does at the end.
+                stream.seek(tar.offset)
         except tarfile.TarError:
             return found, False
-        # A tar file ends with two blocks of zeros; without them it was cut between two images.
-        stream.seek(max(0, length - 2 * _BLOCK))
-        return found, not any(stream.read())
+        rest = stream.read(_END.stop)
+        return found, len(rest) in _END and not any(rest)

@@ -5,21 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import sys
-import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait
+from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -42,6 +38,7 @@ from pahm.data.synth_folder import (
     is_finished,
     save_image,
 )
+from pahm.workers import start_worker
 
 VERSION = 1
 """Raised whenever the same seed would give other annotations or pictures."""
@@ -97,22 +94,6 @@ def make_samples(job: _Job, split: Split, indices: range) -> _Chunk:
     return _Chunk(records, drawn)
 
 
-def _start_worker() -> None:
-    """One thread a worker; end at once when the parent does, however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    parent = parent_process()
-    if parent is None:
-        return
-    sentinel = parent.sentinel
-
-    def follow() -> None:
-        wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
 @contextmanager
 def _single_threaded_children() -> Iterator[None]:
     """Processes started inside inherit an environment that asks numpy's BLAS for one thread."""
@@ -135,7 +116,7 @@ def _workers(count: int) -> Iterator[Executor | None]:
         yield None
         return
     with _single_threaded_children(), ExitStack() as stack:
-        pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_start_worker)
+        pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=start_worker)
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         yield pool
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -38,8 +39,10 @@ def is_finished(path: Path) -> bool:
 
 def save_image(image: Image.Image, path: Path, quality: int) -> None:
     """Write a JPEG, whole or not at all."""
+    encoded = io.BytesIO()  # Pillow does not see that a full disk took a part only, Python does
+    image.save(encoded, format="JPEG", quality=quality)
     with whole_file(path) as partial:
-        image.save(partial, format="JPEG", quality=quality)
+        partial.write_bytes(encoded.getbuffer())
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from pahm_ops.mesh import MeshHierarchy
 
 SIZES = (778, 389, 195, 98)
 
+_JOINTS_OFF = 20  # mm; joints of a posed mesh differ by less between regressors of one hand
+
 
 class HandTopology(NamedTuple):
     """The meshes M1 ... M4 of a hand and the regressor of its 21 joints."""
@@ -35,6 +37,19 @@ class HandTopology(NamedTuple):
         """Build the hierarchy of another hand with 778 vertices, such as MANO's."""
         vertices = hand.template.detach().cpu().numpy().astype(np.float64)
         return cls(MeshHierarchy.build(vertices, hand.faces.cpu().numpy(), SIZES), _regressor(hand))
+
+    def check_joints(self, vertices: NDArray[np.floating], joints: NDArray[np.floating], where: str) -> None:
+        """Refuse a mesh of another hand, in which the regressor does not find the joints that come with it:
+        vertices of two hands do not correspond, though both have 778.
+
+        vertices `(778, 3)`, joints `(21, 3)`, metres. Raises ValueError, which calls them `where`.
+        """
+        off = 1000 * float(np.linalg.norm(self.joint_regressor @ vertices - joints, axis=1).mean())
+        if off > _JOINTS_OFF:
+            raise ValueError(
+                f"{where}: the joints lie {off:.0f} mm from where the network's hand has them in the same "
+                "mesh, expected meshes of that hand (MANO's come with --mano, and checkpoints trained so)"
+            )
 
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
         """As plain arrays, for a checkpoint."""

@@ -35,6 +35,13 @@ class EncoderBlock(nn.Module):
         self.position = nn.Parameter(0.02 * torch.randn(queries, width))
         layer = nn.TransformerEncoderLayer(width, heads, 2 * width, activation="gelu", batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        # torch copies one layer; each starts from weights of its own, drawn as BERT's.
+        for module in self.encoder.modules():
+            if isinstance(module, nn.MultiheadAttention):
+                nn.init.normal_(module.in_proj_weight, std=0.02)
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
         self.reduce = nn.Linear(width, outputs)
         self.shortcut = nn.Linear(inputs, outputs)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from pahm.data.augment import crop_matrix, warp
 from pahm.metrics import align_with_scale
@@ -138,7 +138,7 @@ class Photographer:
                 except FloatingPointError:
                     # An untrained network; `_overlays` says so in the picture's place.
                     continue
-        hand.pictures = [Picture("input", data_uri(view.image), f"evaluation image {hand.index}")]
+        hand.pictures = [view.input()]
         hand.pictures += self._overlays(view)
         meshes = Meshes(view.true, self.network)
         if "ours" in view.predictions:
@@ -173,8 +173,21 @@ class _View:
         self.image = warp(image, matrix, CELL)
         self.camera: Array = matrix @ np.asarray(sample["K"], np.float64)
         self.true: Array = np.asarray(sample["vertices"], np.float64)
+        self.share = network.config.crop
         self.hierarchy = network.topology.hierarchy
         self.predictions: dict[str, HandPrediction] = {}
+
+    def input(self) -> Picture:
+        """The image, with the outline of the square that the network sees where that is not all of it."""
+        drawn, what = self.image, f"evaluation image {self.index}"
+        if self.share < 1:
+            drawn, what = drawn.copy(), f"{what}, the square that the network sees outlined"
+            first, last = (round(CELL * (1 + sign * self.share) / 2) for sign in (-1, 1))
+            draw = ImageDraw.Draw(drawn)
+            # Black about white, so that one of them shows on any background.
+            draw.rectangle((first - 1, first - 1, last, last), outline="black")
+            draw.rectangle((first, first, last - 1, last - 1), outline="white")
+        return Picture("input", data_uri(drawn), what)
 
     def overlay(self, prediction: HandPrediction, name: str, colour: Colour) -> Picture:
         faces = self.hierarchy.faces[0]

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -30,12 +31,11 @@ from pahm.predict import Predictor
 from pahm.run_folder import CONFIG, RECORD
 from pahm.run_report.curves import charts, read_curves
 from pahm.run_report.hands import Hand, Photographer
-from pahm.run_report.per_image import Scored, annotated, reasons_of, score
+from pahm.run_report.per_image import Scored, annotated, find_readable, reasons_of, score
 from pahm.whole_file import whole_file
 
 _MODEL = "model.safetensors"
 _PACKAGES = ("pahm", "torch", "timm", "pytorch-lightning", "numpy", "embreex", "plotly")
-_JOINTS_OFF = 20  # mm; joints of a posed mesh differ by less between regressors of one hand
 _LARGEST = 1000  # images that are scored where nothing is said
 
 
@@ -53,6 +53,10 @@ def make_report(
 ) -> Path:
     """Write one HTML file, which needs no network, about a run folder of `pahm train`; returns its path.
 
+    An evaluation image that cannot be read, or whose mask cannot, is left out of the page, which says so, and
+    is named on standard error. A hand is out of frame where the run's network does not see it: outside the
+    image, or outside the square of it that `ModelConfig.crop` names, which is outlined in the page's inputs.
+
     Args:
         data: a folder in FreiHAND's layout whose evaluation images are annotated; by default the one that
             the run's `run.json` names.
@@ -60,13 +64,14 @@ def make_report(
         out: the file, `report.html` in the run folder by default.
         count: hands in the grid, evenly spread over the images that are scored.
         failures: how many of those with the largest errors are shown.
-        images: how many of the first evaluation images are scored; all, but at most 1,000, by default.
+        images: how many of the first evaluation images are scored, those that cannot be read among them; all,
+            but at most 1,000, by default.
 
     Raises:
         ValueError: plotly is not installed; a number out of range; `data` is not given and not recorded, or
-            is not annotated, or its meshes
-            are not those of the checkpoint's hand; the checkpoint does not belong to the run's
-            `config.json`; the baseline's hand is another one.
+            is not annotated, or its meshes are not those of the checkpoint's hand, or none of its images can
+            be read; the checkpoint does not belong to the run's `config.json`; the baseline's hand is
+            another one.
         FileNotFoundError, IsADirectoryError: there is no checkpoint; `out` is a folder.
     """
     start = time.monotonic()
@@ -76,21 +81,27 @@ def make_report(
     _check_arguments(out, count, failures, images)
     network = _own_network(run)
     other = None if baseline is None else _baseline_network(Path(baseline), network)
-    available = len(annotated(data))
-    _check_hand(network, data)
+    dataset = annotated(data)
+    available, first = len(dataset), dataset.record(0)
+    network.topology.check_joints(first["vertices"], first["joints"], f"--data: {data}")
     total = min(available, _LARGEST if images is None else images)
+    kept, unreadable = find_readable(data, total, progress=progress)
+    for sentence in unreadable.values():
+        print(sentence, file=sys.stderr)
+    if unreadable:
+        print(f"{len(unreadable)} of {total} images cannot be read and are left out", file=sys.stderr)
 
-    ours, constant = score(network, data, total, device=device, progress=progress)
-    theirs = None if other is None else score(other, data, total, device=device, progress=progress)[0]
-    reasons = reasons_of(data, total, network.faces, progress=progress)
+    ours, constant = score(network, data, kept, device=device, progress=progress)
+    theirs = None if other is None else score(other, data, kept, device=device, progress=progress)[0]
+    reasons = reasons_of(data, kept, network.faces, network.config.crop, progress=progress)
 
     photographer = Photographer(
         Predictor(network, device), None if other is None else Predictor(other, device)
     )
     samples = annotated(data)
-    spread = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
+    spread = np.unique(np.linspace(0, len(kept) - 1, min(count, len(kept))).round().astype(int)).tolist()
     worst = np.argsort(-ours.vertices, kind="stable")[:failures].tolist()
-    every = [("grid", i) for i in spread] + [("failure", i) for i in worst]
+    every = [("grid", kept[i]) for i in spread] + [("failure", kept[i]) for i in worst]
     drawn: dict[str, list[Hand]] = {"grid": [], "failure": []}
     for kind, i in track(every, "drawing", disable=not progress, console=Console(stderr=True)):
         drawn[kind].append(photographer.row(samples[i], kind))
@@ -111,14 +122,16 @@ def make_report(
         "name": run.resolve().name,
         "baseline": None if baseline is None else os.fspath(baseline),
         "data": data,
-        "images": total,
+        "images": len(kept),
         "available": available,
+        "unreadable": list(unreadable),
+        "crop": network.config.crop,
         "has_curves": len(shown) > 1,
         "charts": shown,
         "columns": COLUMNS,
         "scores": {label: _score_row(scored) for label, scored in named.items()},
-        "grid": _table(drawn["grid"], ours, theirs, reasons, "g"),
-        "failures": _table(drawn["failure"], ours, theirs, reasons, "f"),
+        "grid": _table(drawn["grid"], kept, ours, theirs, reasons, "g"),
+        "failures": _table(drawn["failure"], kept, ours, theirs, reasons, "f"),
         "limits": LIMITS,
         "none": NONE,
         "masks": any(not math.isnan(found.occlusion) for found in reasons),
@@ -130,7 +143,7 @@ def make_report(
         "seconds": round(time.monotonic() - start),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(out) as partial:
+    with whole_file(out, shared=True) as partial:
         partial.write_text(_render(values), encoding="utf-8")
     return out
 
@@ -181,20 +194,6 @@ def _baseline_network(baseline: Path, network: HandNet) -> HandNet:
     return other
 
 
-def _check_hand(network: HandNet, data: str) -> None:
-    """Refuse meshes of another hand, in which the network's regressor finds no joints: vertices of two
-    hands do not correspond, though both have 778.
-    """
-    record = annotated(data).record(0)
-    joints = network.joint_regressor.cpu().numpy() @ record["vertices"]
-    off = 1000 * float(np.linalg.norm(joints - record["joints"], axis=1).mean())
-    if off > _JOINTS_OFF:
-        raise ValueError(
-            f"--data: the joints of {data} lie {off:.0f} mm from where the checkpoint's hand has them in "
-            "the same meshes, expected meshes of that hand"
-        )
-
-
 def _score_row(scored: Scored) -> list[str]:
     places = {name: 2 if name.startswith("pa_") else 3 for name in COLUMNS}
     return [f"{scored.summary[name]:.{places[name]}f}" for name in COLUMNS]
@@ -212,15 +211,24 @@ def _distribution(named: dict[str, Scored]) -> dict[str, Any]:
 
 
 def _table(
-    hands: list[Hand], ours: Scored, theirs: Scored | None, reasons: list[Reasons], prefix: str
+    hands: list[Hand],
+    images: list[int],
+    ours: Scored,
+    theirs: Scored | None,
+    reasons: list[Reasons],
+    prefix: str,
 ) -> dict[str, Any]:
-    """Titles and rows of pictures, `None` where a hand lacks one, each with its numbers."""
+    """Titles and rows of pictures, `None` where a hand lacks one, each with its numbers.
+
+    images: indices of the images that the scores and the reasons are of.
+    """
     longest = max(hands, key=lambda hand: len(hand.pictures), default=None)
     titles = [picture.title for picture in longest.pictures] if longest else []
     rows = []
     for position, hand in enumerate(hands):
         pictures = {picture.title: picture for picture in hand.pictures}
-        why = reasons[hand.index]
+        at = images.index(hand.index)
+        why = reasons[at]
         shares = [
             {"name": name, "share": None if math.isnan(share) else share, "over": share >= limit.named}
             for (name, limit), share in zip(LIMITS.items(), why, strict=True)
@@ -229,9 +237,9 @@ def _table(
             {
                 "id": f"{prefix}{position}",
                 "index": hand.index,
-                "joints": ours.joints[hand.index],
-                "vertices": ours.vertices[hand.index],
-                "baseline": None if theirs is None else theirs.vertices[hand.index],
+                "joints": ours.joints[at],
+                "vertices": ours.vertices[at],
+                "baseline": None if theirs is None else theirs.vertices[at],
                 "pictures": [pictures.get(title) for title in titles],
                 "shares": shares,
                 "dominant": dominant(why),
@@ -241,12 +249,17 @@ def _table(
 
 
 def _by_reason(ours: Scored, theirs: Scored | None, reasons: list[Reasons]) -> list[dict[str, Any]]:
-    """For each dominant reason how many of the images have it, and their mean errors."""
+    """For each dominant reason how many of the images have it, and their mean errors; None for the number
+    where the reason is unknown in all of them.
+    """
     names = np.array([dominant(found) for found in reasons])
+    shares = zip(LIMITS, zip(*reasons, strict=True), strict=True)
+    unknown = [name for name, found in shares if all(map(math.isnan, found))]
     rows = []
     for name in (*LIMITS, NONE):
         chosen = names == name
-        row = {"name": name, "count": int(chosen.sum()), "ours": None, "baseline": None}
+        count = None if name in unknown else int(chosen.sum())
+        row = {"name": name, "count": count, "ours": None, "baseline": None}
         if chosen.any():
             row["ours"] = ours.vertices[chosen].mean()
             row["baseline"] = None if theirs is None else theirs.vertices[chosen].mean()

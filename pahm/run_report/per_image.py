@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -66,15 +66,36 @@ def annotated(data: str, transform: Callable[[Sample], Sample] | None = None) ->
     return dataset
 
 
-def score(
-    network: HandNet, data: str, images: int, *, device: str = "auto", progress: bool = True
-) -> tuple[Scored, Scored]:
-    """Scores of a network, and of its mean hand, on the first `images` evaluation images of a folder.
+def find_readable(data: str, images: int, *, progress: bool = True) -> tuple[list[int], dict[str, str]]:
+    """Which of the first `images` evaluation images of a folder can be read, each with its mask where there
+    are masks; and for each of the others, by its path inside the folder, a sentence that names the file.
 
-    Raises as `annotated`, and ValueError where the network gives numbers that are not finite.
+    Raises as `annotated`, and ValueError where none can be read.
+    """
+    dataset = annotated(data)
+    readable: list[int] = []
+    errors: dict[str, str] = {}
+    for i in _track(range(images), "reading", progress):
+        try:
+            dataset[i]
+            readable.append(i)
+        except (FileNotFoundError, ValueError) as error:
+            errors[dataset.record(i)["name"]] = str(error)
+    if not readable:
+        first = next(iter(errors.values()))
+        raise ValueError(f"--data: none of the {images} evaluation images of {data} can be read: {first}")
+    return readable, errors
+
+
+def score(
+    network: HandNet, data: str, images: Sequence[int], *, device: str = "auto", progress: bool = True
+) -> tuple[Scored, Scored]:
+    """Scores of a network, and of its mean hand, on the evaluation images of a folder with these indices.
+
+    Raises as `FreiHand` and `annotated`, and ValueError where the network gives numbers that are not finite.
     """
     transform = CropTransform(network.config.image_size, share=network.config.crop)
-    dataset = Subset(annotated(data, transform), range(images))
+    dataset = Subset(annotated(data, transform), images)
     place = pick_device(device)
     network = network.eval().to(place)
     regressor, mean = network.joint_regressor.double().cpu(), network.mean_hand.double().cpu()
@@ -88,15 +109,20 @@ def score(
     return ours.result(), constant.result()
 
 
-def reasons_of(data: str, images: int, faces: npt.ArrayLike, *, progress: bool = True) -> list[Reasons]:
-    """`find_reasons` of the first `images` evaluation images of a folder; faces: (F, 3) of the meshes."""
+def reasons_of(
+    data: str, images: Sequence[int], faces: npt.ArrayLike, share: float = 1.0, *, progress: bool = True
+) -> list[Reasons]:
+    """`find_reasons` of the evaluation images of a folder with these indices.
+
+    faces: (F, 3) of the meshes. share: what the network sees, `ModelConfig.crop`.
+    """
 
     def measure(sample: Sample) -> Sample:
-        return {"reasons": find_reasons(sample, faces)}
+        return {"reasons": find_reasons(sample, faces, share)}
 
     dataset = annotated(data, measure)
     # No worker processes: Embree's threads do not outlive a fork.
-    return [dataset[i]["reasons"] for i in _track(range(images), "looking for reasons", progress)]
+    return [dataset[i]["reasons"] for i in _track(images, "looking for reasons", progress)]
 
 
 def _track(items: Iterable[T], title: str, progress: bool) -> Iterable[T]:

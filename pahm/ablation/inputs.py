@@ -1,0 +1,59 @@
+"""What the rows of a table share besides their configuration: images, hand and first weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from pahm.config import Config
+from pahm.hand.topology import HandTopology
+from pahm.whole_file import whole_file
+
+RECORD = "inputs.json"
+_NAMES = {"data": "images (--data)", "hand": "hands (--mano)", "weights": "first weights"}
+
+
+def check_inputs(
+    out: Path, data: str | os.PathLike[str], topology: HandTopology | None, config: Config
+) -> None:
+    """Record in `out` what its runs are made from, or compare with what was recorded.
+
+    Images are known by the cameras and the places of their hands, not by where the folder lies.
+
+    Raises ValueError naming what differs.
+    """
+    topology = topology or HandTopology.load()
+    weights = config.model.backbone_weights
+    found = {
+        "data": _digest(sorted(Path(data).glob("*_K.json")) + sorted(Path(data).glob("*_xyz.json"))),
+        "hand": hashlib.sha256(
+            topology.hierarchy.faces[0].tobytes() + topology.joint_regressor.tobytes()
+        ).hexdigest(),
+        "weights": _digest([Path(weights)]) if weights else f"pretrained: {config.model.pretrained}",
+    }
+    path = out / RECORD
+    if not path.exists():
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        other = [title for name, title in _NAMES.items() if before[name] != found[name]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"out: {path} is not a record of pahm ablate ({error!r})") from error
+    if other:
+        raise ValueError(
+            f"out: the runs in {out} were made with other {' and '.join(other)}; use another output folder"
+        )
+
+
+def _digest(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode())
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
