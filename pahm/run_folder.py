@@ -126,5 +126,5 @@ class KeepLast(pl.callbacks.Checkpoint):
                 )
 
     def _save(self, trainer: pl.Trainer) -> None:
-        trainer.save_checkpoint(self.path)
+        trainer.save_checkpoint(self.path, weights_only=False)
         self._time = time.monotonic()

@@ -86,10 +86,11 @@ def test_a_preset_is_a_file_and_a_copy_of_it_is_the_same_configuration(tmp_path)
     tiny = preset("tiny")
     assert (
         tiny.model.image_size,
+        tiny.model.crop,
         tiny.model.attention_heads,
         tiny.train.schedule,
         tiny.loss.heatmap_sigma,
-    ) == ((128, (4, 4, 0, 0), "cosine", 7.0))
+    ) == (96, 0.8, (4, 4, 0, 0), "cosine", 9.3)
 
 
 def test_a_file_gives_what_it_says_and_the_defaults(tmp_path):

@@ -163,7 +163,7 @@ def test_unfit_backbones_and_images_are_refused(network):
         create_backbone("resnet19")
     with pytest.raises(ValueError, match=r"gives no feature maps|has features at strides"):
         create_backbone("vit_tiny_patch16_224")
-    with pytest.raises(ValueError, match=r"expected \(B, 3, 128, 128\), got \(1, 3, 224, 224\)"):
+    with pytest.raises(ValueError, match=r"expected \(B, 3, 96, 96\), got \(1, 3, 224, 224\)"):
         network(images(1, 224))
 
 

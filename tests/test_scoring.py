@@ -151,7 +151,7 @@ def test_scores_are_those_of_the_definition(case, record_property):
     scores, expected = score_predictions(*predicted, *truth), official(*predicted, *truth)
     assert set(scores) == set(expected) | {"images", "mpjpe"} and scores["images"] == count
     largest = max(abs(scores[name] - value) for name, value in expected.items())
-    record_property("largest_difference", largest)
+    record_property("largest_difference", float(largest))
     print(f"{case}: {largest:.1e}")
     assert largest < 1e-6
     if case == "noise":

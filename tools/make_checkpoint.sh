@@ -19,8 +19,8 @@ round() { # NAME ARGUMENTS...: each process normalises its own part of a batch, 
     --set train.workers=1 --set train.sync_batchnorm=false "$@"
 }
 
-# The first one sees whole images; the next ones start from it and see the middle, as the preset says.
-round whole --set model.backbone_weights="$work/lite0.safetensors" --set model.crop=1 --set train.batch_size=32 \
-  --set train.learning_rate=0.001
-round middle --init "$work/whole/model.safetensors" --set train.seed=1 --set train.epochs=5
+# The first one sees whole images, larger; the next one starts from it and sees the middle, as the preset says.
+round whole --set model.backbone_weights="$work/lite0.safetensors" --set model.crop=1 --set model.image_size=128 \
+  --set loss.heatmap_sigma=7
+round middle --init "$work/whole/model.safetensors" --set train.seed=1 --set train.epochs=4
 cp "$work/middle/model.safetensors" "$tools/../pahm/assets/tiny.safetensors"
