@@ -46,8 +46,8 @@ def test_the_network_gives_the_same_hands_for_any_batch(tmp_path):
         with torch.no_grad():
             prediction = network(images)
         expected = prediction.meshes[-1]
-        torch.testing.assert_close(vertices, expected, rtol=0, atol=1e-6)
-        torch.testing.assert_close(joints, network.joints(expected), rtol=0, atol=1e-6)
+        torch.testing.assert_close(vertices, expected, rtol=0, atol=3e-6)
+        torch.testing.assert_close(joints, network.joints(expected), rtol=0, atol=3e-6)
         torch.testing.assert_close(camera, prediction.camera)
 
 

@@ -39,8 +39,8 @@ def test_prediction_has_the_papers_four_meshes(network):
     assert [tuple(mesh.shape) for mesh in prediction.meshes] == [(2, n, 3) for n in SIZES]
     assert prediction.camera.shape == (2, 3) and (prediction.camera[:, 0] > 0).all()
     (cues,) = prediction.cues
-    assert cues.pose_logits.shape == (2, 21, 32, 32)
-    assert cues.silhouette_logits.shape == (2, 1, 32, 32)
+    assert cues.pose_logits.shape == (2, 21, 24, 24)
+    assert cues.silhouette_logits.shape == (2, 1, 24, 24)
     assert network.faces.shape == (1538, 3)
     assert network.joints(prediction.meshes[-1]).shape == (2, 21, 3)
 

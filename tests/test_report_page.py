@@ -184,7 +184,7 @@ def test_out_of_frame_is_what_the_network_does_not_see(page, cropped, data):
     np.testing.assert_allclose(shown, expected, atol=0.051)
     assert min(shown) > 5, "the whole images have all of these hands"
     assert "with 50 % of its longer side, outlined in the input." in body(cropped)
-    assert "network sees" not in body(page) and "project outside the image." in body(page)
+    assert "with 80 % of its longer side, outlined in the input." in body(page)
 
 
 def test_what_the_network_sees_is_outlined_in_the_input(page, cropped):

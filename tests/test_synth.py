@@ -130,8 +130,10 @@ def test_a_finished_set_is_left_alone(made, monkeypatch):
 
 def run_in_background(out: Path, workers: int) -> subprocess.Popen[str]:
     options = {**OPTIONS, "workers": workers}
-    # Slowed down, or a busy machine might let it finish before it is stopped.
+    # Slowed down, or a busy machine might let it finish before it is stopped. Jobs in a shell's background
+    # ignore Ctrl-C, and so would what they start.
     code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "import time; from pahm.data import synth; save = synth.save_image; "
         "synth.save_image = lambda *given: (time.sleep(0.1), save(*given)); "
         f"synth.generate({str(out)!r}, **{options!r})"
