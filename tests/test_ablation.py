@@ -2,7 +2,6 @@
 
 import csv
 import json
-import multiprocessing
 import shutil
 
 import pytest
@@ -148,11 +147,9 @@ def test_other_images_hands_or_weights_are_refused(run, data, tmp_path, monkeypa
         run(topology=topology)
 
 
-def test_an_error_in_one_process_ends_the_others(run, weights):
-    # Unknown to timm, so that the runs end at once, with a sentence.
+def test_an_error_in_a_process_of_its_own_is_the_tables(run):
     with pytest.raises(ValueError, match=r"timm .* has no model named 'no_net'"):
         run("table1", jobs=2, changes={"model.backbone": "no_net"})
-    assert multiprocessing.active_children() == []
 
 
 def test_runs_in_processes_of_their_own(run):
