@@ -147,9 +147,13 @@ def test_other_images_hands_or_weights_are_refused(run, data, tmp_path, monkeypa
         run(topology=topology)
 
 
-def test_an_error_in_a_process_of_its_own_is_the_tables(run):
-    with pytest.raises(ValueError, match=r"timm .* has no model named 'no_net'"):
-        run("table1", jobs=2, changes={"model.backbone": "no_net"})
+def test_an_error_in_one_process_ends_the_others(run, tmp_path):
+    spoilt = tmp_path / "out" / "runs" / "refine-three-times-seed0"
+    spoilt.mkdir(parents=True)
+    (spoilt / "last.ckpt").write_bytes(b"nothing")
+    # The row beside it would train for hours, and nobody waits for that.
+    with pytest.raises(ValueError, match=r"three-times-seed0.last\.ckpt is not a checkpoint of pahm train"):
+        run(jobs=2, changes={"train.epochs": 100_000})
 
 
 def test_runs_in_processes_of_their_own(run):
