@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,13 +26,23 @@ def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Image.Image:
 
     Raises FileNotFoundError, or ValueError naming the file where it is not a complete image.
     """
+    name = os.fspath(path)
     try:
-        with Image.open(path) as image:
-            return image.convert(mode)
+        content = Path(path).read_bytes()  # in one piece: Pillow alone reads a few hundred bytes at a time
     except FileNotFoundError:
-        raise FileNotFoundError(f"image: {os.fspath(path)} does not exist") from None
+        raise FileNotFoundError(f"image: {name} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"image: {name} is not a readable image ({error})") from error
+    return decode_image(content, f"image: {name}", mode)
+
+
+def decode_image(content: bytes, name: str, mode: str = "RGB") -> Image.Image:
+    """Decode an image file's bytes as `read_image`; raises ValueError that begins with `name`."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.convert(mode)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image: {os.fspath(path)} is not a readable image ({error})") from error
+        raise ValueError(f"{name} is not a readable image ({error})") from error
 
 
 class FreiHand(Dataset[Sample]):

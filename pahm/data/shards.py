@@ -22,9 +22,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
 
-from pahm.data.freihand import FreiHand, Sample
+from pahm.data.freihand import FreiHand, Sample, decode_image
 from pahm.whole_file import whole_file
 
 LOG = logging.getLogger("pahm")
@@ -196,8 +195,8 @@ class ShardImages:
             values = _values(files["json"])
             return values | {
                 "name": f"{path.name}/{values['name']}",
-                "image": _decode(files, "jpg", "RGB"),
-                "mask": _decode(files, "mask.jpg", "L"),
+                "image": decode_image(files["jpg"], "jpg"),
+                "mask": decode_image(files["mask.jpg"], "mask.jpg", "L"),
                 "joints": _array(files, "joints.npy", (21, 3)),
                 "vertices": _array(files, "vertices.npy", (778, 3)),
             }
@@ -273,14 +272,6 @@ def _array(files: dict[str, bytes], part: str, shape: tuple[int, ...]) -> npt.ND
     if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
         raise ValueError(f"{part}: expected finite floats {shape}, got {array.dtype} {array.shape}")
     return array.astype(np.float32, copy=False)
-
-
-def _decode(files: dict[str, bytes], part: str, mode: str) -> Image.Image:
-    try:
-        with Image.open(io.BytesIO(files[part])) as image:
-            return image.convert(mode)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{part} is not a readable image ({error})") from error
 
 
 def _index(path: Path) -> tuple[list[tuple[str, int, int]], bool]:
