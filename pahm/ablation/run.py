@@ -52,7 +52,6 @@ def _tiny(table: str) -> Config:
         "model.transformer_channels": [256, 128, 64],
         "train.epochs": 1,
         "train.batch_size": 8,
-        "train.learning_rate": 5e-4,
         "train.workers": 0,
         "loss.heatmap_sigma": 14.0,  # one pixel of the 16 x 16 heatmaps
         "train.export": "float32",
