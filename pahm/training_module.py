@@ -121,12 +121,16 @@ class HandTraining(pl.LightningModule):
         )
 
     def on_train_epoch_end(self) -> None:
+        replaced, self._replaced = self._replaced_everywhere(), 0
+        if replaced and self.trainer.is_global_zero:
+            LOG.warning("epoch %d: %d unreadable images were replaced", self.current_epoch, replaced)
+
+    def _replaced_everywhere(self) -> int:
+        """Images replaced so far in this epoch, by all processes."""
         replaced = torch.tensor(float(self._replaced), device=self.device)
         if self.trainer.world_size > 1:
             replaced = self.trainer.strategy.reduce(replaced, reduce_op="sum")
-        self._replaced = 0
-        if replaced and self.trainer.is_global_zero:
-            LOG.warning("epoch %d: %d unreadable images were replaced", self.current_epoch, int(replaced))
+        return int(replaced)
 
     def validation_step(self, batch: Batch, index: int) -> None:
         self._name_unreadable(batch)
@@ -160,6 +164,10 @@ class HandTraining(pl.LightningModule):
             fit.epoch_progress.current.processed,
             step if step < self.trainer.num_training_batches else 0,
         ]
+        checkpoint["pahm_replaced"] = self._replaced_everywhere()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._replaced = checkpoint["pahm_replaced"] if self.trainer.is_global_zero else 0
 
     def configure_optimizers(self) -> Any:
         train = self.config.train

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import multiprocessing
 import shutil
+import threading
+import time
 
 import pytest
 import torch
@@ -154,6 +157,19 @@ def test_an_error_in_one_process_ends_the_others(run, tmp_path):
     # The row beside it would train for hours, and nobody waits for that.
     with pytest.raises(ValueError, match=r"three-times-seed0.last\.ckpt is not a checkpoint of pahm train"):
         run(jobs=2, changes={"train.epochs": 100_000})
+
+
+def test_a_process_that_dies_is_told(run):
+    def kill():
+        while not (children := multiprocessing.active_children()):
+            time.sleep(0.01)
+        children[0].kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(ChildProcessError, match="the process of a run ended by itself, as it does where"):
+        run(jobs=2, changes={"train.epochs": 100_000})
+    killer.join()
 
 
 def test_runs_in_processes_of_their_own(run):

@@ -190,6 +190,26 @@ def test_damaged_images_are_named_once_counted_and_do_not_end_a_run(damaged, tmp
     ]
 
 
+def test_a_resumed_run_counts_what_was_replaced_before_the_stop(damaged, tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.WARNING, logger="pahm")
+    config = CONFIG.override({"train.epochs": 1, "train.batch_size": 3, "train.save_every": 1})
+    whole = HandTraining.training_step
+
+    def step(module, batch, index):
+        if index == 2:
+            raise RuntimeError("stopped")
+        return whole(module, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HandTraining, "training_step", step)
+        with pytest.raises(RuntimeError, match="stopped"):
+            train(config, damaged, tmp_path, accelerator="cpu", progress=False)
+    before = torch.load(tmp_path / "last.ckpt", weights_only=True)["pahm_replaced"]
+    train(config, damaged, tmp_path, accelerator="cpu", progress=False)
+    assert before > 0
+    assert caplog.messages[-1] == "epoch 0: 2 unreadable images were replaced"
+
+
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_strict_ends_a_run_at_a_damaged_image(damaged, tmp_path, capsys, workers):
     changes = [f"--set={name}={value}" for name, value in [("train.workers", workers), ("train.epochs", 1)]]
