@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 import trimesh
 from known_hand import SIZE, TOPOLOGY, KnownNetwork, enclosed, known_hand, picture
 from PIL import Image, ImageOps
@@ -9,6 +10,7 @@ from scipy.spatial.transform import Rotation
 
 from pahm.camera import assumed_intrinsics, ray_rotation, read_intrinsics, solve_translation
 from pahm.crop import hand_box, load_image
+from pahm.data.augment import CropTransform, crop_matrix, normalise, warp
 from pahm.predict import Predictor, pick_device
 
 
@@ -64,6 +66,15 @@ def test_a_hand_far_away_is_found_in_camera_space(root, tolerance, share):
     )
     for level, points in zip((3, 2, 1, 0), prediction.meshes, strict=True):
         np.testing.assert_array_equal(points, prediction.vertices[TOPOLOGY.hierarchy.selection(level)])
+
+
+def test_a_whole_image_is_cropped_as_those_of_the_training_are():
+    image = picture(size=(90, 70))
+    seen = CropTransform(SIZE, share=0.8)({"image": image, "K": np.eye(3), "index": 0})
+    x, y, side, _ = hand_box(image.size, None, 0.8)
+    assert (x, y, side) == pytest.approx((9, -1, 72))
+    crop = normalise(warp(image, crop_matrix((x, y, side, side), SIZE), SIZE))
+    torch.testing.assert_close(crop, seen["image"], atol=1e-5, rtol=0)
 
 
 def test_translation_is_exact_for_perspective_projections():
