@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-DEFAULT_ARCHS = "75;80;86;89;90;100;120+PTX"
+DEFAULT_ARCHS = "75;80;86;90;100;120+PTX"  # as torch's own builds; code of 86 serves 89, too
 COMPILE = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Xfatbin=-compress-all"]
 DEFINE = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
 LINK = ["-shared", "-nodlink", "-cudart=static", "-Xlinker=--no-undefined,--as-needed"]

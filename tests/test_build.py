@@ -150,13 +150,13 @@ def gencodes(options):
 
 
 def test_default_architectures():
-    sass = [f"{arch},code=sm_{arch}" for arch in (75, 80, 86, 89, 90, 100, 120)]
+    sass = [f"{arch},code=sm_{arch}" for arch in (75, 80, 86, 90, 100, 120)]
     assert gencodes(cuda.architectures({}, CUDA_13)) == [*sass, "120,code=compute_120"]
 
 
 def test_default_architectures_are_those_of_an_older_compiler():
     older = gencodes(cuda.architectures({}, {"70", "75", "80", "86", "89", "90"}))
-    assert older[-2:] == ["90,code=sm_90", "90,code=compute_90"] and len(older) == 6
+    assert older[-2:] == ["90,code=sm_90", "90,code=compute_90"] and len(older) == 5
 
 
 @pytest.mark.parametrize("text", ["80;90a+PTX", "8.0 9.0a+PTX", "80, 9.0a+PTX", ";80;;90a+PTX;"])
