@@ -66,6 +66,24 @@ def steps(monkeypatch):
     return taken
 
 
+@pytest.mark.parametrize("step", ["training_step", "validation_step"])
+def test_a_run_sees_the_part_of_the_images_that_the_configuration_names(data, tmp_path, monkeypatch, step):
+    seen, taken = [], getattr(HandTraining, step)
+
+    def look(module, batch, index):
+        seen.append(batch)
+        return taken(module, batch, index)
+
+    monkeypatch.setattr(HandTraining, step, look)
+    config = CONFIG.override({"model.crop": 0.7, "train.epochs": 1})
+    train(config, data, tmp_path, accelerator="cpu", progress=False)
+    training = step == "training_step"
+    images = FreiHand(data, "training" if training else "evaluation")
+    transform = CropTransform(64, config.augment if training else None, config.train.seed, share=0.7)
+    expected = transform(images[int(seen[0]["index"][1])])
+    assert torch.equal(seen[0]["K"][1], expected["K"]) and torch.equal(seen[0]["image"][1], expected["image"])
+
+
 def batch_of(data, count=4):
     images = FolderImages(FreiHand(data, "training"))
     return Batches(images, CropTransform(64, CONFIG.augment))[0, list(range(count))]
