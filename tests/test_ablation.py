@@ -89,6 +89,12 @@ def test_results_of_another_budget_are_not_mixed(run, monkeypatch):
     path, _ = run()
     with pytest.raises(ValueError, match=r"refine-once-seed0\.json was made with train\.epochs = 1, now 2"):
         run(changes={"train.epochs": 2})
+    run(changes={"model.transformer_layers": 3})  # of which these networks have none
+    run("table4")
+    with pytest.raises(
+        ValueError, match=r"metro-seed0\.json was made with model\.transformer_layers = 2, now 3"
+    ):
+        run("table4", changes={"model.transformer_layers": 3})
     (path.parent / "results" / "aligned-seed0.json").write_text("{}")
     with pytest.raises(ValueError, match=r"aligned-seed0\.json is not a result of pahm ablate"):
         run()
