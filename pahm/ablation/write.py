@@ -107,7 +107,8 @@ def _budget(results: Results) -> str:
         for r in records
     }
     seeds = sorted({r["config"]["train"]["seed"] for r in records})
-    return f"{'; '.join(sorted(budgets))}; mean and standard deviation of seeds {', '.join(map(str, seeds))}"
+    listed = f"mean and standard deviation of seeds {', '.join(map(str, seeds))}"
+    return f"{'; '.join(sorted(budgets))}; {listed if len(seeds) > 1 else f'seed {seeds[0]}'}"
 
 
 def _mean_hand(table: Table, results: Results) -> list[str]:
