@@ -164,23 +164,35 @@ def as_csv(table: Table, results: Results) -> str:
 
 
 def _plot(table: Table, results: Results) -> Figure:
+    """The paper's scores and ours side by side, each with an axis of its own: other data, the same order?"""
     rows = [row for row in table.rows if row.variant is not None]
-    figure = Figure(figsize=(7, 1.2 + 0.5 * len(rows)), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(9, 1.3 + 0.4 * len(rows)), layout="constrained")
+    paper, here = figure.subplots(1, 2, sharey=True)
     score, title = table.scores[0], SCORES[table.scores[0]]
-    for place, row in enumerate(rows):
+    places = range(len(rows))
+    paper.scatter([row.paper[0] for row in rows], places, marker="D", color="#b05a2a", zorder=3)
+    paper.set_title("paper, FreiHAND", fontsize="medium")
+    for place, row in zip(places, rows, strict=True):
         ours = scores_of(results, row, score)
-        axes.scatter([row.paper[0]], [place], marker="D", color="#b05a2a", zorder=3, label="paper, FreiHAND")
         if ours:
-            axes.plot([min(ours), max(ours)], [place, place], color="#2a6ab0", zorder=2)
-            axes.scatter(ours, [place] * len(ours), color="#2a6ab0", s=18, zorder=3, label="ours, each seed")
-            axes.scatter(
-                [mean(ours)], [place], marker="|", color="#2a6ab0", s=200, zorder=3, label="ours, mean"
-            )
-    axes.set_yticks(range(len(rows)), [", ".join(row.cells) for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel(title)
-    axes.grid(axis="x", alpha=0.3)
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(handles.values(), handles.keys(), fontsize="small", loc="best")
+            here.plot([min(ours), max(ours)], [place, place], color="#2a6ab0", zorder=2)
+            here.scatter(ours, [place] * len(ours), color="#2a6ab0", s=18, zorder=3)
+            here.scatter([mean(ours)], [place], marker="|", color="#2a6ab0", s=150, zorder=3)
+    records = (record for found in results.values() for record in found)
+    constant = next((c for r in records if (c := r["scores"].get(f"mean_hand_{score}")) is not None), None)
+    if constant is not None:
+        here.axvline(constant, color="#777777", linestyle=":", label="the mean hand for every image")
+        figure.legend(loc="outside lower right", fontsize="small", frameon=False)
+    here.set_title("ours, each seed and mean", fontsize="medium")
+    paper.set_yticks(places, [_label(table, row) for row in rows])
+    paper.set_ylim(len(rows) - 0.5, -0.5)
+    for axes in (paper, here):
+        axes.set_xlabel(title)
+        axes.grid(axis="x", alpha=0.3)
     return figure
+
+
+def _label(table: Table, row: Row) -> str:
+    """A row in a few words; what only says yes or no needs its column's title."""
+    cells = zip(table.columns, row.cells, strict=True)
+    return ", ".join(f"{column.lower()}: {cell}" if cell in ("yes", "no") else cell for column, cell in cells)
