@@ -28,7 +28,7 @@ def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Image.Image:
     """
     name = os.fspath(path)
     try:
-        content = Path(path).read_bytes()  # in one piece: Pillow alone reads a few hundred bytes at a time
+        content = Path(path).read_bytes()  # in one piece: Pillow alone makes about thirty reads of a file
     except FileNotFoundError:
         raise FileNotFoundError(f"image: {name} does not exist") from None
     except OSError as error:
