@@ -86,7 +86,7 @@ class HandTraining(pl.LightningModule):
     def _name_unreadable(self, batch: Batch) -> None:
         sentences = batch.get("unreadable", [])
         if self.strict and self._in_any_process(bool(sentences)):
-            raise ValueError(sentences[0] if sentences else "another process met an image it cannot read")
+            raise ValueError(self._of_all_processes(sentences)[0])
         for sentence in sentences:
             if sentence not in self._unreadable:
                 self._unreadable.add(sentence)
@@ -110,15 +110,19 @@ class HandTraining(pl.LightningModule):
         return loss
 
     def _stop(self, batch: Batch, values: dict[str, float]) -> None:
-        names: list[Any] = [batch["name"]]
-        if self.trainer.world_size > 1:
-            names = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(names, batch["name"])
         raise FloatingPointError(
             f"the loss is {values.pop('loss')} at step {self.global_step}, images "
-            f"{', '.join(name for part in names for name in part)}: "
+            f"{', '.join(self._of_all_processes(batch['name']))}: "
             + ", ".join(f"{name} {value:.3g}" for name, value in values.items())
         )
+
+    def _of_all_processes(self, items: list[str]) -> list[str]:
+        """The first process's, then the second's, and so on."""
+        parts: list[Any] = [items]
+        if self.trainer.world_size > 1:
+            parts = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
 
     def on_train_epoch_end(self) -> None:
         replaced, self._replaced = self._replaced_everywhere(), 0

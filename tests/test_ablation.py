@@ -6,6 +6,7 @@ import multiprocessing
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from PIL import Image
 
 from pahm.ablation import TABLES, ablate
 from pahm.ablation.tables import SCORES, VARIANTS, Row, Table, configuration
-from pahm.ablation.write import markdown, pairs_that_hold
+from pahm.ablation.write import as_csv, load_results, markdown, pairs_that_hold
 from pahm.config import preset
 from pahm.data.synth import generate
 from pahm.hand.topology import HandTopology
 from pahm.model.extractor import create_backbone
 
+COMMITTED = Path(__file__).parents[1] / "docs" / "results"
 CHANGES = {"model.backbone": "test_resnet", "train.batch_size": 4}
 
 
@@ -210,6 +212,26 @@ def test_every_row_is_the_papers():
     # "Our final model improves the baseline with the global feature by 26 %."
     first, last = (TABLES["table1"].rows[i].paper[0] for i in (0, -1))
     assert 1 - last / first == pytest.approx(0.26, abs=0.005)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_tables_in_the_documentation_are_those_of_their_records(name):
+    table = TABLES[name]
+    results = load_results(COMMITTED, table, (0, 1))
+    assert [len(results[row.variant]) for row in table.rows if row.variant] == [2] * len(results)
+    assert (COMMITTED / f"{name}.md").read_text(encoding="utf-8") == markdown(table, name, results)
+    assert (COMMITTED / f"{name}.csv").read_text(encoding="utf-8") == as_csv(table, results)
+
+
+def test_the_documentation_counts_the_pairs_that_hold():
+    pairs = {"pa_mpjpe": 0, "pa_mpvpe": 0}
+    for name in ("table1", "table2", "table3"):
+        results = load_results(COMMITTED, TABLES[name], (0, 1))
+        for score in pairs:
+            pairs[score] += sum(holds for *_, holds in pairs_that_hold(TABLES[name], results, score))
+    text = (COMMITTED / "README.md").read_text(encoding="utf-8")
+    counts = f"{pairs['pa_mpjpe']} are as in the paper by PA-MPJPE and {pairs['pa_mpvpe']} by PA-MPVPE"
+    assert f"Of the 10 adjacent pairs of Tables 1 to 3, {counts}" in " ".join(text.split())
 
 
 def test_rows_differ_from_the_base_in_their_variant_only():

@@ -1,7 +1,8 @@
 """ONNX files of the network and of networks on the three ops, run by ONNX Runtime."""
 
+import contextlib
+import io
 import json
-import warnings
 
 import onnx
 import onnxruntime
@@ -11,18 +12,32 @@ import torch
 from pahm.cli import main
 from pahm.config import preset
 from pahm.export import INPUT, OUTPUTS, export_onnx
-from pahm.model import HandNet, save_checkpoint
+from pahm.model import HandNet, load_checkpoint, save_checkpoint
 from pahm_ops import MeshPool, SpiralConv, vertex_sample
 
 CHANGES = {"model.backbone": "test_resnet", "model.pretrained": False, "model.image_size": 64}
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        yield
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A network, the file that `pahm export` makes of its checkpoint, and what the command prints."""
+    config = preset("tiny").override({**CHANGES, "model.crop": 0.75})
+    network = HandNet(config.model)
+    with torch.no_grad():  # as far from its first mesh as a trained one
+        for level in network.decoder.levels:
+            level.offset.layer.weight.normal_(std=0.02)
+    checkpoint = tmp_path_factory.mktemp("checkpoint") / "net.safetensors"
+    save_checkpoint(checkpoint, network, config)
+    path = tmp_path_factory.mktemp("exported") / "hand.onnx"
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main(["export", "--checkpoint", str(checkpoint), "--out", str(path)]) == 0
+    return load_checkpoint(checkpoint), path, said.getvalue()
 
 
 def run(path, **inputs):
@@ -31,14 +46,8 @@ def run(path, **inputs):
     return [torch.from_numpy(value) for value in values], [output.name for output in session.get_outputs()]
 
 
-def test_the_network_gives_the_same_hands_for_any_batch(tmp_path):
-    network = HandNet(preset("tiny").override(CHANGES).model).eval()
-    with torch.no_grad():  # as far from its first mesh as a trained one
-        for level in network.decoder.levels:
-            level.offset.layer.weight.normal_(std=0.02)
-    path = tmp_path / "hand.onnx"
-    export_onnx(network, path)
-    assert list(tmp_path.iterdir()) == [path]
+def test_the_network_gives_the_same_hands_for_any_batch(exported):
+    network, path, _ = exported
     for batch in (1, 2, 5):
         images = torch.randn(batch, 3, 64, 64)
         (vertices, joints, camera), names = run(path, **{INPUT: images})
@@ -51,12 +60,10 @@ def test_the_network_gives_the_same_hands_for_any_batch(tmp_path):
         torch.testing.assert_close(camera, prediction.camera)
 
 
-def test_the_file_and_the_command_say_what_the_network_takes(tmp_path, capsys):
-    config = preset("tiny").override({**CHANGES, "model.crop": 0.75})
-    save_checkpoint(tmp_path / "net.safetensors", HandNet(config.model), config)
-    path = tmp_path / "hand.onnx"
-    assert main(["export", "--checkpoint", str(tmp_path / "net.safetensors"), "--out", str(path)]) == 0
-    assert f"{path}: takes images (64 x 64 pixels, crop 0.75), gives vertices" in capsys.readouterr().out
+def test_the_file_and_the_command_say_what_the_network_takes(exported):
+    _, path, said = exported
+    assert list(path.parent.iterdir()) == [path]
+    assert f"{path}: takes images (64 x 64 pixels, crop 0.75), gives vertices" in said
     found = {entry.key: json.loads(entry.value) for entry in onnx.load(path).metadata_props}
     assert found == {
         "image_size": 64,

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,8 @@ def single(data, tmp_path_factory):
 def double(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("double")
     (out / "config.json").write_text(CONFIG.to_json())
+    shutil.copytree(data, out / "damaged")
+    (out / "damaged" / "training" / "rgb" / "00000005.jpg").write_bytes(b"")
     torchrun(HERE / "training_lives.py", data, out / "run", out / "config.json")
     return out / "run"
 
@@ -113,6 +116,11 @@ def test_all_processes_stop_and_name_all_images_of_the_step(double):
         r"the loss is nan at step 0, images (training/rgb/000000\d\d\.jpg, ){3}training", errors[0]
     )
     assert "edge nan" in errors[0] and not (double.parent / "spoilt" / "last.ckpt").exists()
+
+
+def test_all_processes_name_the_image_that_one_of_them_cannot_read(double):
+    errors = [json.loads((double.parent / f"found{rank}.json").read_text())["refused"] for rank in range(2)]
+    assert errors[0] == errors[1] and "rgb/00000005.jpg" in errors[0]
 
 
 def test_the_command_line_under_torchrun_gives_the_same_bits(data, double, tmp_path):

@@ -123,6 +123,14 @@ def spoil(config, data, out, options):
         pahm.losses.edge_loss = whole
 
 
+def refuse(config, data, out, options):
+    """The error of a run with an image that cannot be read, which only one process meets."""
+    try:
+        train(from_json(config), data, out, accelerator="cpu", progress=False, strict=True, **options)
+    except ValueError as error:
+        return str(error)
+
+
 def main(data, out, config):
     """What a process of torchrun does in `test_processes.py`."""
     out, text, rank = Path(out), Path(config).read_text(), os.environ["RANK"]
@@ -130,6 +138,7 @@ def main(data, out, config):
     found = {"scores": score(text, data, options)}
     live(text, data, out, None, options)
     found["error"] = spoil(text, data, out.with_name("spoilt"), options)
+    found["refused"] = refuse(text, out.with_name("damaged"), out.with_name("strict"), options)
     out.with_name(f"found{rank}.json").write_text(json.dumps(found))
 
 

@@ -52,7 +52,7 @@ def transposed(indices: Tensor, vertices: int) -> tuple[Tensor, Tensor]:
 def convolve(
     dtype: torch.dtype, sizes: Sequence[Any], table: Tensor | None = None, with_bias: bool = True
 ) -> None:
-    """All three functions, the gradients of float32 twice."""
+    """All three functions; on a GPU the gradients of float32 twice."""
     from pahm_ops.triton import spiral_conv as ours
 
     batch, vertices, rows, length, channels, out_channels, activation = sizes
@@ -79,7 +79,7 @@ def convolve(
     found = gradients()
     for name, a, b in zip(("x", "weight"), found, expected_grads, strict=True):
         check(f"gradient of {name}", a, b, dtype)
-    if dtype == torch.float32:
+    if dtype == torch.float32 and checks.device == "cuda":
         assert all(map(torch.equal, gradients(), found)), "other bits"
 
 
