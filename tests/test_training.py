@@ -22,9 +22,9 @@ from pahm.data.synth import generate
 from pahm.evaluation import evaluate, mean_hand
 from pahm.losses import project, total_loss
 from pahm.metrics import procrustes_errors
-from pahm.model import HandNet, load_checkpoint, read_metadata, shipped_checkpoint
+from pahm.model import HandNet, load_checkpoint, read_metadata
 from pahm.model.checkpoint import read_provenance
-from pahm.provenance import _revision, provenance
+from pahm.provenance import provenance
 from pahm.training import HandTraining, WarmupCosine, train
 
 CONFIG = preset("tiny").override(
@@ -325,35 +325,6 @@ def test_a_run_says_how_it_was_made(run, data):
     assert made["torch"] == torch.__version__ and made["pytorch-lightning"] and made["timm"]
     assert made["python"] == platform.python_version() and made["cpu"]
     assert str(data).encode() not in (out / "model.safetensors").read_bytes()
-
-
-def test_the_shipped_checkpoint_says_what_made_it_and_not_where():
-    made = read_provenance(shipped_checkpoint())
-    assert made["torch"] and not any("/" in (value or "") for value in made.values())
-    assert read_metadata(shipped_checkpoint())[0].model.backbone_weights is None
-
-
-def test_the_revision_is_that_of_the_packages_own_checkout(tmp_path):
-    def git(*arguments):
-        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    package = tmp_path / "pahm"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    assert _revision(package) is None
-    git("init", "--quiet")
-    (tmp_path / "other").write_text("")
-    git("add", "other")
-    git("commit", "--quiet", "-m", "another project")
-    assert _revision(package) is None, "installed inside another project's checkout"
-    git("add", "pahm")
-    git("commit", "--quiet", "-m", "ours")
-    assert _revision(package) == git("rev-parse", "HEAD")
-    (tmp_path / "notes").write_text("not tracked")
-    assert _revision(package) == git("rev-parse", "HEAD")
-    (package / "__init__.py").write_text("import os")
-    assert _revision(package) == git("rev-parse", "HEAD") + "+dirty"
 
 
 def test_other_evaluation_images_can_be_scored(data, tmp_path):
