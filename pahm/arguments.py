@@ -95,7 +95,11 @@ def make_parser() -> argparse.ArgumentParser:
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, or folders of images")
     predict.add_argument("--out", type=Path, default=Path("pahm-predictions"), help="folder (%(default)s)")
     predict.add_argument(
-        "--bbox", nargs=4, type=float, metavar=("X", "Y", "W", "H"), help="the hand, in pixels"
+        "--bbox",
+        nargs=4,
+        type=float,
+        metavar=("X", "Y", "W", "H"),
+        help="a tight box around the hand, in pixels, for all images",
     )
     predict.add_argument("--intrinsics", type=Path, metavar="K.json", help="camera matrix, 3 x 3, in pixels")
     predict.add_argument("--left", action="store_true", help="the hands are left hands")

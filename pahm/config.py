@@ -33,7 +33,7 @@ class ModelConfig:
     pretrained: bool = False
     """Start from timm's ImageNet weights (downloaded by timm)."""
     backbone_weights: str | None = None
-    """A local `.safetensors` or `.pth` file of the timm model's weights, for machines without a network."""
+    """A local `.safetensors` or `.pth` file of the timm model's weights, for machines that are offline."""
     image_size: int = 224
     """Side of the square input in pixels, a multiple of 32."""
     crop: float = 1.0
