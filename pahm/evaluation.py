@@ -21,6 +21,7 @@ from pahm.config import ModelConfig
 from pahm.data.augment import CropTransform
 from pahm.data.freihand import FreiHand, read_image
 from pahm.hand.left import mirror, mirror_intrinsics
+from pahm.hand.topology import HandTopology
 from pahm.losses import project
 from pahm.metrics import HandMetrics, align_with_scale
 from pahm.model.network import HandNet
@@ -104,7 +105,7 @@ def reconstruct(
     use_scale: bool = True,
     left: bool = False,
     strict: bool = False,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     batch_size: int = 64,
     workers: int = 2,
     progress: bool = True,
@@ -173,13 +174,19 @@ def reconstruct(
     return Reconstruction((regressor @ vertices).numpy(), vertices.numpy(), tuple(errors.values()))
 
 
+def check_meshes(dataset: FreiHand, topology: HandTopology) -> None:
+    """Refuse an annotated split whose meshes are another hand's than `topology`: ValueError."""
+    joints, mesh = (dataset.tables[key].rows[0] for key in ("joints", "vertices"))
+    topology.check_joints(mesh, joints, f"data: {dataset.root}")
+
+
 def evaluate(
     network: HandNet,
     data: str | os.PathLike[str],
     *,
     left: bool = False,
     strict: bool = False,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     batch_size: int = 64,
     workers: int = 2,
     progress: bool = True,
@@ -192,8 +199,7 @@ def evaluate(
     """
     dataset = FreiHand(data, "evaluation")
     if dataset.annotated:
-        joints, mesh = (dataset.tables[key].rows[0] for key in ("joints", "vertices"))
-        network.topology.check_joints(mesh, joints, f"data: {os.fspath(data)}")
+        check_meshes(dataset, network.topology)
     hands = reconstruct(
         network,
         data,

@@ -35,7 +35,7 @@ class Targets(NamedTuple):
     mask: Tensor
     """`(B, 1, S, S)`, 1 on the hand."""
     has_mask: Tensor
-    """`(B,)` bool: FreiHAND has masks for a part of its images only."""
+    """`(B,)` bool: which images have a mask; a folder may have none."""
 
 
 def mesh_loss(predicted: Tensor, target: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pahm.data.augment import crop_matrix, warp
 from pahm.data.render import Light, render_mesh
+from pahm.hand.topology import level_name
 
 if TYPE_CHECKING:
     from pahm.predict import HandPrediction
@@ -130,8 +131,7 @@ def contact_sheet(rows: Sequence[SheetRow], cell: int = 160) -> Image.Image:
         raise ValueError(f"cell: expected at least 32 pixels, got {cell}")
     with_truth = any(row.truth is not None for row in rows)
     titles = ["image", "overlay"]
-    counts = [len(mesh) for mesh in rows[0].prediction.meshes]
-    titles += [f"M{len(counts) - i} ({count})" for i, count in enumerate(counts)]
+    titles += [level_name(len(mesh)) for mesh in rows[0].prediction.meshes]
     titles += ["ground truth"] if with_truth else []
     titles += ["M1, side"]
     titles += ["truth, side"] if with_truth else []

@@ -34,11 +34,12 @@ class Place(NamedTuple):
     total: int = 0
 
 
-def resume_place(folder: Path, config: Config) -> Place | None:
-    """Where the run in `folder` goes on; None where nothing was saved yet.
+def resume_place(folder: Path, config: Config, images: str) -> Place | None:
+    """Where the run in `folder` goes on; None where nothing was saved yet. `images` says what its training
+    images are, wherever they lie.
 
     Raises ValueError where `last.ckpt` was made by another configuration (the first value that differs is
-    named) or is not a checkpoint of `pahm.training.train`.
+    named) or from other images, or is not a checkpoint of `pahm.training.train`.
     """
     last = folder / LAST
     if not last.exists():
@@ -48,6 +49,7 @@ def resume_place(folder: Path, config: Config) -> Place | None:
         found = from_json(stored["pahm_config"])
         epoch, step = stored["pahm_place"]
         place = Place(epoch, step, stored["global_step"])
+        other = stored["pahm_images"] != images
     except Exception as error:
         raise ValueError(f"resume: {last} is not a checkpoint of pahm train ({error})") from error
     check_same_network(found, config, str(last))
@@ -59,6 +61,8 @@ def resume_place(folder: Path, config: Config) -> Place | None:
                     f"resume: {last} was made with {part}.{name} = {before!r}, now {value!r}; "
                     "use another output folder or the same configuration"
                 )
+    if other:
+        raise ValueError(f"resume: {last} was made from other training images; use another output folder")
     return place
 
 

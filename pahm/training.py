@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import LearningRateMonitor, RichProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from pytorch_lightning.plugins.layer_sync import LayerSync
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pahm.config import Config
@@ -20,7 +23,7 @@ from pahm.data.augment import CropTransform
 from pahm.data.freihand import FreiHand
 from pahm.data.loading import Batch, EvaluationKeys, FolderImages, Images, TrainingKeys, loader
 from pahm.data.shards import ShardImages, find_shards
-from pahm.evaluation import evaluate, mean_hand
+from pahm.evaluation import check_meshes, evaluate, mean_hand
 from pahm.hand.topology import HandTopology
 from pahm.model.batch_norm import synchronise
 from pahm.model.checkpoint import load_checkpoint, save_checkpoint
@@ -73,28 +76,35 @@ def train(
     Raises:
         FileNotFoundError, ValueError: `data` is not in FreiHAND's layout (see `FreiHand`).
         ValueError: `out` holds a run of another configuration, or `initial` a network of another one (the
-            first difference is named); a batch that cannot be divided; with `strict`, an unreadable image.
+            first difference is named); a run on other images, a network or images of another hand; a batch
+            that cannot be divided; with `strict`, an unreadable image.
         FloatingPointError: the loss is not finite; its images are named.
     """
     out, scored = Path(out), Path(data if eval_data is None else eval_data)
-    place = resume_place(out, config)
-    start = place or Place()
-    pl.seed_everything(config.train.seed, verbose=False)
-    trainer = _trainer(config, out, start, accelerator, devices, nodes, strategy, progress)
     shards = find_shards(data)
     images: Images = (
         ShardImages(shards, config.train.shuffle_buffer, strict)
         if shards
         else FolderImages(FreiHand(data, "training"))
     )
+    hands = images.vertices(2000)
+    known_by = f"{len(images)} images, {hashlib.sha256(hands.tobytes()).hexdigest()}"
+    place = resume_place(out, config, known_by)
+    start = place or Place()
+    pl.seed_everything(config.train.seed, verbose=False)
+    trainer = _trainer(config, out, start, accelerator, devices, nodes, strategy, progress)
     training = training_loader(config, images, trainer, start)
     trainer.log_every_n_steps = min(20, len(training))  # type: ignore[attr-defined]
     held_out = evaluation_loader(config, scored, trainer)
-    module = HandTraining(config, topology, load_backbone=place is None and initial is None, strict=strict)
+    module = HandTraining(
+        config, topology, load_backbone=place is None and initial is None, strict=strict, images=known_by
+    )
     if place is None and initial is not None:
-        module.network.load_state_dict(load_checkpoint(initial, expect=config).state_dict())
+        module.network.load_state_dict(_weights(initial, config, module.network.topology))
     _check_hand(images, module.network.topology, data)
-    module.network.mean_hand.copy_(mean_hand(images.vertices(2000)))
+    if held_out is not None:
+        check_meshes(FreiHand(scored, "evaluation"), module.network.topology)
+    module.network.mean_hand.copy_(mean_hand(hands))
     if trainer.is_global_zero:
         where = None if eval_data is None else str(scored.resolve())
         describe_run(out, config, str(Path(data).resolve()), where)
@@ -117,10 +127,31 @@ def train(
     network = load_checkpoint(out / EXPORT)
     workers = config.train.workers
     scores = evaluate(
-        network, scored, batch_size=config.train.batch_size, workers=workers, progress=progress
+        network,
+        scored,
+        device=trainer.strategy.root_device,
+        batch_size=config.train.batch_size,
+        workers=workers,
+        progress=progress,
     ).record()
     save_checkpoint(out / EXPORT, network, config, scores=scores, dtype=dtype, provenance=provenance())
     return scores
+
+
+def _weights(initial: str | os.PathLike[str], config: Config, topology: HandTopology) -> dict[str, Tensor]:
+    """Those of a checkpoint of the same network and hand."""
+    network = load_checkpoint(initial, expect=config)
+    found, expected = (t.to_arrays() for t in (network.topology, topology))
+    same = found.keys() == expected.keys() and all(
+        found[name].shape == value.shape and np.allclose(found[name], value, atol=1e-6)
+        for name, value in expected.items()
+    )
+    if not same:
+        raise ValueError(
+            f"init: {os.fspath(initial)} is a network of another hand, whose vertices do not correspond "
+            "(MANO's comes with --mano)"
+        )
+    return network.state_dict()
 
 
 def training_loader(config: Config, images: Images, trainer: pl.Trainer, start: Place) -> DataLoader[Batch]:

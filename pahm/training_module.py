@@ -28,6 +28,7 @@ class HandTraining(pl.LightningModule):
     """The network, its losses and its optimiser; logs every loss, and the scores on the evaluation images.
 
     load_backbone: see `build_network`. strict: an unreadable image ends the run, with ValueError.
+    images: what the training images are, kept in the checkpoint (see `pahm.run_folder.resume_place`).
     """
 
     faces: Tensor
@@ -38,8 +39,10 @@ class HandTraining(pl.LightningModule):
         topology: HandTopology | None = None,
         load_backbone: bool = True,
         strict: bool = False,
+        images: str = "",
     ) -> None:
         super().__init__()
+        self.images = images
         self.config = config
         self.strict = strict
         self.network = build_network(config, topology, load_backbone)
@@ -162,6 +165,7 @@ class HandTraining(pl.LightningModule):
         fit: Any = self.trainer.fit_loop
         step = fit.epoch_loop.batch_progress.current.processed
         checkpoint["pahm_config"] = self.config.to_json()
+        checkpoint["pahm_images"] = self.images
         checkpoint["pahm_provenance"] = json.dumps(provenance())
         # The epoch, and the step within it, that a resumed run begins with.
         checkpoint["pahm_place"] = [

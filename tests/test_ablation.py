@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from pahm.ablation import TABLES, ablate
 from pahm.ablation.tables import SCORES, VARIANTS, Row, Table, configuration
-from pahm.ablation.write import as_csv, load_results, markdown, pairs_that_hold
+from pahm.ablation.write import _label, as_csv, load_results, markdown, pairs_that_hold
+from pahm.cli import main
 from pahm.config import preset
 from pahm.data.synth import generate
 from pahm.hand.topology import HandTopology
+from pahm.model import load_checkpoint
 from pahm.model.extractor import create_backbone
 
 COMMITTED = Path(__file__).parents[1] / "docs" / "results"
@@ -93,6 +96,7 @@ def test_results_of_another_budget_are_not_mixed(run, monkeypatch):
     with pytest.raises(ValueError, match=r"refine-once-seed0\.json was made with train\.epochs = 1, now 2"):
         run(changes={"train.epochs": 2})
     run(changes={"model.transformer_layers": 3})  # of which these networks have none
+    run(changes={"train.save_minutes": 2.0})
     run("table4")
     with pytest.raises(
         ValueError, match=r"metro-seed0\.json was made with model\.transformer_layers = 2, now 3"
@@ -115,7 +119,8 @@ def test_a_stopped_table_keeps_its_finished_rows(run, monkeypatch):
     monkeypatch.setattr("pahm.training.train", lambda *a, **k: {"pa_mpjpe": 8.0, "pa_mpvpe": 8.0})
     path, said = run()
     assert [line.endswith("done before") for line in said] == [True, True, False]
-    assert "2 of 2 pairs as in the paper" not in path.read_text()
+    # The finished rows keep their 9, which the last one's 8 improves on.
+    assert "1 of 2 pairs as in the paper" in path.read_text() and "| 9.00 |" in path.read_text()
 
 
 def test_a_resumed_run_has_no_time(run, monkeypatch):
@@ -141,6 +146,13 @@ def test_other_images_hands_or_weights_are_refused(run, data, tmp_path, monkeypa
     moved = tmp_path / "moved"
     shutil.copytree(data, moved)
     run(data=moved)  # the same images, wherever they lie
+    spoilt = json.loads((moved / "training_K.json").read_text())
+    spoilt[0][0][0] += 2
+    whole = (moved / "training_K.json").read_text()
+    (moved / "training_K.json").write_text(json.dumps(spoilt))
+    with pytest.raises(ValueError, match="were made with other images"):
+        run(data=moved)  # though nothing is left to run
+    (moved / "training_K.json").write_text(whole)
     (path.parent / "results" / "aligned-seed0.json").unlink()
     cameras = json.loads((moved / "training_K.json").read_text())
     cameras[0][0][0] += 1
@@ -154,9 +166,67 @@ def test_other_images_hands_or_weights_are_refused(run, data, tmp_path, monkeypa
     with pytest.raises(ValueError, match=r"were made with other first weights; use another output folder"):
         run(changes={"model.backbone_weights": str(other)})
     topology = HandTopology.load()
-    topology = topology._replace(joint_regressor=topology.joint_regressor[::-1].copy())
+    topology = topology._replace(joint_regressor=topology.joint_regressor * 1.001)
     with pytest.raises(ValueError, match=r"were made with other hands \(--mano\)"):
         run(topology=topology)
+
+
+def test_data_that_rows_cannot_be_scored_on_is_refused_and_leaves_no_trace(run, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("pahm.training.train", lambda *a, **k: {"pa_mpjpe": 8.0, "pa_mpvpe": 8.0})
+    with pytest.raises(FileNotFoundError, match="misspelt"):
+        run(data=tmp_path / "misspelt")
+    unknown = tmp_path / "unknown"
+    shutil.copytree(data, unknown)
+    for name in ("xyz", "verts"):
+        (unknown / f"evaluation_{name}.json").unlink()
+    with pytest.raises(ValueError, match=r"unknown has no evaluation annotations, which the rows are"):
+        run(data=unknown)
+    topology = HandTopology.load()
+    topology = topology._replace(joint_regressor=topology.joint_regressor[::-1].copy())
+    with pytest.raises(ValueError, match="the joints lie"):
+        run(topology=topology)
+    run()
+
+
+def test_what_rows_differ_in_cannot_be_set_for_all(run):
+    with pytest.raises(ValueError, match=r"set: model\.cues is what the rows differ in"):
+        run("table1", changes={"model.cues": False})
+
+
+def test_the_command_names_one_scale_and_its_first_weights(tmp_path, monkeypatch):
+    seen, rendered = [], []
+
+    def train(config, data, out, **options):
+        seen.append((config, str(data), options["accelerator"]))
+        return dict.fromkeys(SCORES, 8.0)
+
+    def render(folder, *counts, seed):
+        rendered.append((*counts, seed))
+        generate(folder, 1, 1, seed=3, workers=1, progress=False)
+
+    monkeypatch.setattr("pahm.training.train", train)
+    monkeypatch.setattr("pahm.ablation.run.generate", render)
+    out = tmp_path / "out"
+    options = ["--out", str(out), "--seeds", "5", "--accelerator", "cpu", "--set", "train.learning_rate=0.5"]
+    assert main(["ablate", "table3", *options]) == 0
+    assert rendered == [(10000, 1000, 1)] and (out / "table3.md").exists()
+    weights = load_file(out / "backbone.safetensors")
+    expected = load_checkpoint().extractor.backbone.state_dict()
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[k], expected[k]) for k in weights)
+    assert [config.name for config, *_ in seen] == ["refine-once", "refine-three-times", "aligned"]
+    for config, data, accelerator in seen:
+        assert (data, accelerator) == (str(out / "data"), "cpu")
+        assert (config.train.seed, config.train.learning_rate, config.model.image_size) == (5, 0.5, 64)
+        assert config.model.backbone_weights == str(out / "backbone.safetensors")
+    seen.clear()
+    paper = ["--preset", "paper", "--data", str(out / "data"), "--out", str(tmp_path / "paper")]
+    assert main(["ablate", "table2", *paper, "--seeds", "0"]) == 0
+    assert {(c.model.backbone, c.model.image_size, c.train.epochs) for c, *_ in seen} == {
+        ("resnet18", 224, 50)
+    }
+    seen.clear()
+    assert main(["ablate", "table4", *paper[:-1], str(tmp_path / "four"), "--seeds", "0"]) == 0
+    assert {config.model.backbone for config, *_ in seen} == {"hrnet_w64"}
 
 
 def test_an_error_in_one_process_ends_the_others(run, tmp_path):
@@ -232,6 +302,14 @@ def test_the_documentation_counts_the_pairs_that_hold():
     text = (COMMITTED / "README.md").read_text(encoding="utf-8")
     counts = f"{pairs['pa_mpjpe']} are as in the paper by PA-MPJPE and {pairs['pa_mpvpe']} by PA-MPVPE"
     assert f"Of the 10 adjacent pairs of Tables 1 to 3, {counts}" in " ".join(text.split())
+
+
+def test_a_plot_names_the_column_of_what_says_only_yes_or_no():
+    labels = [_label(TABLES["table1"], TABLES["table1"].rows[i]) for i in (2, 4)]
+    assert labels == [
+        "maps, without 2D, pixel-aligned, self-attention: no",
+        "global, MLP, self-attention: yes",
+    ]
 
 
 def test_rows_differ_from_the_base_in_their_variant_only():

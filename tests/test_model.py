@@ -1,11 +1,14 @@
 """The network: shapes, alignment of features and vertices, gradients, checkpoints."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import timm
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from pahm.config import ModelConfig, preset
 from pahm.hand.topology import HandTopology
@@ -198,6 +201,25 @@ def test_a_wrong_checkpoint_is_refused_with_the_reason(network, tmp_path):
         load_checkpoint(tmp_path / "text")
     with pytest.raises(FileNotFoundError, match="no file at"):
         load_checkpoint(tmp_path / "none")
+
+
+def test_a_checkpoint_of_another_version_or_without_its_hand_is_named(network, tmp_path):
+    path = tmp_path / "net.safetensors"
+    save_checkpoint(path, network, TINY)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    config = json.loads(metadata["config"])
+    config["model"]["mystery"] = 1
+    for changed in ({"config": json.dumps(config)}, {"config": "{"}, {"config": None}):
+        made = {name: value for name, value in {**metadata, **changed}.items() if value is not None}
+        save_file(tensors, path, made)
+        with pytest.raises(ValueError, match=r"net\.safetensors does not describe a network of this version"):
+            read_metadata(path)
+    for name in ("topology.joint_regressor", "topology.faces_0"):
+        save_file({key: value for key, value in tensors.items() if key != name}, path, metadata)
+        with pytest.raises(ValueError, match=r"net\.safetensors has no whole hand \("):
+            load_checkpoint(path)
 
 
 def test_the_network_compiles_to_one_graph(topology):

@@ -20,6 +20,7 @@ from training_lives import finish, logged, score
 from pahm.config import preset
 from pahm.data.synth import generate
 from pahm.model.batch_norm import SyncBatchNorm2d, synchronise
+from pahm.training import HandTraining
 
 CONFIG = preset("tiny").override(
     {
@@ -74,15 +75,20 @@ def test_two_processes_have_the_losses_of_one(single, double):
     losses = [json.loads((out / "losses0.json").read_text()) for out in (single, double)]
     assert [step for step, _ in losses[0]] == [step for step, _ in losses[1]] == list(range(6))
     for (_, one), (_, two) in zip(*losses, strict=True):
-        assert two == pytest.approx(one, rel=1e-4)
+        assert two == pytest.approx(one, rel=1e-5)
     assert json.loads((double / "losses1.json").read_text()) == losses[1], "processes log one loss"
 
 
 def test_two_processes_have_the_weights_of_one(single, double):
     one, two = (load_file(out / "model.safetensors") for out in (single, double))
     assert one.keys() == two.keys()
+    parameters = {f"network.{name}" for name, _ in HandTraining(CONFIG).network.named_parameters()}
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+        # Six steps of AdamW move each weight by about 2e-5, whatever the size of its gradient; processes that
+        # kept their own gradients would move it elsewhere. Where one is all but zero rounding decides.
+        if name in parameters:
+            assert (two[name] - value).abs().mean() < 1e-6, name
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from pahm.data.freihand import FreiHand
 from pahm.data.loading import Batches, FolderImages
 from pahm.data.synth import generate
 from pahm.evaluation import evaluate, mean_hand
+from pahm.hand.topology import HandTopology
 from pahm.losses import project, total_loss
 from pahm.metrics import procrustes_errors
 from pahm.model import HandNet, load_checkpoint, read_metadata
@@ -206,6 +207,17 @@ def test_a_run_of_another_configuration_is_not_continued(run, data):
         train(CONFIG.override({"train.learning_rate": 0.1}), data, out, accelerator="cpu", progress=False)
 
 
+def test_a_run_on_other_images_is_not_continued(run, data, tmp_path):
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    shutil.copytree(run[0], tmp_path / "run")
+    shutil.copytree(data, moved)
+    generate(other, 8, 0, seed=4, workers=1, progress=False)
+    assert train(CONFIG, moved, tmp_path / "run", accelerator="cpu", progress=False) == run[1]
+    with pytest.raises(ValueError, match=r"last\.ckpt was made from other training images; use another"):
+        train(CONFIG, other, tmp_path / "run", accelerator="cpu", progress=False)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["data"] == str(moved)
+
+
 def test_unusable_data_is_refused_before_anything_is_written(data, tmp_path):
     with pytest.raises(FileNotFoundError, match="training"):
         train(CONFIG, tmp_path, tmp_path / "out", accelerator="cpu", progress=False)
@@ -299,7 +311,31 @@ def test_the_mesh_of_another_hand_is_refused(run, data, tmp_path):
     with pytest.raises(ValueError, match=sentence):
         train(CONFIG, strange, tmp_path / "run", accelerator="cpu", progress=False)
     with pytest.raises(ValueError, match=sentence):
+        train(CONFIG, data, tmp_path / "run", eval_data=strange, accelerator="cpu", progress=False)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=sentence):
         evaluate(load_checkpoint(run[0] / "model.safetensors"), strange, device="cpu", progress=False)
+
+
+def test_weights_of_another_hand_are_refused(run, data, tmp_path):
+    topology = HandTopology.load()
+    topology = topology._replace(joint_regressor=topology.joint_regressor[::-1].copy())
+    start = run[0] / "model.safetensors"
+    with pytest.raises(ValueError, match=r"init: .*model\.safetensors is a network of another hand"):
+        train(CONFIG, data, tmp_path, topology=topology, initial=start, accelerator="cpu", progress=False)
+
+
+def test_scores_are_computed_where_the_network_was_trained(data, tmp_path, monkeypatch):
+    devices = []
+
+    def scored(*arguments, device, **options):
+        devices.append(str(device))
+        return evaluate(*arguments, device=device, **options)
+
+    monkeypatch.setattr("pahm.training.evaluate", scored)
+    config = CONFIG.override({"train.epochs": 1})
+    assert train(config, data, tmp_path, accelerator="cpu", progress=False)["images"] == 6
+    assert devices == ["cpu"]
 
 
 def test_what_no_output_depends_on_is_not_trained():

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 
 from pahm.config import Config
+from pahm.data.freihand import FreiHand
+from pahm.evaluation import check_meshes
 from pahm.hand.topology import HandTopology
 from pahm.whole_file import whole_file
 
@@ -18,13 +20,19 @@ _NAMES = {"data": "images (--data)", "hand": "hands (--mano)", "weights": "first
 def check_inputs(
     out: Path, data: str | os.PathLike[str], topology: HandTopology | None, config: Config
 ) -> None:
-    """Record in `out` what its runs are made from, or compare with what was recorded.
+    """Record in `out` what its runs are made from, or compare with what was recorded for those before.
 
     Images are known by the cameras and the places of their hands, not by where the folder lies.
 
-    Raises ValueError naming what differs.
+    Raises FileNotFoundError or ValueError where the images cannot be trained and scored on: not FreiHAND's
+    layout, no annotations, the meshes of another hand; and ValueError naming what differs.
     """
     topology = topology or HandTopology.load()
+    for split in ("training", "evaluation"):
+        dataset = FreiHand(data, split)
+        if not dataset.annotated:
+            raise ValueError(f"data: {data} has no {split} annotations, which the rows are scored by")
+        check_meshes(dataset, topology)
     weights = config.model.backbone_weights
     found = {
         "data": _digest(sorted(Path(data).glob("*_K.json")) + sorted(Path(data).glob("*_xyz.json"))),
@@ -34,7 +42,7 @@ def check_inputs(
         "weights": _digest([Path(weights)]) if weights else f"pretrained: {config.model.pretrained}",
     }
     path = out / RECORD
-    if not path.exists():
+    if not path.exists() or not any(any(out.glob(f"{folder}/*")) for folder in ("results", "runs")):
         with whole_file(path) as partial:
             partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         return

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from pahm.ablation.inputs import check_inputs
-from pahm.ablation.tables import RESULT, TABLES, configuration
+from pahm.ablation.tables import RESULT, TABLES, VARIANTS, configuration
 from pahm.ablation.write import write_table
 from pahm.config import Config, from_dict, preset
 from pahm.data.freihand import FreiHand
@@ -33,7 +33,7 @@ from pahm.workers import start_worker
 
 DATA_SEED = 1
 """Of the images that are rendered; those of the shipped checkpoint have 0."""
-_NOT_COMPARED = ("backbone_weights", "workers")  # where weights lie and who reads images decide no result
+_NOT_COMPARED = ("backbone_weights", "workers", "save_minutes", "save_every")  # which decide no result
 _METRO_ONLY = ("transformer_channels", "transformer_layers", "transformer_heads")
 
 
@@ -105,8 +105,9 @@ def ablate(
         the path of the Markdown table.
 
     Raises:
-        ValueError: no such table or scale, no data, or `out` has runs of another configuration (the first
-            difference is named), or of other images, another hand or other first weights.
+        ValueError: no such table or scale; no data, or data that cannot be trained and scored on; a change of
+            what rows differ in; or `out` has runs of another configuration (the first difference is named),
+            or of other images, another hand or other first weights.
         ChildProcessError: with several jobs, the process of a run ended by itself.
     """
     if table not in TABLES:
@@ -117,6 +118,9 @@ def ablate(
         raise ValueError(f"seeds: expected different numbers, got {list(seeds)}")
     if jobs < 1:
         raise ValueError(f"jobs: expected at least 1, got {jobs}")
+    decided = {name for _, differences in VARIANTS.values() for name in differences}
+    if taken := sorted(decided & set(changes or {})):
+        raise ValueError(f"set: {taken[0]} is what the rows differ in, expected values that all rows share")
     out = Path(out)
     images = SCALES[scale].images
     if data is None and images is None:
@@ -136,11 +140,12 @@ def ablate(
                 report(f"{variant}, seed {seed}: done before")
             else:
                 waiting.append((variant, seed, config, path))
+    given = data is not None
     if data is None and images is not None:
         data = out / "data"
         if waiting:
             generate(data, *images, seed=DATA_SEED)
-    if waiting and data is not None:
+    if data is not None and (waiting or given):
         check_inputs(out, data, topology, base)
     options = {"topology": topology, "accelerator": accelerator}
     for variant, seed, seconds in _run_all(waiting, data, out, jobs, options):
@@ -205,8 +210,6 @@ def _run(
     resumed = (folder / LAST).exists()
     started = time.monotonic()
     scores = train(config, data, folder, progress=progress, **options)
-    if not scores:
-        raise ValueError(f"data: {data} has no evaluation annotations to score the rows on")
     seconds = time.monotonic() - started
     recorded = config.override({"model.backbone_weights": None})
     record = {

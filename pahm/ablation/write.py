@@ -15,6 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pahm.ablation.tables import RESULT, SCORES, TABLES, Row, Table
+from pahm.whole_file import whole_file
 
 Results = dict[str, list[dict[str, Any]]]
 
@@ -27,9 +28,12 @@ def write_table(out: Path, name: str, seeds: Sequence[int]) -> Path:
     table = TABLES[name]
     results = load_results(out, table, seeds)
     path = out / f"{name}.md"
-    path.write_text(markdown(table, name, results), encoding="utf-8")
-    (out / f"{name}.csv").write_text(as_csv(table, results), encoding="utf-8")
-    _plot(table, results).savefig(out / f"{name}.png", dpi=120)
+    with whole_file(path) as written:
+        written.write_text(markdown(table, name, results), encoding="utf-8")
+    with whole_file(out / f"{name}.csv") as written:
+        written.write_text(as_csv(table, results), encoding="utf-8")
+    with whole_file(out / f"{name}.png") as written:
+        _plot(table, results).savefig(written, dpi=120, format="png")
     return path
 
 

@@ -14,6 +14,12 @@ from pahm_ops.mesh import MeshHierarchy
 
 SIZES = (778, 389, 195, 98)
 
+
+def level_name(count: int) -> str:
+    """M1 for the finest mesh to M4 for that of 98 vertices, with its number of vertices."""
+    return f"M{SIZES.index(count) + 1} ({count})"
+
+
 _JOINTS_OFF = 20  # mm; joints of a posed mesh differ by less between regressors of one hand
 
 

@@ -61,7 +61,12 @@ def read_metadata(path: str | os.PathLike[str]) -> tuple[Config, dict[str, float
         ValueError: not a checkpoint of this package.
     """
     metadata = _metadata(path)
-    return from_json(metadata["config"]), json.loads(metadata["scores"])
+    try:
+        return from_json(metadata["config"]), json.loads(metadata["scores"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"checkpoint: {os.fspath(path)} does not describe a network of this version ({error})"
+        ) from error
 
 
 def read_provenance(path: str | os.PathLike[str]) -> dict[str, str | None]:
@@ -119,7 +124,11 @@ def load_checkpoint(path: str | os.PathLike[str] | None = None, expect: Config |
             else:
                 value = file.get_tensor(name)
                 weights[rest] = value.float() if value.is_floating_point() else value
-    network = build_network(config, HandTopology.from_arrays(arrays), load_backbone=False)
+    try:
+        topology = HandTopology.from_arrays(arrays)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"checkpoint: {os.fspath(path)} has no whole hand ({error})") from error
+    network = build_network(config, topology, load_backbone=False)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:

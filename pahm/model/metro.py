@@ -68,7 +68,8 @@ class MetroDecoder(nn.Module):
     points `(B, 21, 3)` of the joint queries, in the same unit, for each mesh of 195.
 
     Raises:
-        ValueError: the mapping is "mlp", there are refinements, or a width cannot be split over the heads.
+        ValueError: the mapping is "mlp", there are refinements or fewer skip connections, or a width cannot
+            be split over the heads.
     """
 
     template: Tensor
@@ -82,6 +83,10 @@ class MetroDecoder(nn.Module):
             )
         if config.refinements:
             raise ValueError(f"model.decoder: METRO has no model.refinements, got {config.refinements}")
+        if not all(config.skips):
+            raise ValueError(
+                f"model.skips: METRO's blocks have all of them or, with 'repeat', none, got {config.skips}"
+            )
         hierarchy = topology.hierarchy
         self.pixel_aligned = config.mapping == "pixel_aligned"
         up = (hierarchy.up[0] @ hierarchy.up[1]).toarray()
@@ -143,7 +148,10 @@ class MetroDecoder(nn.Module):
         return stages
 
     def _hide(self, queries: Tensor) -> Tensor:
-        """Masked vertex modelling: in training a random share of the queries becomes a constant."""
+        """Masked vertex modelling: in training a random share of the queries becomes a constant.
+
+        METRO hides exactly that share of an image's queries; here it is the chance of each.
+        """
         if not self.training:
             return queries
         share = MASKED * torch.rand(len(queries), 1, 1, device=queries.device)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from pahm.data.augment import crop_matrix, warp
+from pahm.hand.topology import level_name
 from pahm.metrics import align_with_scale
 from pahm.model.network import HandNet
 from pahm.predict import HandPrediction, Predictor
@@ -84,11 +85,6 @@ class Meshes:
         self.found.append(entry)
 
 
-def level_name(network: HandNet, count: int) -> str:
-    """M1 for the finest mesh to M4 for that of 98 vertices, with its number of vertices."""
-    return f"M{network.topology.hierarchy.sizes.index(count) + 1} ({count})"
-
-
 class Photographer:
     """Makes the page's hands: predictions of our network, and of a baseline where there is one."""
 
@@ -107,7 +103,7 @@ class Photographer:
         prediction = view.predictions.get("ours")
         titles: list[str] = []
         for i, mesh in enumerate(prediction.meshes if prediction else []):
-            titles.append(level_name(self.network, len(mesh)))
+            titles.append(level_name(len(mesh)))
             again = titles.count(titles[-1])
             title = titles[-1] + (f", {again}" if again > 1 else "")
             hand.pictures.append(view.mesh(mesh, title, f"mesh {title} of ours", f"ours-{i}"))
@@ -143,7 +139,7 @@ class Photographer:
         meshes = Meshes(view.true, self.network)
         if "ours" in view.predictions:
             for i, mesh in reversed(list(enumerate(view.predictions["ours"].meshes))):
-                meshes.add(f"ours-{i}", f"ours, {level_name(self.network, len(mesh))}", mesh)
+                meshes.add(f"ours-{i}", f"ours, {level_name(len(mesh))}", mesh)
         if "baseline" in view.predictions:
             meshes.add("baseline", "baseline", view.predictions["baseline"].vertices)
         meshes.add_truth()
