@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from pahm.config import Config
 from pahm.data.augment import CropTransform
 from pahm.data.freihand import FreiHand
-from pahm.data.loading import Batch, EvaluationKeys, FolderImages, Images, TrainingKeys, loader
+from pahm.data.loading import Batch, Batches, EvaluationKeys, FolderImages, Images, TrainingKeys, loader
 from pahm.data.shards import ShardImages, find_shards
 from pahm.evaluation import check_meshes, evaluate, mean_hand
 from pahm.hand.topology import HandTopology
@@ -177,7 +177,7 @@ def training_loader(config: Config, images: Images, trainer: pl.Trainer, start: 
         start=(start.epoch, start.step),
     )
     transform = CropTransform(config.model.image_size, config.augment, train.seed, config.model.crop)
-    return loader(images, transform, keys, train.workers, _pins(trainer))
+    return loader(Batches(images, transform), keys, train.workers, _pins(trainer))
 
 
 def evaluation_loader(config: Config, data: Path, trainer: pl.Trainer) -> DataLoader[Batch] | None:
@@ -190,7 +190,9 @@ def evaluation_loader(config: Config, data: Path, trainer: pl.Trainer) -> DataLo
     size = config.train.batch_size
     keys = EvaluationKeys(len(dataset), size, trainer.world_size, lambda: trainer.global_rank)
     transform = CropTransform(config.model.image_size, share=config.model.crop)
-    return loader(FolderImages(dataset), transform, keys, config.train.workers, _pins(trainer))
+    images = FolderImages(dataset)
+    batches = Batches(images, transform, instead=images.black)
+    return loader(batches, keys, config.train.workers, _pins(trainer))
 
 
 def _pins(trainer: pl.Trainer) -> bool:

@@ -83,17 +83,17 @@ class HandTraining(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, index: int) -> None:
         seed_step(self.config.train.seed, self.global_step, self.global_rank)
-        self._replaced += batch["replaced"]
-        self._name_unreadable(batch)
+        self._replaced += sum(batch["replaced"])
+        self._name_unreadable(batch, "the next image takes its place")
 
-    def _name_unreadable(self, batch: Batch) -> None:
+    def _name_unreadable(self, batch: Batch, instead: str) -> None:
         sentences = batch.get("unreadable", [])
         if self.strict and self._in_any_process(bool(sentences)):
             raise ValueError(self._of_all_processes(sentences)[0])
         for sentence in sentences:
             if sentence not in self._unreadable:
                 self._unreadable.add(sentence)
-                LOG.warning("%s; the next image takes its place", sentence)
+                LOG.warning("%s; %s", sentence, instead)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         images = batch["image"]
@@ -140,7 +140,7 @@ class HandTraining(pl.LightningModule):
         return int(replaced)
 
     def validation_step(self, batch: Batch, index: int) -> None:
-        self._name_unreadable(batch)
+        self._name_unreadable(batch, "in the scores the mean hand stands for it")
         vertices = self.network(batch["image"]).meshes[-1] if batch else torch.zeros(0)
         if self._in_any_process(not bool(torch.isfinite(vertices).all())):
             raise FloatingPointError(
@@ -149,6 +149,9 @@ class HandTraining(pl.LightningModule):
             )
         if not batch:
             return
+        # As `pahm.evaluation` has it.
+        replaced = torch.tensor(batch["replaced"], device=vertices.device)
+        vertices = torch.where(replaced[:, None, None], self.network.mean_hand, vertices)
         self.metrics.update(self.network.joints(vertices), batch["joints"], vertices, batch["vertices"])
 
     def _in_any_process(self, found: bool) -> bool:

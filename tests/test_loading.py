@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from training_lives import logged
 
 from pahm.cli import main
 from pahm.config import preset
@@ -104,7 +105,7 @@ def test_workers_and_order_of_calls_leave_the_images_as_they_are(data):
     runs = []
     for workers in (0, 2):
         keys = TrainingKeys(images, 1, 4, start=(2, 0))
-        runs.append(list(loader(images, transform, keys, workers, pin=False)))
+        runs.append(list(loader(Batches(images, transform), keys, workers, pin=False)))
         torch.rand(7)
     assert len(runs[0]) == 2
     for one, two in zip(*runs, strict=True):
@@ -151,7 +152,7 @@ def test_the_next_readable_image_stands_in_for_a_damaged_one(damaged):
     batches = Batches(images, CropTransform(32, AugmentConfig()))
     batch = batches[0, [2, 3, 8]]
     assert [name[-5] for name in batch["name"]] == ["2", "5", "8"]
-    assert len(batch["unreadable"]) == 2 and batch["replaced"] == 1
+    assert len(batch["unreadable"]) == 2 and sum(batch["replaced"]) == 1
     assert all(
         f"{n}.jpg is not a readable image" in text
         for n, text in zip((3, 4), batch["unreadable"], strict=True)
@@ -188,6 +189,20 @@ def test_damaged_images_are_named_once_counted_and_do_not_end_a_run(damaged, tmp
     assert [line for line in lines if "epoch" in line] == [
         f"epoch {epoch}: 2 unreadable images were replaced" for epoch in (0, 1)
     ]
+
+
+def test_the_mean_hand_stands_for_a_damaged_evaluation_image(data, tmp_path, caplog):
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    (folder / "evaluation" / "rgb" / "00000001.jpg").write_bytes(b"")
+    config = CONFIG.override({"train.export": "float32"})
+    scores = train(config, folder, tmp_path / "run", accelerator="cpu", progress=False)
+    curves = logged(tmp_path / "run")
+    for name in ("pa_mpjpe", "mpjpe", "f5"):
+        assert curves[f"eval/{name}"][0][1] == pytest.approx(scores[name], rel=1e-4)
+    assert scores["images"] == 2
+    (line,) = (text for text in caplog.messages if "00000001.jpg" in text)
+    assert line.endswith("; in the scores the mean hand stands for it")
 
 
 def test_a_resumed_run_counts_what_was_replaced_before_the_stop(damaged, tmp_path, caplog, monkeypatch):

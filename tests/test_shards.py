@@ -113,7 +113,7 @@ def test_workers_and_processes_share_an_epoch(shards):
 
     def names(workers, processes=1, rank=0, start=(1, 0)):
         keys = TrainingKeys(images, 0, 4, processes, lambda: rank, start)
-        return [batch["name"] for batch in loader(images, transform, keys, workers, pin=False)]
+        return [batch["name"] for batch in loader(Batches(images, transform), keys, workers, pin=False)]
 
     whole = names(0)
     assert len(whole) == 2 and len({name for batch in whole for name in batch}) == 8

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from pahm.data.augment import CropTransform
@@ -19,8 +20,8 @@ from pahm.data.freihand import FreiHand, Sample
 
 Batch = dict[str, Any]
 """What `CropTransform` gives, stacked over the images; `name`, their files' names in the data folder; and
-`unreadable`, one sentence for each image that could not be read, and `replaced`, the number of images that
-another one stands in for. Empty for no images.
+`unreadable`, one sentence for each image that could not be read, and `replaced`, a bool for each place of the
+batch, in training: another image stands in; in evaluation: the image is black. Empty for no images.
 """
 
 _MAX_UNREADABLE = 100
@@ -52,6 +53,14 @@ class FolderImages:
     def __getitem__(self, index: int) -> Sample:
         return self.dataset[index]
 
+    def black(self, index: int) -> Sample:
+        """Item `index` with a black image, for the evaluation where its own cannot be read."""
+        sample = self.dataset.record(index)
+        sample["image"] = Image.new("RGB", (224, 224))
+        if self.dataset.has_masks:
+            sample["mask"] = Image.new("L", (224, 224))
+        return sample
+
     def order(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
         return np.random.default_rng((seed, epoch)).permutation(len(self.dataset))
 
@@ -62,24 +71,27 @@ class FolderImages:
 class Batches(Dataset[Batch]):
     """Whole batches of transformed images.
 
-    An item's key is an epoch and the indices of its images. An image that cannot be read is replaced by the
-    next one that can; ValueError after 100 in a row.
+    An item's key is an epoch and the indices of its images. An image that cannot be read is replaced by what
+    `instead(index)` gives, in training by the next one that can, with ValueError after 100 in a row.
     """
 
-    def __init__(self, images: Images, transform: CropTransform) -> None:
+    def __init__(
+        self, images: Images, transform: CropTransform, instead: Callable[[int], Sample] | None = None
+    ) -> None:
         self.images = images
         self.transform = transform
+        self.instead = instead
 
     def __getitem__(self, key: tuple[int, list[int]]) -> Batch:
         epoch, indices = key
         if not indices:
             return {}
         unreadable: list[str] = []
-        samples, replaced = [], 0
+        samples, replaced = [], []
         for index in indices:
             before = len(unreadable)
             samples.append(self._read(index, unreadable))
-            replaced += len(unreadable) > before
+            replaced.append(len(unreadable) > before)
         batch: Batch = default_collate([self.transform(sample, epoch) for sample in samples])
         names = [sample["name"] for sample in samples]
         return {**batch, "name": names, "unreadable": unreadable, "replaced": replaced}
@@ -90,6 +102,8 @@ class Batches(Dataset[Batch]):
                 return self.images[(index + step) % len(self.images)]
             except (FileNotFoundError, ValueError) as error:
                 unreadable.append(str(error))
+                if self.instead is not None:
+                    return self.instead(index)
         raise ValueError(f"{_MAX_UNREADABLE} images in a row cannot be read, the last: {unreadable[-1]}")
 
 
@@ -155,11 +169,11 @@ class EvaluationKeys(Sampler[tuple[int, list[int]]]):
 
 
 def loader(
-    images: Images, transform: CropTransform, keys: Sampler[tuple[int, list[int]]], workers: int, pin: bool
+    batches: Batches, keys: Sampler[tuple[int, list[int]]], workers: int, pin: bool
 ) -> DataLoader[Batch]:
     """A loader of the batches of `keys`; `pin` puts them into page-locked memory, for a GPU."""
     return DataLoader(
-        Batches(images, transform),
+        batches,
         batch_size=None,
         sampler=keys,
         collate_fn=_as_it_is,
