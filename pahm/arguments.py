@@ -32,7 +32,11 @@ def make_parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a network; goes on where a stopped run ended")
     train.add_argument(
-        "--data", type=Path, required=True, help="folder in FreiHAND's layout, or tar shards of one"
+        "--data",
+        type=Path,
+        required=True,
+        nargs="+",
+        help="folder in FreiHAND's layout, or tar shards of one, in one place or several",
     )
     train.add_argument("--eval-data", type=Path, help="folder whose evaluation images are scored (--data)")
     train.add_argument("--out", type=Path, required=True, help="folder of the run")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,13 +67,18 @@ def resume_place(folder: Path, config: Config, images: str) -> Place | None:
     return place
 
 
-def describe_run(folder: Path, config: Config, data: str, eval_data: str | None) -> None:
+def describe_run(folder: Path, config: Config, data: Sequence[str], eval_data: str | None) -> None:
     """Write `config.json`, which `pahm train --config` takes, and `run.json`: where the data lies on this
     machine, the configuration, and `provenance`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     values = json.loads(config.to_json())
-    record = {"data": data, "eval_data": eval_data, "config": values, "provenance": provenance()}
+    record = {
+        "data": data[0] if len(data) == 1 else data,
+        "eval_data": eval_data,
+        "config": values,
+        "provenance": provenance(),
+    }
     for name, content in ((CONFIG, values), (RECORD, record)):
         with whole_file(folder / name) as partial:
             partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ EXPORT = "model.safetensors"
 
 def train(
     config: Config,
-    data: str | os.PathLike[str],
+    data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
     topology: HandTopology | None = None,
@@ -61,7 +62,7 @@ def train(
 
     Args:
         data: a folder in FreiHAND's layout, or tar shards of `pahm.data.shards.write_shards` (see
-            `find_shards`), which have no evaluation images.
+            `find_shards`), which have no evaluation images and may be named in several parts.
         topology: another hand than the shipped one (see `HandTopology.from_hand`).
         initial: a checkpoint of the same network whose weights a new run starts from.
         accelerator, devices, strategy: as Lightning's Trainer takes them; `train.batch_size` is divided over
@@ -80,13 +81,9 @@ def train(
             that cannot be divided; with `strict`, an unreadable image.
         FloatingPointError: the loss is not finite; its images are named.
     """
-    out, scored = Path(out), Path(data if eval_data is None else eval_data)
-    shards = find_shards(data)
-    images: Images = (
-        ShardImages(shards, config.train.shuffle_buffer, strict)
-        if shards
-        else FolderImages(FreiHand(data, "training"))
-    )
+    parts = [Path(part) for part in ([data] if isinstance(data, str | os.PathLike) else data)]
+    out, scored = Path(out), Path(parts[0] if eval_data is None else eval_data)
+    images = _images(parts, config, strict)
     hands = images.vertices(2000)
     known_by = f"{len(images)} images, {hashlib.sha256(hands.tobytes()).hexdigest()}"
     place = resume_place(out, config, known_by)
@@ -101,13 +98,13 @@ def train(
     )
     if place is None and initial is not None:
         module.network.load_state_dict(_weights(initial, config, module.network.topology))
-    _check_hand(images, module.network.topology, data)
+    _check_hand(images, module.network.topology, parts[0])
     if held_out is not None:
         check_meshes(FreiHand(scored, "evaluation"), module.network.topology)
     module.network.mean_hand.copy_(mean_hand(hands))
     if trainer.is_global_zero:
         where = None if eval_data is None else str(scored.resolve())
-        describe_run(out, config, str(Path(data).resolve()), where)
+        describe_run(out, config, [str(part.resolve()) for part in parts], where)
     # What these say is either meant (a run goes on in its folder) or about Lightning's own code.
     for message in (
         "Checkpoint directory .* exists",
@@ -136,6 +133,18 @@ def train(
     ).record()
     save_checkpoint(out / EXPORT, network, config, scores=scores, dtype=dtype, provenance=provenance())
     return scores
+
+
+def _images(parts: Sequence[Path], config: Config, strict: bool) -> Images:
+    """The training images of a folder, or of all the tar shards that `parts` name."""
+    found = [find_shards(part) for part in parts]
+    if all(found):
+        return ShardImages([path for paths in found for path in paths], config.train.shuffle_buffer, strict)
+    if len(parts) > 1:
+        raise ValueError(
+            f"data: {parts[found.index([])]} holds no tar shards, expected them in each of several"
+        )
+    return FolderImages(FreiHand(parts[0], "training"))
 
 
 def _weights(initial: str | os.PathLike[str], config: Config, topology: HandTopology) -> dict[str, Tensor]:
@@ -199,14 +208,14 @@ def _pins(trainer: pl.Trainer) -> bool:
     return bool(trainer.strategy.root_device.type == "cuda")
 
 
-def _check_hand(images: Images, topology: HandTopology, data: str | os.PathLike[str]) -> None:
+def _check_hand(images: Images, topology: HandTopology, data: Path) -> None:
     """Refuse images whose mesh is another hand's, as FreiHAND's are where `--mano` was forgotten."""
     for index in range(min(len(images), 100)):
         try:
             sample = images[index]
         except (ValueError, FileNotFoundError):
             continue  # the training says what it makes of an unreadable image
-        topology.check_joints(sample["vertices"], sample["joints"], f"data: {os.fspath(data)}")
+        topology.check_joints(sample["vertices"], sample["joints"], f"data: {data}")
         return
 
 

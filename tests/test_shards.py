@@ -313,13 +313,20 @@ def test_training_on_shards_by_the_command_line(data, tmp_path, capsys, monkeypa
     out = tmp_path / "shards"
     assert main(["shards", "--data", str(data), "--out", str(out), "--size", "6"]) == 0
     assert "2 shards are ready" in capsys.readouterr().out
+    second = tmp_path / "another disk"
+    second.mkdir()
+    (out / "train-000001.tar").rename(second / "train-000001.tar")
     changes = ["model.backbone=test_resnet", "model.pretrained=false", "model.image_size=64"]
     changes += ["train.batch_size=4", "train.epochs=1", "train.workers=0"]
-    command = ["train", "--data", f"{out}/train-{{000000..000001}}.tar", "--eval-data", str(data)]
-    command += ["--out", str(tmp_path / "run"), "--preset", "tiny", "--accelerator", "cpu"]
-    assert main([*command, *(part for change in changes for part in ("--set", change))]) == 0
+    command = ["train", "--eval-data", str(data), "--out", str(tmp_path / "run"), "--preset", "tiny"]
+    command += ["--accelerator", "cpu", *(part for change in changes for part in ("--set", change))]
+    places = [f"{out}/train-{{000000..000000}}.tar", str(second)]
+    assert main([*command, "--data", *places]) == 0
     assert len(set(seen)) == 8 and all(name.startswith("train-00000") for name in seen)
     assert read_metadata(tmp_path / "run" / "model.safetensors")[1]["images"] == 3
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["data"] == places
+    assert main([*command, "--data", *places, str(data)]) == 2
+    assert f"data: {data} holds no tar shards, expected them in each of several" in capsys.readouterr().err
 
 
 def test_shards_alone_train_without_scores(shards, tmp_path):

@@ -155,7 +155,8 @@ def _recorded_data(run: Path) -> str:
         raise ValueError(f"--data: {path} does not exist to name the run's data, give the folder")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return str(record["eval_data"] or record["data"])
+        places = record["eval_data"] or record["data"]
+        return str(places[0] if isinstance(places, list) else places)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"DIR: {path} is not a record of pahm train ({error!r})") from error
 
