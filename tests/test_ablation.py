@@ -185,6 +185,14 @@ def test_data_that_rows_cannot_be_scored_on_is_refused_and_leaves_no_trace(run, 
     topology = topology._replace(joint_regressor=topology.joint_regressor[::-1].copy())
     with pytest.raises(ValueError, match="the joints lie"):
         run(topology=topology)
+
+    def refuse(*arguments, **options):
+        raise ValueError("no such device")
+
+    # A record of what no run was made from binds nobody.
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="no such device"):
+        patch.setattr("pahm.training.train", refuse)
+        run(topology=topology._replace(joint_regressor=HandTopology.load().joint_regressor * 1.001))
     run()
 
 
