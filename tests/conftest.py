@@ -1,9 +1,13 @@
+import os
 import platform
 
-import pytest
-import torch
+# Workers of pytest-xdist share the cores: threads without work must not spin. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import pahm_ops
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import pahm_ops  # noqa: E402
 
 ISAS = ("neon",) if platform.machine() == "aarch64" else ("plain", "avx2", "avx512", "avx512_bf16", "amx")
 
