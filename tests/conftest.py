@@ -4,10 +4,10 @@ import platform
 # Workers of pytest-xdist share the cores: threads without work must not spin. Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-import pahm_ops  # noqa: E402
+import pahm_ops
 
 ISAS = ("neon",) if platform.machine() == "aarch64" else ("plain", "avx2", "avx512", "avx512_bf16", "amx")
 
