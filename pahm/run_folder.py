@@ -28,19 +28,21 @@ _FREE = ("workers", "export", "save_minutes", "save_every")
 
 
 class Place(NamedTuple):
-    """Where a run stands: epoch, finished steps of that epoch, and finished steps of all epochs."""
+    """Where a run stands: epoch, finished steps of that epoch, and finished steps of all epochs; and what its
+    training images are, wherever they lie.
+    """
 
     epoch: int = 0
     step: int = 0
     total: int = 0
+    images: str = ""
 
 
-def resume_place(folder: Path, config: Config, images: str) -> Place | None:
-    """Where the run in `folder` goes on; None where nothing was saved yet. `images` says what its training
-    images are, wherever they lie.
+def resume_place(folder: Path, config: Config) -> Place | None:
+    """Where the run in `folder` goes on; None where nothing was saved yet.
 
     Raises ValueError where `last.ckpt` was made by another configuration (the first value that differs is
-    named) or from other images, or is not a checkpoint of `pahm.training.train`.
+    named) or is not a checkpoint of `pahm.training.train`.
     """
     last = folder / LAST
     if not last.exists():
@@ -49,8 +51,7 @@ def resume_place(folder: Path, config: Config, images: str) -> Place | None:
         stored = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
         found = from_json(stored["pahm_config"])
         epoch, step = stored["pahm_place"]
-        place = Place(epoch, step, stored["global_step"])
-        other = stored["pahm_images"] != images
+        place = Place(epoch, step, stored["global_step"], stored["pahm_images"])
     except Exception as error:
         raise ValueError(f"resume: {last} is not a checkpoint of pahm train ({error})") from error
     check_same_network(found, config, str(last))
@@ -62,8 +63,6 @@ def resume_place(folder: Path, config: Config, images: str) -> Place | None:
                     f"resume: {last} was made with {part}.{name} = {before!r}, now {value!r}; "
                     "use another output folder or the same configuration"
                 )
-    if other:
-        raise ValueError(f"resume: {last} was made from other training images; use another output folder")
     return place
 
 

@@ -83,13 +83,17 @@ def train(
     """
     parts = [Path(part) for part in ([data] if isinstance(data, str | os.PathLike) else data)]
     out, scored = Path(out), Path(parts[0] if eval_data is None else eval_data)
-    images = _images(parts, config, strict)
-    hands = images.vertices(2000)
-    known_by = f"{len(images)} images, {hashlib.sha256(hands.tobytes()).hexdigest()}"
-    place = resume_place(out, config, known_by)
+    place = resume_place(out, config)
     start = place or Place()
     pl.seed_everything(config.train.seed, verbose=False)
     trainer = _trainer(config, out, start, accelerator, devices, nodes, strategy, progress)
+    images = _images(parts, config, strict)
+    hands = images.vertices(2000)
+    known_by = f"{len(images)} images, {hashlib.sha256(hands.tobytes()).hexdigest()}"
+    if place is not None and place.images != known_by:
+        raise ValueError(
+            f"resume: {out / LAST} was made from other training images; use another output folder"
+        )
     training = training_loader(config, images, trainer, start)
     trainer.log_every_n_steps = min(20, len(training))  # type: ignore[attr-defined]
     held_out = evaluation_loader(config, scored, trainer)

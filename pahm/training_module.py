@@ -28,7 +28,7 @@ class HandTraining(pl.LightningModule):
     """The network, its losses and its optimiser; logs every loss, and the scores on the evaluation images.
 
     load_backbone: see `build_network`. strict: an unreadable image ends the run, with ValueError.
-    images: what the training images are, kept in the checkpoint (see `pahm.run_folder.resume_place`).
+    images: what the training images are, kept in the checkpoint (see `pahm.run_folder.Place`).
     """
 
     faces: Tensor
