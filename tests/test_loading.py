@@ -202,7 +202,9 @@ def test_the_mean_hand_stands_for_a_damaged_evaluation_image(data, tmp_path, cap
         assert curves[f"eval/{name}"][0][1] == pytest.approx(scores[name], rel=1e-4)
     assert scores["images"] == 2
     (line,) = (text for text in caplog.messages if "00000001.jpg" in text)
-    assert line.endswith("; in the scores the mean hand stands for it")
+    assert line.endswith(
+        "readable image (its format is not known); in the scores the mean hand stands for it"
+    )
 
 
 def test_a_resumed_run_counts_what_was_replaced_before_the_stop(damaged, tmp_path, caplog, monkeypatch):

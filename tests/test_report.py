@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pahm.hand.topology import HandTopology
+from pahm.hand.topology import HandTopology, level_name
 from pahm.predict import HandPrediction
 from pahm.report import (
     PREDICTED,
@@ -17,6 +17,16 @@ from pahm.report import (
 
 TOPOLOGY = HandTopology.load()
 K = np.array([[200.0, 0, 63.5], [0, 200.0, 63.5], [0, 0, 1]])
+
+
+def test_levels_are_named_by_their_vertices():
+    # METRO has M3 and M1 only, a network with refinements M1 several times.
+    assert [level_name(count) for count in (98, 195, 389, 778)] == [
+        "M4 (98)",
+        "M3 (195)",
+        "M2 (389)",
+        "M1 (778)",
+    ]
 
 
 def hand(left=False):

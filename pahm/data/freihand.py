@@ -41,7 +41,9 @@ def decode_image(content: bytes, name: str, mode: str = "RGB") -> Image.Image:
     try:
         with Image.open(io.BytesIO(content)) as image:
             return image.convert(mode)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:  # whose text is the buffer's address, another one each time
+        raise ValueError(f"{name} is not a readable image (its format is not known)") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} is not a readable image ({error})") from error
 
 
