@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -167,21 +168,27 @@ def _run_all(
         for task, (variant, seed, *_) in zip(tasks, waiting, strict=True):
             yield variant, seed, task()
         return
-    # Fresh processes: a forked one would share the parent's thread pools.
+    # Fresh processes: a forked one would share the parent's thread pools. A pool for each: a pool of several
+    # does not always see the end of a process that it started while it waited for others.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker) as pool:
+    with ExitStack() as stack:
+        idle = [
+            stack.enter_context(ProcessPoolExecutor(1, mp_context=context, initializer=start_worker))
+            for _ in range(jobs)
+        ]
         queue = zip(tasks, waiting, strict=True)
         running: dict[Future[float], Any] = {}
         try:
             while True:
-                # Not one more than can run: what a pool holds ready cannot be cancelled.
-                for task, item in islice(queue, jobs - len(running)):
-                    running[pool.submit(task)] = item
+                for task, item in islice(queue, len(idle)):
+                    pool = idle.pop()
+                    running[pool.submit(task)] = pool, item
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    variant, seed, *_ = running.pop(future)
+                    pool, (variant, seed, *_) = running.pop(future)
                     yield variant, seed, future.result()
+                    idle.append(pool)
         except BaseException as error:
             # The other runs go on from their last checkpoints; nobody waits for them to end.
             for child in multiprocessing.active_children():
