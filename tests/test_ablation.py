@@ -246,10 +246,9 @@ def test_an_error_in_one_process_ends_the_others(run, tmp_path):
         run(jobs=2, changes={"train.epochs": 100_000})
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_process_that_dies_is_told(run, which):
-    def kill():
-        while len(children := multiprocessing.active_children()) <= which:
+def test_a_process_that_dies_is_told(run):
+    def kill():  # the second one, as it is there
+        while len(children := multiprocessing.active_children()) < 2:
             time.sleep(0.01)
         max(children, key=lambda child: child.pid).kill()
 

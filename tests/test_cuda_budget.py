@@ -128,7 +128,11 @@ def is_wide(name: str) -> bool | None:
     return None if match is None else DTYPES[match[1]] * int(match[2]) == 16
 
 
-@pytest.mark.parametrize("arch", PROCESSORS)
+# Of the same source: two architectures stand for all in the quick run.
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param(arch, marks=() if arch in ("80", "120") else pytest.mark.slow) for arch in PROCESSORS],
+)
 def test_wide_kernels_move_16_bytes_at_a_time(arch):
     if arch not in archs():
         pytest.skip(f"the library has no code for sm_{arch}")
