@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -172,6 +174,20 @@ def test_a_killed_run_leaves_no_process_and_goes_on(original, tmp_path):
     generate(tmp_path / "set", **OPTIONS)
     left = contents(tmp_path / "set")
     assert {name: data for name, data in left.items() if not name.endswith(".partial")} == contents(original)
+
+
+def test_a_worker_that_dies_is_told(tmp_path):
+    def kill():
+        while not list(tmp_path.glob("set/training/rgb/*.jpg")):
+            time.sleep(0.01)
+        multiprocessing.active_children()[0].kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(ChildProcessError, match="a process that renders ended by itself"):
+        generate(tmp_path / "set", **{**OPTIONS, "train": 2000, "workers": 2})
+    killer.join()
+    assert not multiprocessing.active_children()
 
 
 def test_an_interrupt_says_how_to_go_on(original, tmp_path):

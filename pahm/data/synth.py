@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -174,7 +175,8 @@ def generate(
 
     Raises ValueError for negative counts, seed, size or workers, and for a folder that holds something else
     or was begun with another seed, size or backgrounds; NotADirectoryError where `out` is a file;
-    FileNotFoundError where `backgrounds` is no folder; OSError with one sentence where the disk is full.
+    FileNotFoundError where `backgrounds` is no folder; OSError with one sentence where the disk is full;
+    ChildProcessError where a worker process was ended from outside.
     A keyboard interrupt ends it with SystemExit(130) and a sentence that says how to go on.
     """
     for name, value, least in (
@@ -217,6 +219,11 @@ def generate(
             file=sys.stderr,
         )
         raise SystemExit(130) from None
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a process that renders ended by itself, as it does where memory runs out; what is finished "
+            "stays, and the same command goes on, with fewer --workers in less memory"
+        ) from error
     except OSError as error:
         if error.errno not in _FULL:
             raise
