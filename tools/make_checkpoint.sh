@@ -20,10 +20,11 @@ round() { # NAME ARGUMENTS...: each process normalises its own part of a batch, 
     --set train.workers=1 --set train.sync_batchnorm=false "$@"
 }
 
-# The first one sees whole images, larger; the next one starts from it and sees the middle, as the preset says.
-round whole --set model.backbone_weights="$work/lite0.safetensors" --set model.crop=1 --set model.image_size=128 \
+# The first one sees whole images, larger; the others start from the one before and see the middle, as the preset says.
+round first --set model.backbone_weights="$work/lite0.safetensors" --set model.crop=1 --set model.image_size=128 \
   --set loss.heatmap_sigma=7
-round middle --init "$work/whole/model.safetensors" --set train.seed=1 --set train.epochs=4
-round last --init "$work/middle/model.safetensors" --set train.seed=2 --set train.epochs=1 \
+round second --init "$work/first/model.safetensors" --set train.seed=1 --set train.epochs=4
+round third --init "$work/second/model.safetensors" --set train.seed=2 --set train.epochs=1 \
   --set train.learning_rate=0.0004
-cp "$work/last/model.safetensors" "$tools/../pahm/assets/tiny.safetensors"
+round fourth --init "$work/third/model.safetensors" --set train.seed=3 --set train.epochs=4
+cp "$work/fourth/model.safetensors" "$tools/../pahm/assets/tiny.safetensors"
