@@ -247,12 +247,12 @@ def test_an_error_in_one_process_ends_the_others(run, tmp_path):
 
 
 def test_a_process_that_dies_is_told(run):
-    def kill():  # the second one, as it is there
+    def kill():  # the second one, as soon as it is there
         while len(children := multiprocessing.active_children()) < 2:
             time.sleep(0.01)
         max(children, key=lambda child: child.pid).kill()
 
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     with pytest.raises(ChildProcessError, match="the process of a run ended by itself, as it does where"):
         run(jobs=2, changes={"train.epochs": 100_000})

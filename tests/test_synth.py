@@ -182,7 +182,7 @@ def test_a_worker_that_dies_is_told(tmp_path):
             time.sleep(0.01)
         multiprocessing.active_children()[0].kill()
 
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     with pytest.raises(ChildProcessError, match="a process that renders ended by itself"):
         generate(tmp_path / "set", **{**OPTIONS, "train": 2000, "workers": 2})
