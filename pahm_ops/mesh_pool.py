@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pahm_ops import _library, _paths
+from pahm_ops.mesh.sparse import scipy_entries
 from pahm_ops.reference import mesh_pool as reference
 
 _ops = torch.ops.pahm_ops
@@ -153,6 +154,8 @@ def _prepared(matrix: Any) -> MeshTransform:
 
 def _entries(matrix: Any) -> tuple[tuple[int, int], Tensor, Tensor, Tensor]:
     """Shape, rows, columns and values of a sparse matrix."""
+    from scipy.sparse import issparse
+
     if isinstance(matrix, Tensor):
         if matrix.layout not in (torch.sparse_coo, torch.sparse_csr):
             raise TypeError(f"transform must be a sparse COO or CSR tensor, got layout {matrix.layout}")
@@ -164,16 +167,19 @@ def _entries(matrix: Any) -> tuple[tuple[int, int], Tensor, Tensor, Tensor]:
             rows, columns = matrix._indices().unbind(0)
             values = matrix._values()
         else:
-            counts = matrix.crow_indices().diff()
+            pointers, columns, values = matrix.crow_indices(), matrix.col_indices(), matrix.values()
+            entries, counts = columns.numel(), pointers.diff()
+            if pointers.shape != (matrix.shape[0] + 1,) or pointers[0] != 0 or pointers[-1] != entries:
+                raise ValueError(f"transform must have crow_indices from 0 to its {entries} entries")
+            if (counts < 0).any():
+                raise ValueError("transform must have crow_indices that never fall")
             rows = torch.repeat_interleave(counts)
-            columns, values = matrix.col_indices(), matrix.values()
+        if not rows.shape == columns.shape == values.shape:
+            raise ValueError(f"transform must have as many values as indices, got {tuple(values.shape)}")
         shape = (matrix.shape[0], matrix.shape[1])
-    elif hasattr(matrix, "tocoo"):
-        coo = matrix.tocoo()
-        if len(coo.shape) != 2:
-            raise ValueError(f"transform must be a matrix (M, N), got shape {coo.shape}")
-        shape = (int(coo.shape[0]), int(coo.shape[1]))
-        rows, columns, values = (torch.from_numpy(a.copy()) for a in (coo.row, coo.col, coo.data))
+    elif issparse(matrix):
+        shape, *parts = scipy_entries(matrix)
+        rows, columns, values = (torch.from_numpy(part.copy()) for part in parts)
     else:
         raise TypeError(
             "transform must be a MeshTransform, a scipy sparse matrix or a torch sparse tensor, "

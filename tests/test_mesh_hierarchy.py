@@ -378,7 +378,7 @@ def test_load_names_a_file_that_is_no_hierarchy(tmp_path):
     with pytest.raises(FileNotFoundError):
         MeshHierarchy.load(path)
     path.write_bytes(b"not an archive")
-    with pytest.raises(ValueError, match=f"got {re.escape(str(path))}, which is no .npz archive"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is not a whole .npz file"):
         MeshHierarchy.load(path)
     np.savez(path, vertices=np.zeros((3, 3)))
     with pytest.raises(ValueError, match="holds no array 'faces_0'"):
@@ -387,7 +387,7 @@ def test_load_names_a_file_that_is_no_hierarchy(tmp_path):
     with pytest.raises(ValueError, match="down_0 does not select vertices of level 0"):
         MeshHierarchy.load(path)
     np.savez(path, vertices=np.array([{}], dtype=object))
-    with pytest.raises(ValueError, match=r"allow_pickle=False"):
+    with pytest.raises(ValueError, match=r"array 'vertices': its header is not that of an array"):
         MeshHierarchy.load(path)
     arrays = {
         "faces_1": np.zeros((0, 3), int),

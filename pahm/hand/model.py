@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import resources
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pahm.hand.joints import BONE_NAMES, FREIHAND_TIPS, JOINT_NAMES, JOINT_ORDER, PARENTS
 from pahm.hand.rotation import axis_angle_to_matrix
+from pahm_ops.array_files import read_npz
 
 ASSET_KEYS = ("template", "faces", "parents", "skinning_weights", "shape_basis", "bone_regressor", "tips")
 
@@ -130,11 +131,10 @@ class HandModel(nn.Module):
             raise FileNotFoundError(f"no hand at {path}: expected an .npz written by tools/make_hand.py")
         if path.suffix != ".npz":
             raise ValueError(f"{path} must be an .npz file (for MANO_RIGHT.pkl use HandModel.from_mano)")
-        with np.load(path, allow_pickle=False) as data:
-            missing = [key for key in ASSET_KEYS if key not in data]
-            if missing:
-                raise ValueError(f"{path} lacks {', '.join(missing)}: expected {', '.join(ASSET_KEYS)}")
-            arrays = {key: data[key] for key in ASSET_KEYS}
+        arrays: dict[str, Any] = dict(read_npz(path, ASSET_KEYS))
+        missing = [key for key in ASSET_KEYS if key not in arrays]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}: expected {', '.join(ASSET_KEYS)}")
         if tips is not None:
             arrays["tips"] = np.asarray(tips)
         return cls(**arrays, dtype=dtype)

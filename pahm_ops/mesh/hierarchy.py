@@ -1,7 +1,6 @@
 """Coarser levels of a mesh, and the transforms between them."""
 
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pahm_ops.array_files import read_npz
 from pahm_ops.mesh._checks import as_count, as_faces, as_vertices, compiled_tables
 from pahm_ops.mesh.files import load_mesh
+from pahm_ops.mesh.sparse import entries
 from pahm_ops.mesh.spirals import spiral_indices
 
 if TYPE_CHECKING:
@@ -140,16 +141,19 @@ class MeshHierarchy:
         faces = [as_faces(arrays["faces_0"], len(vertices[0]))]
         down, up = [], []
         for s in range(sum(name.startswith("down_") for name in arrays)):
-            kept = arrays[f"down_{s}"].astype(np.int64)
-            if kept.ndim != 1 or not ((kept >= 0) & (kept < len(vertices[s]))).all():
+            kept = arrays[f"down_{s}"]
+            inside = kept.dtype.kind in "iu" and kept.ndim == 1 and kept.size > 0
+            if not inside or kept.min() < 0 or kept.max() >= len(vertices[s]):
                 raise ValueError(f"down_{s} does not select vertices of level {s}")
+            kept = kept.astype(np.int64)
             down.append(_selection_matrix(kept, len(vertices[s])))
             vertices.append(vertices[s][kept])
             faces.append(as_faces(arrays[f"faces_{s + 1}"], len(kept)))
-            parts = (arrays[f"up_{s}_data"], arrays[f"up_{s}_indices"], arrays[f"up_{s}_indptr"])
-            matrix = csr_matrix(parts, shape=(len(vertices[s]), len(kept)))
-            matrix.check_format(full_check=True)
-            up.append(matrix)
+            parts = {part: arrays[f"up_{s}_{part}"] for part in ("data", "indices", "indptr")}
+            shape = (len(vertices[s]), len(kept))
+            if not np.isfinite(entries("csr", parts, shape, f"up_{s}").values).all():
+                raise ValueError(f"up_{s} must be finite")
+            up.append(csr_matrix((parts["data"], parts["indices"], parts["indptr"]), shape=shape))
         return cls(vertices, faces, down, up)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -161,18 +165,14 @@ class MeshHierarchy:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "MeshHierarchy":
         """Reads what `save` wrote, compiled module or not; ValueError says why another file is none."""
+        arrays = read_npz(path)
         name = f"path must be a file that MeshHierarchy.save wrote, got {path}"
-        with open(path, "rb") as file:
-            if not zipfile.is_zipfile(file):
-                raise ValueError(f"{name}, which is no .npz archive")
-            file.seek(0)
-            try:
-                with np.load(file, allow_pickle=False) as archive:
-                    return cls.from_arrays(dict(archive))
-            except KeyError as error:
-                raise ValueError(f"{name}, which holds no array {error}") from error
-            except (ValueError, IndexError, TypeError, EOFError, zipfile.BadZipFile) as error:
-                raise ValueError(f"{name}: {error}") from error
+        try:
+            return cls.from_arrays(arrays)
+        except KeyError as error:
+            raise ValueError(f"{name}, which holds no array {error}") from error
+        except (ValueError, IndexError, TypeError) as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def _sparse(
