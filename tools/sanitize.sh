@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Fuzzes the ops with kernels that are compiled with the address and undefined-behaviour sanitizers, in a copy of
-# the tree. Needs g++ and the developer's environment (CONTRIBUTING.md). Minutes to compile, then as long as the
-# tests that are asked for: by default the quick ones, `-m slow` for 20,000 cases an op.
+# Fuzzes the ops and the mesh tables, compiled with the address and undefined-behaviour sanitizers, in a copy of the
+# tree. Needs g++ and the developer's environment (CONTRIBUTING.md). Minutes to compile, then as long as the
+# tests that are asked for: by default the quick ones, `-m slow` for 20,000 cases of each.
 #   tools/sanitize.sh [PYTEST ARGUMENTS]
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-cp -r "$root"/{csrc,pahm_ops,tests,pyproject.toml,setup.py,README.md,LICENSE,NOTICE} "$work"
+cp -r "$root"/{build_tools,csrc,pahm_ops,tests,pyproject.toml,setup.py,README.md,LICENSE,NOTICE} "$work"
 rm -f "$work"/pahm_ops/*.so "$work"/pahm_ops/mesh/*.so
 cd "$work"
-flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
-CFLAGS=$flags LDFLAGS=$flags python setup.py --quiet build_ext --inplace
+flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS"
+PAHM_CUDA=0 CFLAGS=$flags LDFLAGS=$flags python setup.py --quiet build_ext --inplace
 
 # Python itself is not instrumented: the runtimes come first, and its own leaks are not ours to find. pytest must not
 # capture what a sanitizer writes before it ends the process.
 libraries="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
 LD_PRELOAD=$libraries ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$work \
-  python -m pytest --capture=no tests/test_fuzz.py "$@"
+  python -m pytest --capture=no tests/test_fuzz.py tests/test_fuzz_mesh.py tests/test_mesh_range.py "$@"

@@ -6,6 +6,9 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <stdexcept>
@@ -22,6 +25,14 @@ namespace {
 using IntArray = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
 using RealArray = py::array_t<double, py::array::c_style | py::array::forcecast>;
 
+// Row `row` of an array (N, 3); numpy's arrays need not be aligned.
+template <typename T, typename Array>
+std::array<T, 3> read_row(const Array& array, std::size_t row) {
+  std::array<T, 3> out;
+  std::memcpy(out.data(), array.data(row), sizeof(out));
+  return out;
+}
+
 std::vector<Face> read_faces(const IntArray& array, std::int64_t vertex_count) {
   if (array.ndim() != 2 || array.shape(1) != 3) throw std::invalid_argument("faces must have shape (F, 3)");
   if (vertex_count < 0 || vertex_count >= std::numeric_limits<Index>::max() ||
@@ -29,12 +40,11 @@ std::vector<Face> read_faces(const IntArray& array, std::int64_t vertex_count) {
     throw std::invalid_argument("meshes must have fewer than 2^31 vertices and corners");
   }
   std::vector<Face> faces(array.shape(0));
-  const std::int64_t* data = array.data();
   for (std::size_t f = 0; f < faces.size(); ++f) {
+    const auto row = read_row<std::int64_t>(array, f);
     for (int k = 0; k < 3; ++k) {
-      const std::int64_t v = data[3 * f + k];
-      if (v < 0 || v >= vertex_count) throw std::out_of_range("faces must index the vertices");
-      faces[f][k] = static_cast<Index>(v);
+      if (row[k] < 0 || row[k] >= vertex_count) throw std::out_of_range("faces must index the vertices");
+      faces[f][k] = static_cast<Index>(row[k]);
     }
   }
   return faces;
@@ -43,8 +53,15 @@ std::vector<Face> read_faces(const IntArray& array, std::int64_t vertex_count) {
 std::vector<Vec3> read_points(const RealArray& array) {
   if (array.ndim() != 2 || array.shape(1) != 3) throw std::invalid_argument("points must have shape (N, 3)");
   std::vector<Vec3> points(array.shape(0));
-  const double* data = array.data();
-  for (std::size_t v = 0; v < points.size(); ++v) points[v] = {data[3 * v], data[3 * v + 1], data[3 * v + 2]};
+  for (std::size_t v = 0; v < points.size(); ++v) {
+    points[v] = read_row<double>(array, v);
+    for (const double x : points[v]) {
+      if (!std::isfinite(x)) {
+        throw std::invalid_argument("points must be finite, got " + std::to_string(x) + " at point " +
+                                    std::to_string(v));
+      }
+    }
+  }
   return points;
 }
 

@@ -37,19 +37,19 @@ double squared_distance_to_box(const Vec3& p, const Vec3& low, const Vec3& high)
 
 }  // namespace
 
-SurfacePoint closest_on_triangle(const Vec3& p, const Vec3& a, const Vec3& b, const Vec3& c) {
+SurfacePoint SurfaceTree::closest_on_face(Index face, const Vec3& p) const {
   // Inside the prism over the triangle the projection is nearest, elsewhere a point of the border.
+  const Vec3 &a = points_[faces_[face][0]], &b = points_[faces_[face][1]], &c = points_[faces_[face][2]];
   const Vec3 ab = b - a, ac = c - a, ap = p - a;
   const Vec3 normal = cross(ab, ac);
   const double area = dot(normal, normal);
-  SurfacePoint best;
-  best.squared_distance = std::numeric_limits<double>::infinity();
+  SurfacePoint best{face, {1, 0, 0}, dot(ap, ap)};
   if (area > 0) {
     const double wb = dot(cross(ap, ac), normal) / area;
     const double wc = dot(cross(ab, ap), normal) / area;
     if (wb >= 0 && wc >= 0 && wb + wc <= 1) {
       const Weights w{1 - (wb + wc), wb, wc};
-      best = {-1, w, squared_distance_at(p, a, b, c, w)};
+      best = {face, w, squared_distance_at(p, a, b, c, w)};
       if (area > kSliver * dot(ab, ab) * dot(ac, ac)) return best;
     }
   }
@@ -61,17 +61,17 @@ SurfacePoint closest_on_triangle(const Vec3& p, const Vec3& a, const Vec3& b, co
     w[k] = 1 - t;
     w[next] = t;
     const double distance = squared_distance_at(p, a, b, c, w);
-    if (distance < best.squared_distance) best = {-1, w, distance};
+    if (distance < best.squared_distance) best = {face, w, distance};
   }
   return best;
 }
 
 SurfaceTree::SurfaceTree(const std::vector<Vec3>& points, const std::vector<Face>& faces)
-    : points_(points), faces_(faces), order_(faces.size()) {
+    : scaling_(points), points_(scaling_(points)), faces_(faces), order_(faces.size()) {
   std::iota(order_.begin(), order_.end(), 0);
   std::vector<Vec3> centers(faces.size());
   for (std::size_t f = 0; f < faces.size(); ++f) {
-    centers[f] = points[faces[f][0]] + points[faces[f][1]] + points[faces[f][2]];
+    centers[f] = points_[faces[f][0]] + points_[faces[f][1]] + points_[faces[f][2]];
   }
   std::size_t nodes = 1;
   for (std::size_t size = faces.size(); size > kLeaf; size = (size + 1) / 2) nodes = 2 * nodes + 1;
@@ -110,9 +110,7 @@ void SurfaceTree::visit(std::size_t node, std::size_t first, std::size_t last, c
                         SurfacePoint& best) const {
   if (last - first <= kLeaf) {
     for (std::size_t i = first; i < last; ++i) {
-      const Face& face = faces_[order_[i]];
-      SurfacePoint found = closest_on_triangle(p, points_[face[0]], points_[face[1]], points_[face[2]]);
-      found.face = order_[i];
+      const SurfacePoint found = closest_on_face(order_[i], p);
       if (found.squared_distance < best.squared_distance ||
           (found.squared_distance == best.squared_distance && found.face < best.face)) {
         best = found;
@@ -132,9 +130,9 @@ void SurfaceTree::visit(std::size_t node, std::size_t first, std::size_t last, c
 }
 
 SurfacePoint SurfaceTree::closest(const Vec3& p) const {
-  SurfacePoint best;
-  best.squared_distance = std::numeric_limits<double>::infinity();
-  visit(0, 0, faces_.size(), p, best);
+  const Vec3 scaled = scaling_(p);
+  SurfacePoint best = closest_on_face(order_[0], scaled);
+  visit(0, 0, faces_.size(), scaled, best);
   return best;
 }
 

@@ -1,25 +1,23 @@
 // Nearest points on a triangle mesh: a tree of axis-aligned boxes.
 #pragma once
 
+#include "scaling.h"
 #include "topology.h"
 
 namespace pahm::mesh {
 
 struct SurfacePoint {
-  Index face = -1;
-  std::array<double, 3> weights{};  // barycentric, each in [0, 1], summing to 1
-  double squared_distance = 0;
+  Index face;
+  std::array<double, 3> weights;  // barycentric, each in [0, 1], summing to 1
+  double squared_distance;
 };
-
-// The point of the triangle (a, b, c), degenerate or not, that is nearest to p; its face is left at -1.
-SurfacePoint closest_on_triangle(const Vec3& p, const Vec3& a, const Vec3& b, const Vec3& c);
 
 class SurfaceTree {
  public:
-  // Keeps references to both; at least one face.
+  // Finite points of any size; at least one face, of indices into points. Keeps a reference to faces.
   SurfaceTree(const std::vector<Vec3>& points, const std::vector<Face>& faces);
 
-  // Equal distances: the first face in file order.
+  // Any finite p. Equal distances: the first face in file order.
   SurfacePoint closest(const Vec3& p) const;
 
  private:
@@ -31,8 +29,10 @@ class SurfaceTree {
 
   void build(std::size_t node, std::size_t first, std::size_t last, const std::vector<Vec3>& centers);
   void visit(std::size_t node, std::size_t first, std::size_t last, const Vec3& p, SurfacePoint& best) const;
+  SurfacePoint closest_on_face(Index face, const Vec3& p) const;
 
-  const std::vector<Vec3>& points_;
+  const Scaling scaling_;
+  const std::vector<Vec3> points_;  // scaled
   const std::vector<Face>& faces_;
   std::vector<Index> order_;
   std::vector<Box> boxes_;  // a binary heap: the children of node i are 2i + 1 and 2i + 2

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "quadric.h"
+#include "scaling.h"
 
 namespace pahm::mesh {
 namespace {
@@ -88,8 +89,10 @@ class Collapser {
  private:
   // Centred, with a bounding box of diagonal 1: the sums of the quadrics stay well conditioned.
   static std::vector<Vec3> normalized(const std::vector<Vec3>& points) {
-    Vec3 low = points[0], high = points[0];
-    for (const Vec3& p : points) {
+    if (points.empty()) return {};
+    std::vector<Vec3> out = Scaling(points)(points);
+    Vec3 low = out[0], high = out[0];
+    for (const Vec3& p : out) {
       for (int k = 0; k < 3; ++k) {
         low[k] = std::min(low[k], p[k]);
         high[k] = std::max(high[k], p[k]);
@@ -97,7 +100,6 @@ class Collapser {
     }
     const Vec3 center = 0.5 * (low + high), extent = high - low;
     const double diagonal = std::sqrt(dot(extent, extent));
-    std::vector<Vec3> out(points);
     for (Vec3& p : out) p = (diagonal > 0 ? 1 / diagonal : 1.0) * (p - center);
     return out;
   }

@@ -14,7 +14,7 @@ double squared_distance(const Vec3& a, const Vec3& b) {
 }  // namespace
 
 NearestVertices::NearestVertices(const std::vector<Vec3>& points)
-    : points_(points), order_(points.size()), axis_(points.size(), 0) {
+    : points_(Scaling(points)(points)), order_(points.size()), axis_(points.size(), 0) {
   std::iota(order_.begin(), order_.end(), 0);
   split(0, order_.size());
 }

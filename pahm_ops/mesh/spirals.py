@@ -47,6 +47,12 @@ def spiral_indices(
         raise ValueError(
             f"length * dilation must be at most the number of vertices, {count}, got {length} * {dilation}"
         )
+    if positions is None and length * dilation > 1 and count > triangles.size:
+        used = np.unique(triangles)  # Asked here: tables of the highest index might not fit into memory.
+        vertex = int(np.argmax(used != np.arange(len(used))))
+        raise ValueError(
+            f"vertices are needed: vertex {vertex} belongs to no face, and the nearest vertices fill its row"
+        )
     tables = compiled_tables()
     if tables is None:
         return reference.spiral_indices(triangles, count, length, dilation, positions)

@@ -78,6 +78,20 @@ def next_ring(neighbors: list[list[int]], last_ring: list[int], seen: set[int]) 
     return ring
 
 
+def rescaled(vertices: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The vertices times a power of two that gives their bounding box a longest side in [0.5, 1].
+
+    An axis on which they all agree becomes 0. Both are exact, and squared distances between the vertices then
+    neither overflow nor vanish.
+    """
+    if len(vertices) == 0:
+        return vertices
+    low, high = vertices.min(0), vertices.max(0)
+    with np.errstate(over="ignore"):
+        side = min(float((high - low).max()), np.finfo(np.float64).max)
+    return np.ldexp(np.where(low == high, 0.0, vertices), -np.frexp(side)[1])
+
+
 def spiral_indices(
     faces: NDArray[np.int64],
     vertex_count: int,
@@ -87,6 +101,7 @@ def spiral_indices(
 ) -> NDArray[np.int64]:
     """The table that `pahm_ops.mesh.spiral_indices` describes, of arguments that it has checked."""
     neighbors = ordered_neighbors(faces, vertex_count)
+    points = None if vertices is None else rescaled(vertices)
     wanted = length * dilation
     table = np.empty((vertex_count, length), dtype=np.int64)
     for v in range(vertex_count):
@@ -97,12 +112,12 @@ def spiral_indices(
             ring = next_ring(neighbors, ring, set(row))
         row += ring
         if not ring and wanted > 1:
-            if vertices is None:
+            if points is None:
                 raise ValueError(
                     f"vertices are needed: the rings around vertex {v} run out before its row of "
                     f"length * dilation = {wanted} is full, and the nearest vertices fill it"
                 )
-            offsets = vertices - vertices[v]
+            offsets = points - points[v]
             distances = offsets[:, 0] ** 2 + offsets[:, 1] ** 2 + offsets[:, 2] ** 2
             distances[v] = -1.0
             row = np.argsort(distances, kind="stable").tolist()
