@@ -44,10 +44,7 @@ def read_mano(path: str | PathLike[str], tips: Sequence[int] | str = FREIHAND_TI
     missing = [key for key in SHAPES if key not in content]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: a MANO model has {', '.join(SHAPES)}")
-    arrays = {key: to_array(key, content[key]) for key in SHAPES}
-    for key, shape in SHAPES.items():
-        if arrays[key].shape != shape:
-            raise ValueError(f"{key} in {path} must have shape {shape}, got {arrays[key].shape}")
+    arrays = {key: to_array(f"{key} in {path}", content[key], shape) for key, shape in SHAPES.items()}
     parents = arrays["kintree_table"][0].astype(np.int64)
     return {
         "template": arrays["v_template"],

@@ -26,7 +26,8 @@ def as_vertices(vertices: ArrayLike) -> NDArray[np.float64]:
         raise TypeError(f"vertices must be real numbers, got dtype {array.dtype}")
     if array.ndim != 2 or array.shape[1] != 3:
         raise ValueError(f"vertices must have shape (N, 3), got {array.shape}")
-    array = np.ascontiguousarray(array, dtype=np.float64)
+    with np.errstate(invalid="ignore"):  # A signalling NaN is refused below, without a warning.
+        array = np.ascontiguousarray(array, dtype=np.float64)
     finite = np.isfinite(array).all(axis=1)
     if not finite.all():
         row = int(np.argmin(finite))

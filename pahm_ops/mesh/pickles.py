@@ -1,11 +1,10 @@
-"""Reading other projects' pickled arrays without running what is in them."""
+"""Arrays and sparse matrices of other projects' pickles, made once every number in them was checked."""
 
 from __future__ import annotations
 
-import codecs
-import importlib
-import pickle
-from collections.abc import Callable
+import math
+import os
+import zipfile
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,100 +12,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_NUMPY = {
-    "ndarray": "numpy",
-    "dtype": "numpy",
-    "_reconstruct": "numpy._core.multiarray",
-    "scalar": "numpy._core.multiarray",
-    "_frombuffer": "numpy._core.numeric",
+from pahm_ops.array_files import LIMIT
+from pahm_ops.mesh._pickle_machine import CHUMPY, SPARSE, Dictionary, Record, read_pickle
+from pahm_ops.mesh.sparse import Entries, entries, real_numbers
+
+_DTYPES = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
+_OBJECTS = {"O", "O4", "O8"}
+_ARRAYS = {"ndarray", "_frombuffer"}
+_PARTS = {"data", "indices", "indptr", "offsets", "row", "col"}
+_LIST_LIMIT = 2**22
+_CHUMPY_DEPTH = 8
+
+_SIGNATURES = {
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19": "a PyTorch checkpoint",
+    b"\x93NUMPY": "a .npy file",
+    b"\x1f\x8b": "a gzip archive",
+    b"\x89HDF": "an HDF5 file",
 }
-_NUMPY_MODULES = {
-    "numpy",
-    "numpy.core.multiarray",
-    "numpy._core.multiarray",
-    "numpy.core.numeric",
-    "numpy._core.numeric",
-}
-_SPARSE = {
-    f"{kind}_{form}"
-    for kind in ("bsr", "coo", "csc", "csr", "dia", "dok", "lil")
-    for form in ("matrix", "array")
-}
-
-
-class ChumpyArray:
-    """What a chumpy array of a pickle becomes: its attributes, none of its code."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.state = state
-
-    def to_numpy(self) -> NDArray[np.float64]:
-        """The array that a `chumpy.ch.Ch` (a value) or `chumpy.reordering.Select` (a part of one) is."""
-        state = getattr(self, "state", {})
-        if "x" in state:
-            return to_array("x", state["x"])
-        if {"a", "idxs"} <= state.keys():
-            picked = to_array("a", state["a"]).ravel()[np.asarray(state["idxs"])]
-            return picked.reshape(state.get("preferred_shape", picked.shape))
-        raise ValueError(
-            f"a chumpy object with attributes {sorted(state)} is neither a value nor a selection: load the "
-            "file once where chumpy is installed and save its arrays as numpy ones (numpy.array(value))"
-        )
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    if encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"a pickle of arrays encodes as latin1, got {encoding!r}")
-    return codecs.encode(text, encoding)
-
-
-def _new(cls: type, base: type, state: object) -> object:
-    admitted = cls is ChumpyArray or cls.__module__.startswith("scipy.sparse.")
-    if not admitted or base is not object or state is not None:
-        raise pickle.UnpicklingError(f"a pickle of arrays builds no {cls!r}")
-    return object.__new__(cls)
-
-
-_REPLACED: dict[tuple[str, str], Any] = {
-    ("_codecs", "encode"): _encode,
-    ("copy_reg", "_reconstructor"): _new,
-    ("copyreg", "_reconstructor"): _new,
-    ("__builtin__", "object"): object,
-    ("builtins", "object"): object,
-    ("__builtin__", "set"): set,
-    ("builtins", "set"): set,
-    ("chumpy.ch", "Ch"): ChumpyArray,
-    ("chumpy.reordering", "Select"): ChumpyArray,
-}
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Admits numpy's arrays and scipy's sparse matrices; chumpy's arrays are kept as inert `ChumpyArray`s."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The class or function that a pickle names; raises UnpicklingError for any other."""
-        if (module, name) in _REPLACED:
-            return _REPLACED[module, name]
-        if module in _NUMPY_MODULES and name in _NUMPY:
-            return _numpy(_NUMPY[name], name)
-        if (module == "scipy.sparse" or module.startswith("scipy.sparse.")) and name in _SPARSE:
-            return getattr(importlib.import_module("scipy.sparse"), name)
-        raise pickle.UnpicklingError(
-            f"the pickle asks for {module}.{name}, and only numpy's and scipy.sparse's arrays are admitted; "
-            "open it where you trust it, convert that object with numpy.array(...), and save it again"
-        )
-
-
-def _numpy(module: str, name: str) -> Callable[..., Any]:
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError:  # numpy 1 calls it numpy.core
-        found = importlib.import_module(module.replace("._core", ".core"))
-    return getattr(found, name)
 
 
 def load_arrays(path: str | PathLike[str]) -> dict[str, Any]:
-    """The dictionary in a pickle of arrays, one of Python 2 included.
+    """The dictionary in a pickle of arrays, one of Python 2 included; nothing in it is run.
+
+    Its arrays, matrices and chumpy objects are inert until `to_array` or `to_entries` makes numbers of them.
 
     Raises FileNotFoundError for a missing file and ValueError, with the reason in one sentence, for one that
     is no pickle, holds no dictionary, or names a class other than numpy's and scipy.sparse's.
@@ -114,23 +42,254 @@ def load_arrays(path: str | PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
-    with path.open("rb") as file:
+    size = os.stat(path).st_size
+    if size > LIMIT:
+        raise ValueError(f"{path} has {size} bytes, expected a pickle of arrays of at most {LIMIT}")
+    data = path.read_bytes()
+    kind = _other_kind(path, data)
+    if kind is not None:
+        raise ValueError(f"{path} is {kind}, expected a pickle")
+    try:
+        content = read_pickle(data)
+    except ValueError as error:
+        raise ValueError(f"{path} was not read as a pickle of arrays: {error}") from error
+    if not isinstance(content, Dictionary):
+        raise ValueError(f"{path} must hold a dictionary, got {_described(content)}")
+    return content.by_name()
+
+
+def to_array(name: str, value: object, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
+    """The numbers of a value from `load_arrays`: an array, a chumpy object, nested lists, or a sparse matrix.
+
+    Args:
+        name: what messages call the value.
+        value: the value.
+        shape: the shape it must have; None for any, which a sparse matrix may not have.
+
+    Returns:
+        Integers or floats in native byte order, C-contiguous, in memory of its own.
+
+    Raises:
+        ValueError: the value holds other than numbers, has another shape, or its parts do not fit each other.
+    """
+    if isinstance(value, Record) and value.name in SPARSE:
+        if shape is None or len(shape) != 2:
+            raise ValueError(f"{name} must be an array, got a sparse matrix")
+        found = to_entries(name, value, (shape[0], shape[1]))
+        dense = np.zeros(shape)
+        np.add.at(dense, (found.rows, found.columns), found.values)
+        return dense
+    array = _dense(name, value, _CHUMPY_DEPTH)
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"{name} must hold numbers, got dtype {array.dtype}")
+    if shape is not None and array.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+    return np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+
+
+def to_integers(name: str, value: object, shape: tuple[int, ...] | None = None) -> NDArray[np.int64]:
+    """`to_array` as int64; ValueError also for numbers that are not whole or not below 2^53."""
+    array = to_array(name, value, shape)
+    # A comparison with NaN does not hold either.
+    if not (np.abs(array.astype(np.float64)) < 2**53).all() or (array != np.trunc(array)).any():
+        raise ValueError(f"{name} must hold whole numbers")
+    return array.astype(np.int64)
+
+
+def to_list(name: str, value: object) -> list[Any]:
+    """The entries of a list, a tuple or a one-dimensional numpy array of objects."""
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, Record) and value.name == "ndarray":
+        shape, dtype, _, items = _array_state(name, value)
+        if dtype is None and isinstance(items, list) and shape == (len(items),):
+            return items
+    raise ValueError(f"{name} must be a list, got {_described(value)}")
+
+
+def to_entries(name: str, value: object, shape: tuple[int, int]) -> Entries:
+    """The entries of a sparse matrix (M, N) from `load_arrays`; ValueError for any other value or shape."""
+    if not isinstance(value, Record) or value.name not in SPARSE:
+        raise ValueError(f"{name} must be a scipy.sparse matrix, got {_described(value)}")
+    state = value.state.by_name() if isinstance(value.state, Dictionary) else {}
+    size = _shape(name, state.get("_shape", state.get("shape")))
+    if size != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {size}")
+    form = value.name[:3]
+    parts: dict[str, Any]
+    if form == "lil":
+        parts = {part: _rows(f"{part} of {name}", state[part]) for part in {"rows", "data"} & state.keys()}
+    elif form == "dok":
+        own = state.get("_dict")
+        pairs = (own if isinstance(own, Dictionary) else value.items).pairs
+        parts = {"items": [(_plain_each(key), _plain(number)) for key, number in pairs]}
+    else:
+        parts = {part: _dense(f"{part} of {name}", state[part]) for part in _PARTS & state.keys()}
+        if "coords" in state:
+            coordinates = to_list(f"coords of {name}", state["coords"])
+            parts["coords"] = [_dense(f"coords of {name}", each) for each in coordinates[:3]]
+    try:
+        return entries(form, parts, size, name)
+    except (TypeError, IndexError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _rows(name: str, value: object) -> list[Any]:
+    """The lists of a lil matrix. A file can hold one list many times over, and so few bytes many entries."""
+    rows = to_list(name, value)
+    if sum(len(row) for row in rows if isinstance(row, list)) > _LIST_LIMIT:
+        raise ValueError(f"{name} must have at most {_LIST_LIMIT} entries")
+    return [[_plain(number) for number in row] if isinstance(row, list) else row for row in rows]
+
+
+def _plain(value: object) -> Any:
+    """A number for one of numpy's scalars; any other value as it is."""
+    if not isinstance(value, Record) or value.name != "scalar" or len(value.arguments) != 2:
+        return value
+    dtype, data = value.arguments
+    array = Record("_frombuffer", (data, dtype, (), "C"))
+    return _dense("a scalar", array).item()
+
+
+def _plain_each(value: object) -> Any:
+    return tuple(_plain(part) for part in value) if isinstance(value, tuple) else value
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Record):
+        return "an array" if value.name in _ARRAYS else f"a {value.name}"
+    return "dict" if isinstance(value, Dictionary) else type(value).__name__
+
+
+def _other_kind(path: Path, data: bytes) -> str | None:
+    """What a file is that is known not to be a pickle."""
+    if data.startswith(b"PK\x03\x04"):
         try:
-            content = ArrayUnpickler(file, encoding="latin1").load()
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"{path} was not read: {error}") from error
-        except (EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, UnicodeError) as error:
-            raise ValueError(f"{path} is not a whole pickle of arrays: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a dictionary, got {type(content).__name__}")
-    return content
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except (zipfile.BadZipFile, ValueError, RuntimeError):
+            names = []
+        if any(name.endswith("/data.pkl") for name in names):
+            return "a PyTorch checkpoint"
+        return "a .npz archive" if any(name.endswith(".npy") for name in names) else "a .zip archive"
+    return next((kind for start, kind in _SIGNATURES.items() if data.startswith(start)), None)
 
 
-def to_array(name: str, value: object) -> NDArray[np.float64]:
-    """A dense array of numbers from a numpy, scipy.sparse or chumpy one; ValueError for anything else."""
-    if isinstance(value, ChumpyArray):
-        return value.to_numpy()
-    dense = value.toarray() if hasattr(value, "toarray") else np.asarray(value)
-    if dense.dtype.kind not in "biuf":
-        raise ValueError(f"{name} must hold numbers, got dtype {dense.dtype}")
-    return np.asarray(dense)
+def _dense(name: str, value: object, depth: int = 0) -> NDArray[Any]:
+    """The array in a value, its shape checked against its bytes; it may share the memory of the file."""
+    if isinstance(value, (list, tuple)):
+        return _from_lists(name, value)
+    if isinstance(value, Record) and value.name in CHUMPY:
+        if depth == 0:
+            raise ValueError(f"{name} must be at most {_CHUMPY_DEPTH} chumpy objects deep")
+        return _from_chumpy(name, value, depth - 1)
+    if not isinstance(value, Record) or value.name not in _ARRAYS:
+        raise ValueError(f"{name} must hold numbers, got {_described(value)}")
+    shape, dtype, order, data = _array_state(name, value)
+    if dtype is None:
+        raise ValueError(f"{name} must hold numbers, got objects")
+    if isinstance(data, str):
+        data = data.encode("latin1")
+    if not isinstance(data, bytes) or math.prod(shape) * dtype.itemsize != len(data):
+        size = f"{len(data)} bytes" if isinstance(data, bytes) else type(data).__name__
+        raise ValueError(f"{name} must have the bytes of shape {shape} in {dtype}, got {size}")
+    flat = np.frombuffer(data, dtype) if data else np.zeros(0, dtype)
+    if isinstance(order, tuple):
+        return flat.reshape(shape).transpose(order)
+    return flat.reshape(shape, order="F" if order == "F" else "C")
+
+
+def _from_lists(name: str, value: list[Any] | tuple[Any, ...]) -> NDArray[Any]:
+    """An array of nested lists, level by level: lists that share lists can have any number of entries."""
+    shape: tuple[int, ...] = (len(value),)
+    numbers = list(value)
+    while numbers and isinstance(numbers[0], (list, tuple)):
+        length = len(numbers[0])
+        if not all(isinstance(row, (list, tuple)) and len(row) == length for row in numbers):
+            raise ValueError(f"{name} must hold numbers, got lists of different lengths")
+        if len(shape) == 8 or len(numbers) * length > _LIST_LIMIT:
+            raise ValueError(f"{name} must have at most {_LIST_LIMIT} numbers in lists, nested 8 deep")
+        shape = (*shape, length)
+        numbers = [number for row in numbers for number in row]
+    try:
+        return real_numbers([_plain(number) for number in numbers]).reshape(shape)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must hold numbers: {error}") from error
+
+
+def _from_chumpy(name: str, value: Record, depth: int) -> NDArray[Any]:
+    """The array that a `chumpy.ch.Ch` (a value) or `chumpy.reordering.Select` (a part of one) is."""
+    state = value.state.by_name() if isinstance(value.state, Dictionary) else {}
+    if "x" in state:
+        return _dense(name, state["x"], depth)
+    if not {"a", "idxs"} <= state.keys():
+        raise ValueError(
+            f"{name} is a chumpy object of attributes {sorted(state)[:8]}, neither a value nor a selection; "
+            "load the file where chumpy is installed and save its arrays as numpy ones (numpy.array(value))"
+        )
+    whole = _dense(name, state["a"], depth).reshape(-1)
+    chosen = to_integers(f"idxs of {name}", state["idxs"])
+    if chosen.size and (chosen.min() < 0 or chosen.max() >= whole.size):
+        raise ValueError(f"{name} is a chumpy selection outside its {whole.size} values")
+    shape = _shape(name, state["preferred_shape"]) if "preferred_shape" in state else chosen.shape
+    if math.prod(shape) != chosen.size:
+        raise ValueError(f"{name} is a chumpy selection of {chosen.size} values for shape {shape}")
+    return whole[chosen].reshape(shape)
+
+
+def _array_state(name: str, record: Record) -> tuple[tuple[int, ...], np.dtype | None, Any, Any]:
+    """Shape, dtype (None for objects), order (C, F, or C of transposed axes) and data of an array."""
+    if record.name == "ndarray":
+        state = record.state
+        if not isinstance(state, tuple) or len(state) not in (4, 5):
+            raise ValueError(f"{name} must be a numpy array with a state")
+        shape, dtype, fortran, data = state[-4:]
+        return _shape(name, shape), _dtype(name, dtype), "F" if fortran is True or fortran == 1 else "C", data
+    if not 4 <= len(record.arguments) <= 5:
+        raise ValueError(f"{name} must be a numpy array made of 4 parts, got {len(record.arguments)}")
+    data, dtype, shape, order, *axes = record.arguments
+    size = _shape(name, shape)
+    if order == "K" and axes:
+        return size, _dtype(name, dtype), _axes(name, axes[0], size), data
+    if order not in ("C", "F"):
+        raise ValueError(f"{name} must be in the order C, F or K")
+    return size, _dtype(name, dtype), order, data
+
+
+def _shape(name: str, shape: object) -> tuple[int, ...]:
+    if not isinstance(shape, tuple) or len(shape) > 8:
+        raise ValueError(f"{name} must have a shape of at most 8 sizes, got {_described(shape)}")
+    sizes: tuple[Any, ...] = _plain_each(shape)
+    if not all(type(size) is int and 0 <= size < 2**31 for size in sizes):
+        raise ValueError(f"{name} must have sizes from 0 to 2^31 - 1")
+    if math.prod(max(size, 1) for size in sizes) >= 2**48:
+        raise ValueError(f"{name} must have a shape that fits into memory, got {sizes}")
+    return sizes
+
+
+def _dtype(name: str, record: object) -> np.dtype | None:
+    """A dtype of numbers; None for that of objects."""
+    code = record.arguments[0] if isinstance(record, Record) and record.arguments else None
+    if not isinstance(record, Record) or record.name != "dtype" or type(code) is not str:
+        raise ValueError(f"{name} must have a numpy dtype")
+    order, bare = (code[0], code[1:]) if code[:1] in ("<", ">", "|", "=") else ("|", code)
+    if record.state is not None:
+        if not isinstance(record.state, tuple) or len(record.state) < 5 or record.state[2:5] != (None,) * 3:
+            raise ValueError(f"{name} must have a plain dtype, got {code[:20]!r} with fields")
+        order = record.state[1]
+    if order not in ("<", ">", "|", "="):
+        raise ValueError(f"{name} must have a dtype of a known byte order")
+    if bare in _OBJECTS:
+        return None
+    if bare not in _DTYPES:
+        raise ValueError(f"{name} must hold numbers, got dtype {code[:20]!r}")
+    return np.dtype(order + bare)
+
+
+def _axes(name: str, axes: object, shape: tuple[int, ...]) -> tuple[int, ...]:
+    axes = _plain_each(axes)
+    if not isinstance(axes, tuple) or not all(type(axis) is int for axis in axes):
+        raise ValueError(f"{name} must have the order of its axes as integers")
+    if sorted(axes) != list(range(len(shape))):
+        raise ValueError(f"{name} must have an order of its {len(shape)} axes")
+    return axes

@@ -5,7 +5,7 @@ scipy's compiled routines trust the indices of the matrix that they get, so this
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -80,6 +80,21 @@ def entries(form: str, parts: Mapping[str, Any], shape: Any, name: str = "transf
     if values.dtype.kind == "f" and values.dtype.itemsize not in (4, 8):
         values = values.astype(np.float32 if values.dtype.itemsize < 4 else np.float64)
     return Entries(size, rows, columns, values.astype(values.dtype.newbyteorder("="), copy=False))
+
+
+def real_numbers(numbers: Sequence[Any]) -> NDArray[Any]:
+    """An array (len(numbers),) of Python's or numpy's real numbers; TypeError or ValueError for others."""
+
+    def checked(number: Any) -> Any:
+        if not isinstance(number, (int, float, np.bool_, np.integer, np.floating)):
+            raise TypeError(f"its values must be real numbers, got {type(number).__name__}")
+        if isinstance(number, int) and number.bit_length() > 63:
+            if number.bit_length() > 64:
+                raise ValueError("its values must be below 2^64")
+            return float(number)
+        return number
+
+    return np.array([checked(number) for number in numbers]) if numbers else np.zeros(0)
 
 
 def _check_compressed(
@@ -182,39 +197,25 @@ def _lil(parts: Mapping[str, Any], shape: tuple[int, int]) -> _Triple:
     counts = [len(row) for row in lists["rows"]]
     if counts != [len(row) for row in lists["data"]]:
         raise ValueError("its rows and its data differ in length")
-    columns, values = (chain.from_iterable(lists[part]) for part in ("rows", "data"))
-    rows = np.repeat(np.arange(shape[0]), counts)
-    return rows, _whole(columns, len(rows)), _real(values, len(rows))
+    columns, values = (list(chain.from_iterable(lists[part])) for part in ("rows", "data"))
+    return np.repeat(np.arange(shape[0]), counts), _whole(columns), real_numbers(values)
 
 
 def _dok(parts: Mapping[str, Any], shape: tuple[int, int]) -> _Triple:
     items: Sequence[Any] = parts["items"]
     if not all(isinstance(key, tuple) and len(key) == 2 for key, _ in items):
         raise ValueError("its keys must be pairs")
-    rows, columns = (_whole((key[axis] for key, _ in items), len(items)) for axis in (0, 1))
-    return rows, columns, _real((value for _, value in items), len(items))
+    rows, columns = (_whole([key[axis] for key, _ in items]) for axis in (0, 1))
+    return rows, columns, real_numbers([value for _, value in items])
 
 
-def _whole(numbers: Iterable[Any], count: int) -> NDArray[np.int64]:
-    def checked(number: Any) -> int:
-        if not isinstance(number, (int, np.integer)) or not 0 <= number <= _LARGEST:
-            raise ValueError(f"its indices must be integers from 0 to 2^31 - 1, got {str(number)[:40]}")
-        return int(number)
-
-    return np.fromiter(map(checked, numbers), np.int64, count)
-
-
-def _real(numbers: Iterable[Any], count: int) -> NDArray[Any]:
-    def checked(number: Any) -> Any:
-        if not isinstance(number, (int, float, np.bool_, np.integer, np.floating)):
-            raise TypeError(f"its values must be real numbers, got {type(number).__name__}")
-        if isinstance(number, int) and number.bit_length() > 63:
-            if number.bit_length() > 64:
-                raise ValueError("its values must be below 2^64")
-            return float(number)
-        return number
-
-    return np.array([checked(number) for number in numbers]) if count else np.zeros(0)
+def _whole(numbers: Sequence[Any]) -> NDArray[np.int64]:
+    for number in numbers:
+        if not isinstance(number, (int, np.integer)):
+            raise TypeError(f"its indices must be integers, got {type(number).__name__}")
+        if not 0 <= number <= _LARGEST:
+            raise ValueError("its indices must lie in [0, 2^31)")
+    return np.array(numbers, dtype=np.int64)
 
 
 _FORMS: dict[str, Callable[[Mapping[str, Any], tuple[int, int]], _Triple]] = {

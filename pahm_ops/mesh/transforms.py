@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pahm_ops.mesh._checks import as_faces, as_vertices
-from pahm_ops.mesh.pickles import load_arrays, to_array
+from pahm_ops.mesh.pickles import load_arrays, to_array, to_entries, to_integers, to_list
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 _KEYS = ("vertices", "face", "down_transform", "up_transform")
+_MOST_LEVELS = 32
 
 
 class Transforms(NamedTuple):
@@ -37,8 +38,8 @@ class Transforms(NamedTuple):
 def load_transforms(path: str | PathLike[str]) -> Transforms:
     """Read the `transform.pkl` of SpiralNet++, CMR, MobRecon (HandMesh) and of CoMA's mesh sampling.
 
-    The pickle is read by an unpickler that admits numpy's and scipy.sparse's classes alone, so that no code
-    in it runs. `adj` is not used: it follows from the faces.
+    Nothing in the pickle is run: it is read into inert records, of which arrays and matrices are made once
+    their numbers were checked. `adj` is not used: it follows from the faces.
 
     Returns:
         `Transforms`; its matrices go to `MeshPool`, its faces to `spiral_indices`.
@@ -53,17 +54,22 @@ def load_transforms(path: str | PathLike[str]) -> Transforms:
     missing = [key for key in _KEYS if key not in content]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: a file of transforms has {', '.join(_KEYS)}")
-    lists = {key: _as_list(f"{key} in {path}", content[key]) for key in _KEYS}
+    lists = {key: to_list(f"{key} in {path}", content[key]) for key in _KEYS}
     count = len(lists["vertices"])
+    if not 1 <= count <= _MOST_LEVELS:
+        raise ValueError(f"vertices in {path} must have from 1 to {_MOST_LEVELS} levels, got {count}")
     expected = dict(zip(_KEYS, (count, count, count - 1, count - 1), strict=True))
     for key, values in lists.items():
         if len(values) != expected[key]:
             raise ValueError(
                 f"{key} in {path} must have {expected[key]} entries for {count} levels, got {len(values)}"
             )
-    vertices = [as_vertices(to_array("vertices", v)) for v in lists["vertices"]]
+        # One array that stands for many would need more memory than the file suggests.
+        if len({id(value) for value in values}) < len(values):
+            raise ValueError(f"{key} in {path} must have an array of its own for each level")
+    vertices = [as_vertices(to_array(f"vertices in {path}", v)) for v in lists["vertices"]]
     faces = [
-        as_faces(to_array("face", f).astype(np.int64), len(v))
+        as_faces(to_integers(f"face in {path}", f), len(v))
         for f, v in zip(lists["face"], vertices, strict=True)
     ]
     sizes = [len(v) for v in vertices]
@@ -78,22 +84,8 @@ def load_transforms(path: str | PathLike[str]) -> Transforms:
     return Transforms(vertices, faces, down, up)
 
 
-def _as_list(name: str, value: Any) -> list[Any]:
-    if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.dtype == object):
-        return list(value)
-    raise ValueError(f"{name} must be a list with an entry a level, got {type(value).__name__}")
-
-
 def _matrix(name: str, value: Any, shape: tuple[int, int]) -> csr_matrix:
-    from scipy.sparse import csr_matrix, issparse
+    from scipy.sparse import csr_matrix
 
-    if not issparse(value):
-        raise ValueError(f"{name} must be a scipy.sparse matrix, got {type(value).__name__}")
-    if value.shape != shape:
-        raise ValueError(f"{name} must have shape {shape} as the levels have it, got {value.shape}")
-    matrix = csr_matrix(value)
-    try:
-        matrix.check_format(full_check=True)
-    except (ValueError, IndexError) as error:
-        raise ValueError(f"{name} is not a valid matrix: {error}") from error
-    return matrix
+    found = to_entries(name, value, shape)
+    return csr_matrix((found.values, (found.rows, found.columns)), shape=shape)
