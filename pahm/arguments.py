@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pahm import __version__
 from pahm.config import PRESETS
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of `pahm`; its result names the command as `command`."""
     parser = argparse.ArgumentParser(prog="pahm", description="Pixel-aligned hand mesh reconstruction.")
+    parser.add_argument("--version", action="version", version=f"pahm {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

@@ -3,39 +3,80 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from pahm.arguments import make_parser
 from pahm.config import from_file, preset
 
 _RESUMABLE = ("synth", "train", "shards", "ablate")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Stopped(BaseException):
+    """A signal, the argument, asked the command to end."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 with one sentence on standard error where the input is at fault."""
+    """Run a command; 0 on success, 2 with one sentence on standard error where the input is at fault, and 128
+    plus the signal's number where Ctrl-C, SIGTERM or SIGHUP ended it.
+    """
     options = make_parser().parse_args(arguments)
     try:
-        return int(_COMMANDS[options.command](options) or 0)
-    except _input_errors() as error:
+        with _stopped_by_signals():
+            return int(_COMMANDS[options.command](options) or 0)
+    except input_errors() as error:
         if options.debug:
             raise
-        print(f"pahm {options.command}: {_sentence(error)}", file=sys.stderr)
+        print(f"pahm {options.command}: {sentence(error, options)}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, SystemExit) as error:
-        # Lightning makes SystemExit(1) of a KeyboardInterrupt.
-        lightning = error.__context__ if isinstance(error, SystemExit) and error.code == 1 else error
-        if not isinstance(lightning, KeyboardInterrupt):
+    except (KeyboardInterrupt, Stopped, SystemExit) as error:
+        number = _signal_behind(error)
+        if number is None:
             raise
         more = "; the same command goes on from here" if options.command in _RESUMABLE else ""
         print(f"pahm {options.command}: stopped{more}", file=sys.stderr)
-        return 130
+        return 128 + number
 
 
-def _input_errors() -> tuple[type[Exception], ...]:
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise `Stopped`, unless they are ignored (nohup) or somebody else's already."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _signal_behind(error: BaseException) -> int | None:
+    """The signal that ended the command, None for an exit of another kind."""
+    if isinstance(error, SystemExit) and error.code == 1:
+        error = error.__context__ or error  # Lightning makes SystemExit(1) of a KeyboardInterrupt
+    if isinstance(error, Stopped):
+        return int(error.args[0])
+    return int(signal.SIGINT) if isinstance(error, KeyboardInterrupt) else None
+
+
+def input_errors() -> tuple[type[Exception], ...]:
     """What is raised where the input is at fault."""
     errors = (ValueError, TypeError, IndexError, OSError, FloatingPointError)
     # Lightning is slow to import, and where it was not, it has raised nothing.
@@ -43,9 +84,16 @@ def _input_errors() -> tuple[type[Exception], ...]:
     return errors if lightning is None else (*errors, lightning.MisconfigurationException)
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception, options: argparse.Namespace) -> str:
     """The error's message on one line, without the number that the operating system's errors start with."""
     text = str(error)
+    if isinstance(error, OSError) and error.errno in _FULL:
+        place = getattr(options, "out", None) or getattr(options, "run_folder", None)
+        more = " to go on" if options.command in _RESUMABLE else ""
+        return (
+            f"the disk that holds {place} is full; what is finished stays, make room and run the same "
+            f"command again{more}"
+        )
     if isinstance(error, OSError) and error.strerror:
         path = error.filename2 or error.filename  # of a file moved, the place that it was to go to
         text = f"{path}: {error.strerror}" if path else error.strerror
@@ -251,7 +299,7 @@ def _predict(options: argparse.Namespace) -> int:
         status = 2
         if options.debug:
             traceback.print_exception(result)
-        print(f"pahm predict: {_sentence(result)}", file=sys.stderr)
+        print(f"pahm predict: {sentence(result, options)}", file=sys.stderr)
     return status
 
 
@@ -294,7 +342,3 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "ablate": _ablate,
     "export": _export,
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

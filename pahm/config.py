@@ -8,18 +8,18 @@ a checkpoint and back.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
+import math
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-
-from pahm.data.augment import AugmentConfig
 
 LEVEL_SIZES = (778, 389, 195, 98)
 
@@ -140,6 +140,34 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    """Ranges of the random changes; each is uniform in plus or minus its value about "no change".
+
+    rotation: degrees in the image plane. translation: fraction of the crop's side, each axis apart.
+    scale: relative size of the hand, factor in [1 - scale, 1 + scale]. brightness, contrast, saturation:
+    factors in [1 - value, 1 + value]. hue: degrees of rotation of the hue circle.
+    The defaults are those of CMR and METRO but for the rotation, which is kept to what cameras see.
+
+    Raises ValueError for a negative or not finite range, or one that would allow a factor of zero.
+    """
+
+    rotation: float = 60.0
+    translation: float = 0.08
+    scale: float = 0.2
+    brightness: float = 0.25
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 18.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            limit = math.inf if name in ("rotation", "hue") else 1.0
+            if not (math.isfinite(value) and 0 <= value < limit):
+                bound = "" if math.isinf(limit) else " and below 1"
+                raise ValueError(f"{name}: expected a finite number >= 0{bound}, got {value!r}")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that decides what a training run computes."""
 
@@ -162,9 +190,7 @@ class Config:
             for parent in parents:
                 node = node.get(parent) if isinstance(node, dict) else None
             if not isinstance(node, dict) or leaf not in node or isinstance(node[leaf], dict):
-                raise ValueError(
-                    f"configuration has no value named {name!r}; it has {', '.join(_leaves(tree))}"
-                )
+                raise ValueError(_unknown(name, _leaves(tree)))
             node[leaf] = value
         return from_dict(tree)
 
@@ -201,13 +227,24 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
     return names
 
 
+def _unknown(name: str, names: Sequence[str]) -> str:
+    """What to say of a name that is not one of `names`: the nearest ones, also where a part was left out."""
+    ends: dict[str, list[str]] = {}
+    for known in names:
+        ends.setdefault(known.rpartition(".")[2], []).append(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    if not near:
+        found = difflib.get_close_matches(name.rpartition(".")[2], ends, n=1, cutoff=0.75)
+        near = [known for end in found for known in ends[end]]
+    hint = f"did you mean {' or '.join(near)}?" if near else "pahm/config.py lists them all"
+    return f"configuration has no value named {name!r}; {hint}"
+
+
 def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     unknown = set(values) - set(hints)
     if unknown:
-        raise ValueError(
-            f"configuration has no value named {prefix}{min(unknown)!s}; it has {', '.join(hints)}"
-        )
+        raise ValueError(_unknown(f"{prefix}{min(map(str, unknown))}", [f"{prefix}{name}" for name in hints]))
     arguments = {}
     for name, value in values.items():
         kind = hints[name]

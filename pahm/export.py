@@ -43,7 +43,7 @@ def export_onnx(network: HandNet, path: str | os.PathLike[str]) -> None:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"export: PyTorch's ONNX exporter needs {' and '.join(missing)}: pip install 'pahm[onnx]'"
+            f"PyTorch's ONNX exporter needs {' and '.join(missing)}: pip install {' '.join(missing)}"
         )
     size = network.config.image_size
     module = _Reconstruction(network).to("cpu", torch.float32).eval()

@@ -90,7 +90,11 @@ class WholeFiles(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
         with whole_file(path) as partial, partial.open("wb") as stream:
-            torch.save(checkpoint, stream)
+            try:
+                torch.save(checkpoint, stream)
+            except RuntimeError as error:
+                # torch closes its archive after a failed write, and that error hides the first one.
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
             stream.flush()
             os.fsync(stream.fileno())
 

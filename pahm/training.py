@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,19 @@ __all__ = ["EXPORT", "LAST", "HandTraining", "WarmupCosine", "train"]
 EXPORT = "model.safetensors"
 
 
+@contextmanager
+def _without_notices() -> Iterator[None]:
+    """Lightning's warnings stay; its advertisements and what it says of each device do not."""
+    log = logging.getLogger("pytorch_lightning")
+    before = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+@_without_notices()
 def train(
     config: Config,
     data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
@@ -239,7 +254,7 @@ def _trainer(
         LearningRateMonitor(),
     ]
     if progress:
-        callbacks.append(RichProgressBar())
+        callbacks.append(_ProgressBar())
     plugins: list[Any] = [WholeFiles()]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # Lightning would save a checkpoint of its own at a signal, and prefer that one to `last.ckpt`.
@@ -264,6 +279,13 @@ def _trainer(
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
+
+
+class _ProgressBar(RichProgressBar):
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)  # the end of the name of the logger's folder
+        return metrics
 
 
 class _SynchronisedLayers(LayerSync):

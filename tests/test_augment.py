@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
+from pahm.config import AugmentConfig
 from pahm.data.augment import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    AugmentConfig,
     CropTransform,
     colour_matrix,
     crop_matrix,

@@ -55,7 +55,12 @@ def test_override_reads_text_by_the_fields_type():
     ("values", "sentence"),
     [
         ({"train.epoch": 3}, r"no value named 'train\.epoch'.*train\.epochs"),
-        ({"train": 3}, r"no value named 'train'"),
+        ({"epoch": 3}, r"no value named 'epoch'; did you mean train\.epochs\?"),
+        (
+            {"model.weight_decay": 3},
+            r"no value named 'model\.weight_decay'; did you mean train\.weight_decay\?",
+        ),
+        ({"train": 3}, r"no value named 'train'; pahm/config\.py lists them all"),
         ({"train.epochs.x": 3}, r"no value named 'train\.epochs\.x'"),
         ({"train.epochs": "many"}, r"train\.epochs: expected int, got 'many'"),
         ({"train.epochs": 2.5}, r"train\.epochs: expected int, got 2\.5"),
@@ -69,7 +74,7 @@ def test_wrong_overrides_are_named(values, sentence):
 
 
 def test_unknown_names_and_presets_are_refused():
-    with pytest.raises(ValueError, match=r"no value named model\.depth"):
+    with pytest.raises(ValueError, match=r"no value named 'model\.depth'"):
         from_dict({"model": {"depth": 3}})
     with pytest.raises(ValueError, match="one of hrnet_w64, resnet18, resnet50, tiny, got 'resnet101'"):
         preset("resnet101")
@@ -110,7 +115,7 @@ def test_a_file_gives_what_it_says_and_the_defaults(tmp_path):
     ("text", "sentence"),
     [
         ("train:\n  epochs: many\n", r"train\.epochs: expected int, got 'many'"),
-        ("train: {epoch: 3}", r"no value named train\.epoch; it has epochs"),
+        ("train: {epoch: 3}", r"no value named 'train\.epoch'; did you mean train\.epochs\?"),
         ("train: 3", r"train: expected an object, got 3"),
         ("train: [1", r"while parsing a flow sequence"),
         ("- 1", r"expected values by name, got \[1\]"),

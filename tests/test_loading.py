@@ -10,8 +10,8 @@ import torch
 from training_lives import logged
 
 from pahm.cli import main
-from pahm.config import preset
-from pahm.data.augment import AugmentConfig, CropTransform
+from pahm.config import AugmentConfig, preset
+from pahm.data.augment import CropTransform
 from pahm.data.freihand import FreiHand
 from pahm.data.loading import Batches, EvaluationKeys, FolderImages, TrainingKeys, loader, seed_step
 from pahm.data.synth import generate

@@ -277,7 +277,7 @@ def test_networks_that_find_no_hand_leave_their_pictures_out(run, trained, data,
         ("no baseline", "--baseline: {tmp}/nothing does not exist, expected a run folder or a checkpoint"),
         ("count", "--count: expected a number of at least 1, got 0"),
         ("out", "--out: {tmp} is a folder, expected the name of a file"),
-        ("no plotly", "report: the page needs plotly: pip install 'pahm[report]'"),
+        ("no plotly", "pahm report: the page needs plotly: pip install plotly"),
     ],
 )
 def test_bad_input_is_one_sentence(case, sentence, run, trained, data, tmp_path, capsys, monkeypatch):

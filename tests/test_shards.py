@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from pahm.cli import main
-from pahm.config import preset
-from pahm.data.augment import AugmentConfig, CropTransform
+from pahm.config import AugmentConfig, preset
+from pahm.data.augment import CropTransform
 from pahm.data.freihand import FreiHand
 from pahm.data.loading import Batches, FolderImages, TrainingKeys, loader
 from pahm.data.shards import ShardImages, find_shards, write_shards

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+
+from pahm.config import AugmentConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -22,35 +23,6 @@ _YIQ_TO_RGB = torch.linalg.inv(_RGB_TO_YIQ)
 _MAX_SHRINK = 1.2  # input pixels per output pixel above which bilinear sampling alone would alias
 
 Matrix = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """Ranges of the random changes; each is uniform in plus or minus its value about "no change".
-
-    rotation: degrees in the image plane. translation: fraction of the crop's side, each axis apart.
-    scale: relative size of the hand, factor in [1 - scale, 1 + scale]. brightness, contrast, saturation:
-    factors in [1 - value, 1 + value]. hue: degrees of rotation of the hue circle.
-    The defaults are those of CMR and METRO but for the rotation, which is kept to what cameras see.
-
-    Raises ValueError for a negative or not finite range, or one that would allow a factor of zero.
-    """
-
-    rotation: float = 60.0
-    translation: float = 0.08
-    scale: float = 0.2
-    brightness: float = 0.25
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 18.0
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            limit = math.inf if field.name in ("rotation", "hue") else 1.0
-            if not (math.isfinite(value) and 0 <= value < limit):
-                bound = "" if math.isinf(limit) else " and below 1"
-                raise ValueError(f"{field.name}: expected a finite number >= 0{bound}, got {value!r}")
 
 
 def crop_matrix(box: Sequence[float], size: int, *, rotation: float = 0.0, mirror: bool = False) -> Matrix:

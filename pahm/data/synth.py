@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -46,7 +44,6 @@ VERSION = 1
 _CHUNK = 16  # samples a task
 _IN_FLIGHT = 64  # tasks
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -213,24 +210,10 @@ def generate(
             for split in missing:
                 _make_split(job, split, counts[split], pool, bar)
                 manifest.finish(split, counts[split])
-    except KeyboardInterrupt:
-        print(
-            f"Stopped. What is finished stays in {target}; run the same command again to go on.",
-            file=sys.stderr,
-        )
-        raise SystemExit(130) from None
     except BrokenProcessPool as error:
         raise ChildProcessError(
             "a process that renders ended by itself, as it does where memory runs out; what is finished "
             "stays, and the same command goes on, with fewer --workers in less memory"
-        ) from error
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise OSError(
-            error.errno,
-            f"the disk that holds {target} is full; what is finished stays, make room and run the same "
-            "command again to go on",
         ) from error
 
 

@@ -164,7 +164,7 @@ def _recorded_data(run: Path) -> str:
 def _check_arguments(out: Path, count: int, failures: int, images: int | None) -> None:
     missing = [name for name in ("plotly", "jinja2") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"report: the page needs {' and '.join(missing)}: pip install 'pahm[report]'")
+        raise ValueError(f"the page needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     for name, value, least in (("--count", count, 1), ("--failures", failures, 0), ("--images", images, 1)):
         if value is not None and value < least:
             raise ValueError(f"{name}: expected a number of at least {least}, got {value}")

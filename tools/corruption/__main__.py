@@ -44,7 +44,7 @@ LONGEST = 1000  # characters of a sentence
 
 def outcome(kind: Kind, folder: Path, expected: object) -> tuple[str, str]:
     """What reading the damaged input in `folder` comes to, and its words."""
-    from pahm.cli import _input_errors, _sentence
+    from pahm.cli import input_errors, sentence
 
     try:
         found = kind.read(folder)
@@ -53,13 +53,11 @@ def outcome(kind: Kind, folder: Path, expected: object) -> tuple[str, str]:
         return "nonsense", str(error)
     except MemoryError as error:
         return "memory", f"MemoryError {error}"
-    except _input_errors() as error:
-        sentence = _sentence(error)
-        ugly = len(sentence) > LONGEST or not sentence or "Traceback" in sentence
+    except input_errors() as error:
+        said = sentence(error, argparse.Namespace(command=kind.name))
+        ugly = len(said) > LONGEST or not said or "Traceback" in said
         return (
-            ("nonsense", f"an error of {len(sentence)} characters: {sentence[:200]}")
-            if ugly
-            else ("refused", sentence)
+            ("nonsense", f"an error of {len(said)} characters: {said[:200]}") if ugly else ("refused", said)
         )
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1]

@@ -1,0 +1,7 @@
+"""`python -m pahm` is the command `pahm`."""
+
+import sys
+
+from pahm.cli import main
+
+sys.exit(main())
