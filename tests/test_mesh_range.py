@@ -90,6 +90,13 @@ def test_nearest_point_of_two_triangles(size):
 
 
 @needs_compiled
+def test_nearest_point_of_a_triangle_whose_area_vanishes():
+    vertices = np.array([[1e-159, 0, 0], [1, 0, 0], [0, 0, 1e-159]])
+    corners, weights = compiled_tables().closest(vertices, [[0, 1, 2]], [[0.25, 0, 0]])
+    assert (vertices[corners[0]] * weights[0][:, None]).sum(0) == pytest.approx([0.25, 0, 0], abs=1e-12)
+
+
+@needs_compiled
 def test_points_far_from_a_small_mesh_have_a_nearest_point():
     vertices = np.random.default_rng(0).random((9, 3)) * 1e-300
     queries = np.array([[LARGEST, 0, 0], [-LARGEST, LARGEST, 1], [1e-300, 1e300, 0]])

@@ -13,6 +13,8 @@ using Weights = std::array<double, 3>;
 
 // Squared sine of the angle below which a triangle's normal is too uncertain to tell inside from outside.
 constexpr double kSliver = 1e-8;
+// Squared area, in a mesh of size 1, below which products of coordinates may vanish.
+constexpr double kTiny = 1e-280;
 
 double squared_distance_at(const Vec3& p, const Vec3& a, const Vec3& b, const Vec3& c, const Weights& w) {
   const Vec3 d = w[0] * (a - p) + w[1] * (b - p) + w[2] * (c - p);
@@ -50,7 +52,7 @@ SurfacePoint SurfaceTree::closest_on_face(Index face, const Vec3& p) const {
     if (wb >= 0 && wc >= 0 && wb + wc <= 1) {
       const Weights w{1 - (wb + wc), wb, wc};
       best = {face, w, squared_distance_at(p, a, b, c, w)};
-      if (area > kSliver * dot(ab, ab) * dot(ac, ac)) return best;
+      if (area > std::max(kTiny, kSliver * dot(ab, ab) * dot(ac, ac))) return best;
     }
   }
   const Vec3* corner[] = {&a, &b, &c};
