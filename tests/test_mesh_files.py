@@ -100,8 +100,13 @@ def test_vertices_of_no_face_are_kept_and_polygons_split(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
-        ("junk.ply", "hello", ValueError, r"trimesh reads, got .*junk\.ply"),
-        ("mesh.unknown", "hello", ValueError, r"trimesh reads, got .*mesh\.unknown"),
+        ("junk.ply", "hello", ValueError, r"got .*junk\.ply: it must start with the line ply, got 'hello'"),
+        (
+            "mesh.unknown",
+            "hello",
+            ValueError,
+            r"mesh\.unknown: only OBJ, OFF, PLY, STL, GLB and glTF are read",
+        ),
         ("empty.obj", "", ValueError, r"must hold triangles, got none in .*empty\.obj"),
         ("points.obj", "v 0 0 0\nv 1 1 1\n", ValueError, r"must hold triangles, got none"),
         ("missing.ply", None, FileNotFoundError, r"got .*missing\.ply, which is no file"),

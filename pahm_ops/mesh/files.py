@@ -1,19 +1,31 @@
 """Triangle meshes from files."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pahm_ops.mesh._checks import as_faces, as_vertices
+from pahm_ops.mesh.gltf import read_gltf
+from pahm_ops.mesh.ply import read_ply
+from pahm_ops.mesh.polygons import Polygons, triangles
+from pahm_ops.mesh.text_formats import read_obj, read_off, read_stl
 
 if TYPE_CHECKING:
     import trimesh
 
 # Formats that write the corners of each face anew, so that no two faces share a vertex.
 _UNSHARED = {".stl", ".stl_ascii"}
+_READERS: dict[str, Callable[[bytes], Polygons]] = {
+    ".obj": read_obj,
+    ".off": read_off,
+    ".ply": read_ply,
+    ".stl": read_stl,
+    ".stl_ascii": read_stl,
+}
 
 
 def load_mesh(
@@ -21,10 +33,14 @@ def load_mesh(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Reads the vertices and faces of a triangle mesh, in the order in which the file has them.
 
+    OBJ, OFF, PLY and STL files give all vertices of the file, and each polygon as a fan of triangles from its
+    first corner. Materials, groups, texture coordinates, normals and colours split and reorder nothing; lines
+    and points are left out. GLB and glTF files give the meshes of the default scene, each where its node
+    places it, without skins and morph targets. Other formats are not read; trimesh reads some, but may split
+    vertices and reorder parts.
+
     Args:
-        source: a file in any format that trimesh reads (PLY, OBJ, OFF, STL, GLB, ...), or a trimesh.Trimesh.
-            Several meshes in one file are joined, each where the file's scene places it; faces of more than
-            three corners are split.
+        source: a mesh file, whose format its suffix names, or a trimesh.Trimesh.
         merge: whether vertices at exactly the same position become one, the first of them; order is kept
             otherwise. None merges for STL only, where faces share no vertices, and leaves every other file as
             it is: seams at which a file splits vertices (GLB) are then boundaries of the mesh, and merge=True
@@ -35,35 +51,44 @@ def load_mesh(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: trimesh does not read it, or it holds no triangles.
+        ValueError: another format; a file that is not whole, or holds what is not read (free-form surfaces,
+            compressed glTF, coordinates that are not finite, no triangles).
     """
     if isinstance(source, str | os.PathLike):
-        mesh = _read(Path(source))
-        name = str(source)
+        path = Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(f"source must be a mesh file, got {path}, which is no file")
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):  # What is not finite is refused at the end.
+                vertices, faces = _read(path)
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"source must be a mesh file, got {path}: {error}") from None
+        name = str(path)
         if merge is None:
-            merge = Path(source).suffix.lower() in _UNSHARED
+            merge = path.suffix.lower() in _UNSHARED
     else:
-        mesh, name = source, type(source).__name__
-        if not (hasattr(mesh, "vertices") and hasattr(mesh, "faces")):
+        name = type(source).__name__
+        if not (hasattr(source, "vertices") and hasattr(source, "faces")):
             raise TypeError(f"source must be a path or a trimesh.Trimesh, got {name}")
-    vertices = np.array(mesh.vertices, dtype=np.float64)
-    faces = np.array(getattr(mesh, "faces", ()), dtype=np.int64)
+        vertices = as_vertices(np.array(source.vertices, dtype=np.float64))
+        faces = as_faces(np.array(source.faces, dtype=np.int64).reshape(-1, 3), len(vertices))
     if faces.size == 0:
         raise ValueError(f"source must hold triangles, got none in {name}")
-    vertices, faces = as_vertices(vertices), as_faces(faces, len(vertices))
     return _merge_identical(vertices, faces) if merge else (vertices, faces)
 
 
-def _read(path: Path) -> Any:
-    import trimesh
-
-    if not path.is_file():
-        raise FileNotFoundError(f"source must be a mesh file, got {path}, which is no file")
-    try:
-        scene = trimesh.load_scene(path, process=False, maintain_order=True)
-        return scene.to_mesh()
-    except Exception as error:  # trimesh's readers raise whatever their parsers raise
-        raise ValueError(f"source must be a mesh file that trimesh reads, got {path}: {error}") from error
+def _read(path: Path) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    suffix = path.suffix.lower()
+    if suffix in (".glb", ".gltf"):
+        mesh = read_gltf(path.read_bytes(), path.parent)
+    elif suffix in _READERS:
+        mesh = _READERS[suffix](path.read_bytes())
+    else:
+        raise ValueError(
+            "only OBJ, OFF, PLY, STL, GLB and glTF are read, of other formats what trimesh makes of them: "
+            "load_mesh(trimesh.load_mesh(path, process=False))"
+        )
+    return as_vertices(mesh.vertices), triangles(mesh)
 
 
 def _merge_identical(
