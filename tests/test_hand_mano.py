@@ -1,9 +1,11 @@
 """Reading MANO's pickle, and what is refused in one."""
 
+import gzip
 import pickle
 import re
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import scipy.sparse
 import torch
 
+from pahm.cli import main
 from pahm.hand import FREIHAND_TIPS, HandModel
 from pahm_ops.mesh.pickles import load_arrays
 
@@ -122,6 +125,112 @@ def test_constructor_of_old_objects_makes_no_other_class(tmp_path):
 
     with pytest.raises(ValueError, match="builds no"):
         load_arrays(save(tmp_path / "x.pkl", {"a": Any()}))
+
+
+def change(name, place, value):
+    def changed(content):
+        array = content[name].toarray() if scipy.sparse.issparse(content[name]) else content[name].copy()
+        array[place] = value
+        return {name: array}
+
+    return changed
+
+
+def mirrored(content):
+    return {"v_template": content["v_template"] * [-1, 1, 1], "f": content["f"][:, [0, 2, 1]]}
+
+
+IMPLAUSIBLE = {
+    "left": (mirrored, "the hand must be a right one, got a left one: take MANO_RIGHT.pkl, and .* --left"),
+    "template": (
+        change("v_template", (5, 1), np.nan),
+        "template must be finite, got NaN or infinity in row 5",
+    ),
+    "weights": (change("weights", (7, 0), np.inf), "skinning_weights must be finite, .* in row 7"),
+    "shape": (change("shapedirs", (9, 0, 3), -np.inf), "shape_basis must be finite, .* in row 9"),
+    "pose": (change("posedirs", (3, 2, 1), np.nan), "pose_basis must be finite, .* in row 3"),
+    "regressor": (change("J_regressor", (2, 1), np.nan), "bone_regressor must be finite, .* in row 2"),
+    "weights' sum": (change("weights", 7, 0.0), "skinning_weights must have rows of sum 1, got 0 in row 7"),
+    "regressor's sum": (
+        change("J_regressor", 2, 0.01),
+        "bone_regressor must have rows of sum 1, got 7.78 in",
+    ),
+    "millimetres": (
+        lambda c: {"v_template": 1000 * c["v_template"]},
+        "a hand in metres, .* got a length of 189",
+    ),
+    "a point": (lambda c: {"v_template": 0 * c["v_template"]}, "a hand in metres, .* got a length of 0"),
+    "overflow": (change("v_template", (5, 1), 1e308), "a hand in metres, .* got a length of 1e\\+308"),
+    "shape's size": (
+        change("shapedirs", (9, 0, 3), 5.0),
+        "shape_basis must move a vertex by less than .* got 5",
+    ),
+    "pose's size": (
+        change("posedirs", (9, 0, 3), -5.0),
+        "pose_basis must move a vertex by less than .* got 5",
+    ),
+    "faces": (change("f", (9, 1), 778), r"faces must lie in \[0, 778\), got values from 0 to 778"),
+    "fractions": (lambda c: {"f": c["f"] + 0.5}, "f in .* must hold whole numbers"),
+    "flags": (lambda c: {"weights": c["weights"] > 0}, "weights in .* must hold numbers, got dtype bool"),
+    "tree": (change("kintree_table", (0, 3), 9), "parents must start with -1 and name an earlier bone each"),
+}
+
+
+@pytest.mark.parametrize("case", IMPLAUSIBLE)
+@pytest.mark.filterwarnings("error")
+def test_what_is_no_right_hand_in_metres_is_refused(tmp_path, content, case):
+    changed, sentence = IMPLAUSIBLE[case]
+    path = save(tmp_path / "x.pkl", {**content, **changed(content)})
+    with pytest.raises(ValueError, match=sentence) as caught:
+        HandModel.from_mano(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_right_hand_is_known_in_any_frame(tmp_path, content):
+    template = content["v_template"]
+    rng = np.random.default_rng(0)
+    for k in range(8):
+        turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+        right = np.linalg.det(turn) > 0
+        path = save(tmp_path / "x.pkl", {**content, "v_template": template @ turn.T + rng.normal(size=3)})
+        try:
+            HandModel.from_mano(path)
+        except ValueError as error:
+            assert not right and "got a left one" in str(error), k
+        else:
+            assert right, k
+
+
+def test_command_names_the_left_hand(tmp_path, content, capsys):
+    path = save(tmp_path / "MANO_LEFT.pkl", {**content, **mirrored(content)})
+    assert main(["train", "--data", str(tmp_path), "--mano", str(path), "--out", str(tmp_path / "run")]) != 0
+    said = capsys.readouterr().err.strip()
+    assert "got a left one" in said and "\n" not in said
+
+
+def test_files_of_other_kinds_are_named(tmp_path, content):
+    def zipped(path):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("mano_v1_2/models/MANO_RIGHT.pkl", b"")
+
+    kinds = {
+        "a .npz archive": lambda path: np.savez(path.open("wb"), v_template=content["v_template"]),
+        "a .npy file": lambda path: np.save(path.open("wb"), content["v_template"]),
+        "a .zip archive": zipped,
+        "a gzip archive": lambda path: path.write_bytes(gzip.compress(pickle.dumps(1))),
+    }
+    for k, legacy in enumerate((False, True)):
+        kinds["a PyTorch checkpoint" + " " * k] = lambda path, legacy=legacy: torch.save(
+            {"a": torch.zeros(3)}, path, _use_new_zipfile_serialization=not legacy
+        )
+    for kind, write in kinds.items():
+        path = tmp_path / "MANO_RIGHT.pkl"
+        write(path)
+        sentence = (
+            f"{re.escape(str(path))} is {kind.strip()}, expected a pickle; MANO's is the MANO_RIGHT.pkl of"
+        )
+        with pytest.raises(ValueError, match=sentence):
+            HandModel.from_mano(path)
 
 
 def test_bad_mano_files_are_named(tmp_path, content):

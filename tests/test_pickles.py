@@ -100,12 +100,16 @@ def test_lists_are_read_as_arrays(tmp_path):
     objects = np.empty(2, dtype=object)
     objects[:] = [np.zeros((2, 3)), np.ones((1, 3))]
     values = {"rows": [[1, 2.5], (np.float32(3), np.int64(4))], "levels": objects, "whole": [[1.0], [2.0]]}
-    content = load(tmp_path, pickle.dumps({**values, "half": [0.5], "ragged": [[1], [2, 3]]}))
+    content = load(
+        tmp_path,
+        pickle.dumps({**values, "half": [0.5], "huge": [1e300], "nan": [np.nan], "ragged": [[1], [2, 3]]}),
+    )
     np.testing.assert_array_equal(to_array("rows", content["rows"]), [[1, 2.5], [3, 4]])
     np.testing.assert_array_equal(to_integers("whole", content["whole"]), [[1], [2]])
     assert [to_array("x", level).shape for level in to_list("levels", content["levels"])] == [(2, 3), (1, 3)]
-    with pytest.raises(ValueError, match="half must hold whole numbers"):
-        to_integers("half", content["half"])
+    for name in ("half", "huge", "nan"):
+        with pytest.raises(ValueError, match=f"{name} must hold whole numbers"):
+            to_integers(name, content[name])
     with pytest.raises(ValueError, match="ragged must hold numbers, got lists of different lengths"):
         to_array("ragged", content["ragged"])
 

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
-import numpy as np
-
 from pahm.hand.joints import FREIHAND_TIPS, MANO_TIPS
-from pahm_ops.mesh.pickles import load_arrays, to_array
+from pahm_ops.mesh.pickles import load_arrays, to_array, to_integers
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "v_template": (778, 3),
@@ -24,7 +22,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
 
 
 def read_mano(path: str | PathLike[str], tips: Sequence[int] | str = FREIHAND_TIPS) -> dict[str, Any]:
-    """The arguments of `HandModel` out of MANO's pickle, read by an unpickler that admits arrays alone.
+    """The arguments of `HandModel` out of MANO's pickle, of which nothing is run.
 
     tips: the vertices at the ends of thumb, index, middle, ring, pinky, or a name of `MANO_TIPS`. The numbers
     stay as they are: the wrist bone of MANO is not at the origin. Raises FileNotFoundError for a missing
@@ -41,14 +39,21 @@ def read_mano(path: str | PathLike[str], tips: Sequence[int] | str = FREIHAND_TI
         raise FileNotFoundError(
             f"no MANO model at {path}: expected the MANO_RIGHT.pkl of https://mano.is.tue.mpg.de"
         ) from None
+    except ValueError as error:
+        raise ValueError(f"{error}; MANO's is the MANO_RIGHT.pkl of https://mano.is.tue.mpg.de") from error
     missing = [key for key in SHAPES if key not in content]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: a MANO model has {', '.join(SHAPES)}")
-    arrays = {key: to_array(f"{key} in {path}", content[key], shape) for key, shape in SHAPES.items()}
-    parents = arrays["kintree_table"][0].astype(np.int64)
+    arrays = {
+        key: (to_integers if key in ("f", "kintree_table") else to_array)(
+            f"{key} in {path}", content[key], shape
+        )
+        for key, shape in SHAPES.items()
+    }
+    parents = arrays["kintree_table"][0]
     return {
         "template": arrays["v_template"],
-        "faces": arrays["f"].astype(np.int64),
+        "faces": arrays["f"],
         "skinning_weights": arrays["weights"],
         "shape_basis": arrays["shapedirs"],
         "pose_basis": arrays["posedirs"],

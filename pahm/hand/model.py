@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pahm.hand.joints import BONE_NAMES, FREIHAND_TIPS, JOINT_NAMES, JOINT_ORDER, PARENTS
+from pahm.hand.plausible import check_plausible
 from pahm.hand.rotation import axis_angle_to_matrix
 from pahm_ops.array_files import read_npz
 
@@ -64,7 +65,8 @@ class HandModel(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """Take the arrays as the class describes them; `tips` are the vertices at the ends of thumb,
-        index, middle, ring and pinky. Raises ValueError where a shape or an index does not fit.
+        index, middle, ring and pinky. Raises ValueError where a shape or an index does not fit, and for
+        what `check_plausible` refuses: numbers that are not finite, another unit than metres, a left hand.
         """
         super().__init__()
         count = np.shape(template)[0] if np.ndim(template) else 0
@@ -82,6 +84,9 @@ class HandModel(nn.Module):
         for name, (shape, wanted) in expected.items():
             if shape != wanted or len(shape) == 0:
                 raise ValueError(f"{name} must have shape {wanted} for {count} vertices, got {shape}")
+        for name, integers in (("faces", faces), ("parents", parents), ("tips", tips)):
+            if np.asarray(integers).dtype.kind not in "iu":
+                raise ValueError(f"{name} must be integers, got dtype {np.asarray(integers).dtype}")
         if np.size(faces) and (np.min(faces) < 0 or np.max(faces) >= count):
             raise ValueError(
                 f"faces must lie in [0, {count}), got values from {np.min(faces)} to {np.max(faces)}"
@@ -92,6 +97,7 @@ class HandModel(nn.Module):
         self.tips = tuple(int(tip) for tip in tips)
         if any(not 0 <= tip < count for tip in self.tips):
             raise ValueError(f"tips must lie in [0, {count}), got {self.tips}")
+        check_plausible(template, skinning_weights, shape_basis, bone_regressor, pose_basis)
         ends = np.zeros((5, count))
         ends[np.arange(5), list(self.tips)] = 1.0
         rows = np.concatenate([np.asarray(bone_regressor, dtype=np.float64), ends])
@@ -120,8 +126,8 @@ class HandModel(nn.Module):
         """The open hand that ships with the package, or one in the same format.
 
         path: an .npz that tools/make_hand.py wrote; None for the shipped one. tips: five fingertip vertices
-        in place of the file's. Raises FileNotFoundError for a missing file and ValueError for one that
-        lacks an array.
+        in place of the file's. Raises FileNotFoundError for a missing file and ValueError for one that is
+        damaged, lacks an array, or holds what is no hand.
         """
         if path is None:
             with resources.as_file(resources.files("pahm") / "assets" / "hand.npz") as asset:
@@ -137,7 +143,7 @@ class HandModel(nn.Module):
             raise ValueError(f"{path} lacks {', '.join(missing)}: expected {', '.join(ASSET_KEYS)}")
         if tips is not None:
             arrays["tips"] = np.asarray(tips)
-        return cls(**arrays, dtype=dtype)
+        return cls._of_file(path, arrays, dtype)
 
     @classmethod
     def from_mano(
@@ -153,7 +159,14 @@ class HandModel(nn.Module):
         """
         from pahm.hand.mano import read_mano
 
-        return cls(**read_mano(path, tips), dtype=dtype)
+        return cls._of_file(path, read_mano(path, tips), dtype)
+
+    @classmethod
+    def _of_file(cls, path: str | PathLike[str], arrays: dict[str, Any], dtype: torch.dtype) -> HandModel:
+        try:
+            return cls(**arrays, dtype=dtype)
+        except ValueError as error:
+            raise ValueError(f"{error} (in {path})") from error
 
     def forward(
         self, pose: Tensor, shape: Tensor | None = None, translation: Tensor | None = None
