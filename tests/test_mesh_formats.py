@@ -251,6 +251,7 @@ BAD = {
     "axis.ply": (ply().replace(b"double y", b"double w"), "no element vertex with the properties x, y and z"),
     "word.ply": (ply().replace(b"2 0 -3 0", b"2 O -3 0", 1), "it has 'O' where y of a vertex should be"),
     "range.ply": (ply(faces=[[0, 1, 5]]), "face 0 refers to vertex 5, but there are 5"),
+    "below.ply": (ply(faces=[[0, 1, -1]]), "face 0 refers to vertex -1, but there are 5"),
     "nan.ply": (ply().replace(b"2 0 -3 0", b"2 nan -3 0", 1), "vertices must be finite, got .* at vertex 1"),
     "junk.stl": (bytes(range(256)), "it is no text, and has 256 bytes where"),
     "short.stl": (b"\0" * 40, "its 40 bytes are no STL file"),

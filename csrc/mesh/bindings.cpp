@@ -131,12 +131,6 @@ py::tuple closest(const RealArray& vertices, const IntArray& faces, const RealAr
   return py::make_tuple(corners, weights);
 }
 
-void check_manifold(const IntArray& faces, std::int64_t vertex_count) {
-  const std::vector<Face> face_list = read_faces(faces, vertex_count);
-  py::gil_scoped_release release;
-  build_adjacency(face_list, static_cast<Index>(vertex_count));
-}
-
 }  // namespace
 }  // namespace pahm::mesh
 
@@ -149,6 +143,4 @@ PYBIND11_MODULE(_tables, m) {
         "Quadric edge collapse: a (selection, faces) pair for each size.");
   m.def("closest", &closest, py::arg("vertices"), py::arg("faces"), py::arg("queries"),
         "Corners (Q, 3) of the nearest face of each query point, and barycentric weights (Q, 3).");
-  m.def("check_manifold", &check_manifold, py::arg("faces"), py::arg("vertex_count"),
-        "Raises ValueError, naming face, edge or vertex, unless the mesh is an oriented manifold.");
 }

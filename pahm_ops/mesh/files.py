@@ -50,6 +50,7 @@ def load_mesh(
         (N, 3) float64 vertices, in the file's unit, and (F, 3) int64 faces. Vertices of no face are kept.
 
     Raises:
+        IndexError: a face of a trimesh.Trimesh refers to no vertex.
         FileNotFoundError: no such file.
         ValueError: another format; a file that is not whole, or holds what is not read (free-form surfaces,
             compressed glTF, coordinates that are not finite, no triangles).
@@ -61,7 +62,7 @@ def load_mesh(
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # What is not finite is refused at the end.
                 vertices, faces = _read(path)
-        except (ValueError, IndexError) as error:
+        except ValueError as error:
             raise ValueError(f"source must be a mesh file, got {path}: {error}") from None
         name = str(path)
         if merge is None:
