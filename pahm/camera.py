@@ -5,13 +5,14 @@ Camera space is x right, y down, z forward, in metres; pixels count from the cen
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from pahm.text_files import read_json
 
 Array = npt.NDArray[np.float64]
 
@@ -56,7 +57,7 @@ def read_intrinsics(path: str | os.PathLike[str]) -> Array:
     if not Path(path).is_file():
         raise FileNotFoundError(f"intrinsics: {os.fspath(path)} does not exist")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(path, limit=1 << 20)
         if isinstance(content, dict):
             if "K" not in content:
                 raise ValueError('intrinsics: expected a key "K" in the JSON object')

@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from pahm.text_files import parse_json, parse_yaml, read_yaml, shown
 
 LEVEL_SIZES = (778, 389, 195, 98)
 
@@ -78,7 +78,12 @@ class ModelConfig:
             raise ValueError(f"model.image_size: expected a multiple of 32, got {self.image_size}")
         if not 0 < self.crop <= 10:
             raise ValueError(f"model.crop: expected a fraction above 0, at most 10, got {self.crop:g}")
-        _at_least("model", self, spiral_length=1, transformer_layers=1, transformer_heads=1)
+        _within("model", self, image_size=(32, 1024), spiral_length=(1, 98), root_joint=(0, 20))
+        _within(
+            "model", self, feature_channels=(1, 4096), decoder_channels=(1, 4096), attention_heads=(0, 64)
+        )
+        _within("model", self, transformer_channels=(1, 8192))
+        _within("model", self, transformer_layers=(1, 100), transformer_heads=(1, 64))
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,11 @@ class LossConfig:
     """Weight of the joints that METRO's joint queries predict, see `pahm.losses.joint_loss`."""
     heatmap_sigma: float = 3.5
     """Standard deviation of a pose heatmap's Gaussian, in pixels of a 224-pixel image (CMR)."""
+
+    def __post_init__(self) -> None:
+        weights = ("mesh", "edge", "normal", "silhouette", "pose", "projection", "position", "joints")
+        _within("loss", self, **dict.fromkeys(weights, (0, 10**6)))
+        _within("loss", self, heatmap_sigma=(1e-3, 1000))
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,17 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least("train", self, epochs=1, batch_size=1, shuffle_buffer=1, workers=0, save_every=0, seed=0)
+        _within("train", self, epochs=(1, 10**6), batch_size=(1, 10**6), shuffle_buffer=(1, 10**9))
+        _within(
+            "train",
+            self,
+            learning_rate=(0, 1000),
+            weight_decay=(0, 1000),
+            decay=(0, 1),
+            milestones=(0, 10**6),
+        )
+        _within("train", self, gradient_clip=(0, 10**9), save_minutes=(0, 10**6), save_every=(0, 10**9))
+        _within("train", self, workers=(0, 1024), seed=(0, 2**32 - 1))
 
 
 @dataclass(frozen=True)
@@ -199,10 +219,13 @@ class Config:
         return json.dumps(asdict(self))
 
 
-def _at_least(part: str, values: Any, **least: int) -> None:
-    for name, limit in least.items():
-        if getattr(values, name) < limit:
-            raise ValueError(f"{part}.{name}: expected at least {limit}, got {getattr(values, name)}")
+def _within(part: str, values: Any, **ranges: tuple[float, float]) -> None:
+    """Raise ValueError for the first value, or entry of a tuple, outside its range, ends included; NaN is."""
+    for name, (low, high) in ranges.items():
+        value = getattr(values, name)
+        for entry in value if isinstance(value, tuple) else (value,):
+            if not low <= entry <= high:
+                raise ValueError(f"{part}.{name}: expected a number from {low} to {high}, got {shown(entry)}")
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
@@ -214,7 +237,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 def from_json(text: str) -> Config:
     """The inverse of `Config.to_json`."""
-    values = json.loads(text)
+    values = parse_json(text, "configuration")
     if not isinstance(values, dict):
         raise ValueError(f"configuration: expected a JSON object, got {type(values).__name__}")
     return from_dict(values)
@@ -262,9 +285,9 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
     accepts_text = kind is str or (origin is Literal and isinstance(options[0], str)) or str in options
     if isinstance(value, str) and not accepts_text:
         try:
-            value = json.loads(value.lower() if kind is bool else value)
-        except json.JSONDecodeError:
-            raise ValueError(f"{name}: expected {_describe(kind)}, got {value!r}") from None
+            value = parse_json(value.lower() if kind is bool else value, name)
+        except ValueError:
+            raise ValueError(f"{name}: expected {_describe(kind)}, got {shown(value)}") from None
     if origin is Literal:
         if value in options:
             return value
@@ -280,7 +303,7 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
         return float(value)
     elif type(value) is kind:
         return value
-    raise ValueError(f"{name}: expected {_describe(kind)}, got {value!r}")
+    raise ValueError(f"{name}: expected {_describe(kind)}, got {shown(value)}")
 
 
 def _describe(kind: Any) -> str:
@@ -303,7 +326,8 @@ def preset(name: str) -> Config:
     """One of `PRESETS` by name; ValueError lists them."""
     if name not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
-    return _from_yaml((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), name, f"{name}.yaml")
+    file = f"{name}.yaml"
+    return _from_values(parse_yaml((_FOLDER / file).read_text(encoding="utf-8"), file), name, file)
 
 
 def from_file(path: str | os.PathLike[str]) -> Config:
@@ -312,32 +336,16 @@ def from_file(path: str | os.PathLike[str]) -> Config:
 
     Raises FileNotFoundError, or ValueError naming the file and the value that is wrong.
     """
-    file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"configuration: {file} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not a text file ({error})") from error
-    return _from_yaml(text, file.stem, str(file))
+        return _from_values(read_yaml(path), Path(path).stem, os.fspath(path))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"configuration: {error}") from None
 
 
-def _from_yaml(text: str, name: str, where: str) -> Config:
+def _from_values(values: Any, name: str, where: str) -> Config:
     try:
-        values = yaml.load(text, _Loader)
         if not isinstance(values, dict):
-            raise ValueError(f"expected values by name, got {values!r}")
+            raise ValueError(f"expected values by name, got {shown(values)}")
         return from_dict({"name": name} | values)
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a value that is given twice, of which YAML's readers take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"{name} is given twice, again in line {node.start_mark.line + 1} or below")
-        return super().construct_mapping(node, deep)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from error

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from pahm.text_files import read_json
 from pahm.whole_file import whole_file
 
 T = TypeVar("T")
@@ -257,14 +258,13 @@ def load_joints(path: str | os.PathLike[str]) -> npt.NDArray[np.float64]:
 
 
 def _load(path: str | os.PathLike[str], check: Callable[[Any, Any], T]) -> T:
-    with open(path, encoding="utf-8") as stream:
-        try:
-            content = json.load(stream)
-            if not (isinstance(content, list) and len(content) == 2):
-                raise ValueError("expected a JSON array of two, [xyz, verts]")
-            return check(*content)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{os.fspath(path)} is not a FreiHAND submission: {error}") from error
+    try:
+        content = read_json(path, limit=1 << 30)
+        if not (isinstance(content, list) and len(content) == 2):
+            raise ValueError("expected a JSON array of two, [xyz, verts]")
+        return check(*content)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)} is not a FreiHAND submission: {error}") from error
 
 
 def _submission_text(arrays: Iterable[npt.NDArray[np.float64]]) -> Iterator[str]:

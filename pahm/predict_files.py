@@ -19,6 +19,7 @@ import trimesh
 from pahm.data.backgrounds import SUFFIXES
 from pahm.predict import HandPrediction, Predictor
 from pahm.report import overlay
+from pahm.text_files import read_json
 from pahm.whole_file import whole_file
 
 T = TypeVar("T")
@@ -251,7 +252,7 @@ class _Names:
         if not os.path.exists(path):  # a name too long, where Path.exists raises, fails in writing
             return True
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            found = read_json(path)
+        except (OSError, ValueError):
             return False
         return isinstance(found, dict) and all(found.get(key) == value for key, value in owner.items())

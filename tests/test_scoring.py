@@ -250,7 +250,7 @@ def remove_truth(folder, truth):
 
 def remove_submission(folder, truth):
     (folder / "pred.json").unlink()
-    return f"{folder}/pred.json: No such file"
+    return f"{folder}/pred.json does not exist"
 
 
 def truncate_submission(folder, truth):

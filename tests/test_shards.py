@@ -197,12 +197,16 @@ _JOINTS = _npy(np.zeros((21, 3), np.float32))
 @pytest.mark.parametrize(
     ("part", "content", "reason"),
     [
-        ("json", b"\0", "json does not give index, name, K and scale .JSONDecodeError: Expecting value"),
-        ("json", b"[" * 99999, "json does not give .*RecursionError"),
+        ("json", b"\0", "json is not JSON that can be read: Expecting value"),
+        ("json", b"[" * 99999, "json is not JSON .* nested too deeply"),
         ("json", b'{"index": 3, "name": "", "scale": 1}', "json does not give .*'K'"),
         ("json", json.dumps(_VALUES | {"index": -3}).encode(), "json: expected an index of at least 0"),
         ("json", json.dumps(_VALUES | {"K": [1, 2]}).encode(), r"json: expected .* finite K \(3, 3\)"),
-        ("json", json.dumps(_VALUES | {"scale": np.nan}).encode(), "json: expected .* finite .* scale"),
+        (
+            "json",
+            json.dumps(_VALUES | {"scale": np.nan}).encode(),
+            "json is not JSON .*: NaN is not",
+        ),
         ("joints.npy", b"", "joints.npy is not an array .EOF: reading magic string"),
         ("joints.npy", b"\0" + _JOINTS[1:], "joints.npy is not an array .the magic string is not correct"),
         ("joints.npy", _JOINTS[:8] + b"\x36" + _JOINTS[9:], "joints.npy is not an array .*multi-line"),

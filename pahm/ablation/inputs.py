@@ -11,6 +11,7 @@ from pahm.config import Config
 from pahm.data.freihand import FreiHand
 from pahm.evaluation import check_meshes
 from pahm.hand.topology import HandTopology
+from pahm.text_files import read_json
 from pahm.whole_file import whole_file
 
 RECORD = "inputs.json"
@@ -47,7 +48,7 @@ def check_inputs(
             partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         other = [title for name, title in _NAMES.items() if before[name] != found[name]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"out: {path} is not a record of pahm ablate ({error!r})") from error

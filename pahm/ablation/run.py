@@ -29,6 +29,7 @@ from pahm.hand.topology import HandTopology
 from pahm.model.checkpoint import load_checkpoint
 from pahm.provenance import provenance
 from pahm.run_folder import LAST
+from pahm.text_files import read_json
 from pahm.whole_file import whole_file
 from pahm.workers import start_worker
 
@@ -235,7 +236,7 @@ def _run(
 def _check_same(path: Path, config: Config) -> None:
     """Raise ValueError where the result in `path` is of another configuration than `config`."""
     try:
-        found = from_dict(json.loads(path.read_text(encoding="utf-8"))["config"])
+        found = from_dict(read_json(path)["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"out: {path} is not a result of pahm ablate ({error!r})") from error
     passed_over = _NOT_COMPARED if config.model.decoder == "metro" else _NOT_COMPARED + _METRO_ONLY

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,6 +14,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pahm.ablation.tables import RESULT, SCORES, TABLES, Row, Table
+from pahm.config import from_dict
+from pahm.text_files import read_json, shown
 from pahm.whole_file import whole_file
 
 Results = dict[str, list[dict[str, Any]]]
@@ -44,9 +45,27 @@ def load_results(out: Path, table: Table, seeds: Sequence[int]) -> Results:
         if row.variant is None:
             continue
         paths = [out / "results" / RESULT.format(variant=row.variant, seed=seed) for seed in seeds]
-        records = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
-        results[row.variant] = records
+        results[row.variant] = [_record(path, table.scores) for path in paths if path.exists()]
     return results
+
+
+def _record(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """What `pahm ablate` recorded of a run, with these scores; ValueError naming the file for anything else."""
+    try:
+        record: dict[str, Any] = read_json(path)
+        from_dict(record["config"])
+        scores = {name: record["scores"][name] for name in names}
+        counts = {name: record[name] for name in ("threads", "training_images")}
+        if record["seconds"] is not None:
+            counts["seconds"] = record["seconds"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a result of pahm ablate ({error})") from error
+    for name, value in (scores | counts).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e12:
+            raise ValueError(
+                f"{path} is not a result of pahm ablate: {name} is {shown(value)}, expected a number"
+            )
+    return record
 
 
 def scores_of(results: Results, row: Row, score: str) -> list[float]:

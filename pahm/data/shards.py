@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pahm.data.freihand import FreiHand, Sample, decode_image
+from pahm.text_files import parse_json, read_json
 from pahm.whole_file import whole_file
 
 LOG = logging.getLogger("pahm")
@@ -104,7 +105,7 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     with suppress(ValueError, TypeError, KeyError):
-        made_of: dict[str, Any] = json.loads(path.read_bytes())
+        made_of: dict[str, Any] = read_json(path)
         if range(made_of["images"]) and range(made_of["size"]):
             return made_of
     raise ValueError(f"{path} is not a manifest of `pahm shards`, which has positive images and size")
@@ -251,11 +252,11 @@ class ShardImages:
 
 
 def _values(content: bytes) -> Sample:
+    values = parse_json(content, "json")
     try:
-        values = json.loads(content)
         name, index, scale = values["name"], int(values["index"]), np.float32(float(values["scale"]))
         camera = np.array(values["K"], np.float32)
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"json does not give index, name, K and scale ({reason})") from error
     right = index in range(1 << 63) and camera.shape == (3, 3)

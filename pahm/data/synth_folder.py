@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from pahm.data.freihand import Split
+from pahm.text_files import read_json
 from pahm.whole_file import partial_name, whole_file
 
 MANIFEST = "synth.json"
@@ -88,7 +89,7 @@ class Manifest:
             self._write()
             return
         try:
-            before = json.loads(self.path.read_text(encoding="utf-8"))
+            before = read_json(self.path)
             begun = {name: before[name] for name in options}
             self._finished = dict(before["finished"])
         except (ValueError, TypeError, KeyError) as error:

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from pahm.config import Config, from_json
 from pahm.hand.topology import HandTopology
 from pahm.model.network import HandNet
+from pahm.text_files import parse_json
 from pahm.whole_file import whole_file
 
 FORMAT = "pahm-1"
@@ -62,7 +63,7 @@ def read_metadata(path: str | os.PathLike[str]) -> tuple[Config, dict[str, float
     """
     metadata = _metadata(path)
     try:
-        return from_json(metadata["config"]), json.loads(metadata["scores"])
+        return from_json(metadata["config"]), parse_json(metadata["scores"], "scores")
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(
             f"checkpoint: {os.fspath(path)} does not describe a network of this version ({error})"
@@ -74,7 +75,7 @@ def read_provenance(path: str | os.PathLike[str]) -> dict[str, str | None]:
 
     Raises FileNotFoundError, ValueError as `read_metadata`.
     """
-    found: dict[str, str | None] = json.loads(_metadata(path).get("provenance", "{}"))
+    found: dict[str, str | None] = parse_json(_metadata(path).get("provenance", "{}"), "provenance")
     return found
 
 

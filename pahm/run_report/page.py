@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from pahm.config import from_json
+from pahm.config import from_dict
 from pahm.evaluation import COLUMNS
 from pahm.failures import LIMITS, NONE, Reasons, dominant
 from pahm.model.checkpoint import check_same_network, load_checkpoint, read_metadata, read_provenance
@@ -32,6 +32,7 @@ from pahm.run_folder import CONFIG, RECORD
 from pahm.run_report.curves import charts, read_curves
 from pahm.run_report.hands import Hand, Photographer
 from pahm.run_report.per_image import Scored, annotated, find_readable, reasons_of, score
+from pahm.text_files import read_json
 from pahm.whole_file import whole_file
 
 _MODEL = "model.safetensors"
@@ -154,7 +155,7 @@ def _recorded_data(run: Path) -> str:
     if not path.is_file():
         raise ValueError(f"--data: {path} does not exist to name the run's data, give the folder")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         places = record["eval_data"] or record["data"]
         return str(places[0] if isinstance(places, list) else places)
     except (ValueError, KeyError, TypeError) as error:
@@ -178,7 +179,7 @@ def _own_network(run: Path) -> HandNet:
     recorded = run / CONFIG
     if recorded.is_file():
         try:
-            expected = from_json(recorded.read_text(encoding="utf-8"))
+            expected = from_dict(read_json(recorded))
         except ValueError as error:
             raise ValueError(f"DIR: {recorded} is not a configuration ({error})") from error
         check_same_network(read_metadata(run / _MODEL)[0], expected, f"{run / _MODEL}, beside {recorded},")
