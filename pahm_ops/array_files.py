@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -9,14 +10,13 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-LIMIT = 2**28
-"""Bytes of arrays that a file may hold if the caller does not say otherwise: 256 MiB."""
+LIMIT = 2**27
+"""Bytes of arrays that a file may hold if the caller does not say otherwise: 128 MiB."""
 
 _HEADER_LIMIT = 4096
 _HEADER = re.compile(
@@ -37,11 +37,9 @@ def read_npy(path: str | os.PathLike[str], limit: int = LIMIT) -> NDArray[Any]:
         OSError: the file cannot be opened.
         ValueError: the file is not a whole .npy file, is larger than `limit`, or holds other than numbers.
     """
-    size = os.stat(path).st_size
-    if size > limit + _HEADER_LIMIT:
-        raise ValueError(f"{path} has {size} bytes, expected a .npy file of at most {limit}")
+    content = _content(path, limit)
     try:
-        return _array(Path(path).read_bytes())
+        return _array(content)
     except ValueError as error:
         raise ValueError(f"{path} is not a whole .npy file of numbers: {error}") from error
 
@@ -62,9 +60,10 @@ def read_npz(
             damaged or holds other than numbers.
     """
     wanted = None if names is None else {f"{name}.npy" for name in names}
+    content = _content(path, limit)
     arrays = {}
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             members = [m for m in archive.infolist() if wanted is None or m.filename in wanted]
             total = sum(member.file_size for member in members)
             if total > limit:
@@ -85,6 +84,14 @@ def read_npz(
     return arrays
 
 
+def _content(path: str | os.PathLike[str], limit: int) -> bytes:
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit + _HEADER_LIMIT:
+            raise ValueError(f"{path} has {size} bytes, expected a file of arrays of at most {limit}")
+        return file.read(size)
+
+
 def _array(content: bytes) -> NDArray[Any]:
     """The array of a .npy file's bytes."""
     if content[:6] != b"\x93NUMPY" or len(content) < 10:
@@ -102,6 +109,8 @@ def _array(content: bytes) -> NDArray[Any]:
         raise ValueError(f"shape {shape} of {dtype} does not fit the {len(data)} bytes that follow")
     # A copy, so that the array can be written to.
     flat = np.frombuffer(data, dtype).copy() if data else np.zeros(0, dtype)
+    if dtype.kind == "b":  # A byte of a file may be other than 0 and 1.
+        flat = flat.view(np.uint8) != 0
     return flat.reshape(shape, order="F" if fortran else "C")
 
 

@@ -73,7 +73,7 @@ class Forbidden:
         (lambda v: v["down_transform"].reverse(), r"down_transform\[0\] .* must have shape \(60, 162\)"),
         (lambda v: v.update(face=3), "face in .* must be a list, got int"),
         (lambda v: v["face"].__setitem__(1, v["face"][0]), "face in .* an array of its own for each level"),
-        (lambda v: v.update(vertices=[None] * 33), "vertices in .* from 1 to 32 levels, got 33"),
+        (lambda v: v.update(vertices=[None] * 17), "vertices in .* from 1 to 16 levels, got 17"),
         (lambda v: v["face"].__setitem__(1, [[0.5, 1, 2]]), "face in .* must hold whole numbers"),
         (
             lambda v: v["vertices"].__setitem__(1, v["adj"][1]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import zipfile
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ _DTYPES = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8
 _OBJECTS = {"O", "O4", "O8"}
 _ARRAYS = {"ndarray", "_frombuffer"}
 _PARTS = {"data", "indices", "indptr", "offsets", "row", "col"}
-_LIST_LIMIT = 2**22
+_LIST_LIMIT = 2**18
+_ENTRY_LIMIT = 2**22
 _CHUMPY_DEPTH = 8
 
 _SIGNATURES = {
@@ -46,7 +46,7 @@ def load_arrays(path: str | PathLike[str]) -> dict[str, Any]:
     if size > LIMIT:
         raise ValueError(f"{path} has {size} bytes, expected a pickle of arrays of at most {LIMIT}")
     data = path.read_bytes()
-    kind = _other_kind(path, data)
+    kind = _other_kind(data)
     if kind is not None:
         raise ValueError(f"{path} is {kind}, expected a pickle")
     try:
@@ -89,10 +89,16 @@ def to_array(name: str, value: object, shape: tuple[int, ...] | None = None) -> 
 
 def to_integers(name: str, value: object, shape: tuple[int, ...] | None = None) -> NDArray[np.int64]:
     """`to_array` as int64; ValueError also for numbers that are not whole or not below 2^53."""
-    array = to_array(name, value, shape)
-    # A comparison with NaN does not hold either.
-    if not (np.abs(array.astype(np.float64)) < 2**53).all() or (array != np.trunc(array)).any():
-        raise ValueError(f"{name} must hold whole numbers")
+    return _whole(name, to_array(name, value, shape))
+
+
+def _whole(name: str, array: NDArray[Any]) -> NDArray[np.int64]:
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"{name} must hold whole numbers, got dtype {array.dtype}")
+    # Comparisons with NaN do not hold.
+    inside = array.size == 0 or (array.min() > -(2**53) and array.max() < 2**53)
+    if not inside or (array.dtype.kind == "f" and (array != np.trunc(array)).any()):
+        raise ValueError(f"{name} must hold whole numbers below 2^53")
     return array.astype(np.int64)
 
 
@@ -122,12 +128,18 @@ def to_entries(name: str, value: object, shape: tuple[int, int]) -> Entries:
     elif form == "dok":
         own = state.get("_dict")
         pairs = (own if isinstance(own, Dictionary) else value.items).pairs
+        if len(pairs) > _LIST_LIMIT:
+            raise ValueError(f"{name} must have at most {_LIST_LIMIT} entries in a dictionary")
         parts = {"items": [(_plain_each(key), _plain(number)) for key, number in pairs]}
     else:
         parts = {part: _dense(f"{part} of {name}", state[part]) for part in _PARTS & state.keys()}
         if "coords" in state:
             coordinates = to_list(f"coords of {name}", state["coords"])
             parts["coords"] = [_dense(f"coords of {name}", each) for each in coordinates[:3]]
+        # Matrices may share arrays, so that the file's size does not bound what they need together.
+        most = max((part.size for part in parts.values() if isinstance(part, np.ndarray)), default=0)
+        if most > _ENTRY_LIMIT:
+            raise ValueError(f"{name} must have at most {_ENTRY_LIMIT} entries, got {most}")
     try:
         return entries(form, parts, size, name)
     except (TypeError, IndexError) as error:
@@ -138,7 +150,7 @@ def _rows(name: str, value: object) -> list[Any]:
     """The lists of a lil matrix. A file can hold one list many times over, and so few bytes many entries."""
     rows = to_list(name, value)
     if sum(len(row) for row in rows if isinstance(row, list)) > _LIST_LIMIT:
-        raise ValueError(f"{name} must have at most {_LIST_LIMIT} entries")
+        raise ValueError(f"{name} must have at most {_LIST_LIMIT} entries in lists")
     return [[_plain(number) for number in row] if isinstance(row, list) else row for row in rows]
 
 
@@ -152,7 +164,7 @@ def _plain(value: object) -> Any:
 
 
 def _plain_each(value: object) -> Any:
-    return tuple(_plain(part) for part in value) if isinstance(value, tuple) else value
+    return tuple(map(_plain, value)) if isinstance(value, tuple) and len(value) <= 8 else value
 
 
 def _described(value: object) -> str:
@@ -161,17 +173,12 @@ def _described(value: object) -> str:
     return "dict" if isinstance(value, Dictionary) else type(value).__name__
 
 
-def _other_kind(path: Path, data: bytes) -> str | None:
+def _other_kind(data: bytes) -> str | None:
     """What a file is that is known not to be a pickle."""
     if data.startswith(b"PK\x03\x04"):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-        except (zipfile.BadZipFile, ValueError, RuntimeError):
-            names = []
-        if any(name.endswith("/data.pkl") for name in names):
-            return "a PyTorch checkpoint"
-        return "a .npz archive" if any(name.endswith(".npy") for name in names) else "a .zip archive"
+        names = data[-(2**16) :]
+        kinds = {b"/data.pkl": "a PyTorch checkpoint", b".npy": "a .npz archive", b"": "a .zip archive"}
+        return next(kind for name, kind in kinds.items() if name in names)
     return next((kind for start, kind in _SIGNATURES.items() if data.startswith(start)), None)
 
 
@@ -189,11 +196,16 @@ def _dense(name: str, value: object, depth: int = 0) -> NDArray[Any]:
     if dtype is None:
         raise ValueError(f"{name} must hold numbers, got objects")
     if isinstance(data, str):
-        data = data.encode("latin1")
+        try:
+            data = data.encode("latin1")
+        except UnicodeEncodeError:
+            raise ValueError(f"{name} must have bytes, got text") from None
     if not isinstance(data, bytes) or math.prod(shape) * dtype.itemsize != len(data):
         size = f"{len(data)} bytes" if isinstance(data, bytes) else type(data).__name__
         raise ValueError(f"{name} must have the bytes of shape {shape} in {dtype}, got {size}")
     flat = np.frombuffer(data, dtype) if data else np.zeros(0, dtype)
+    if dtype.kind == "b":  # A byte of a file may be other than 0 and 1.
+        flat = flat.view(np.uint8) != 0
     if isinstance(order, tuple):
         return flat.reshape(shape).transpose(order)
     return flat.reshape(shape, order="F" if order == "F" else "C")
@@ -228,7 +240,7 @@ def _from_chumpy(name: str, value: Record, depth: int) -> NDArray[Any]:
             "load the file where chumpy is installed and save its arrays as numpy ones (numpy.array(value))"
         )
     whole = _dense(name, state["a"], depth).reshape(-1)
-    chosen = to_integers(f"idxs of {name}", state["idxs"])
+    chosen = _whole(f"idxs of {name}", _dense(f"idxs of {name}", state["idxs"]))
     if chosen.size and (chosen.min() < 0 or chosen.max() >= whole.size):
         raise ValueError(f"{name} is a chumpy selection outside its {whole.size} values")
     shape = _shape(name, state["preferred_shape"]) if "preferred_shape" in state else chosen.shape

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 _KEYS = ("vertices", "face", "down_transform", "up_transform")
-_MOST_LEVELS = 32
+_MOST_LEVELS = 16
 
 
 class Transforms(NamedTuple):
