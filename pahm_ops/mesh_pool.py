@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pahm_ops import _library, _paths
-from pahm_ops.mesh.sparse import scipy_entries
+from pahm_ops.mesh.sparse import SIDE_LIMIT, scipy_entries
 from pahm_ops.reference import mesh_pool as reference
 
 _ops = torch.ops.pahm_ops
@@ -163,17 +163,19 @@ def _entries(matrix: Any) -> tuple[tuple[int, int], Tensor, Tensor, Tensor]:
             raise ValueError("transform must not require a gradient: mesh_pool takes it as a constant")
         if matrix.dim() != 2 or matrix.dense_dim():
             raise ValueError(f"transform must be a matrix (M, N), got shape {tuple(matrix.shape)}")
+        if max(matrix.shape) > SIDE_LIMIT:
+            raise ValueError(f"transform must have sides of 2^26 at most, got shape {tuple(matrix.shape)}")
         if matrix.layout == torch.sparse_coo:
             rows, columns = matrix._indices().unbind(0)
             values = matrix._values()
         else:
             pointers, columns, values = matrix.crow_indices(), matrix.col_indices(), matrix.values()
-            entries, counts = columns.numel(), pointers.diff()
+            entries = columns.numel()
             if pointers.shape != (matrix.shape[0] + 1,) or pointers[0] != 0 or pointers[-1] != entries:
                 raise ValueError(f"transform must have crow_indices from 0 to its {entries} entries")
-            if (counts < 0).any():
+            if (pointers[1:] < pointers[:-1]).any():
                 raise ValueError("transform must have crow_indices that never fall")
-            rows = torch.repeat_interleave(counts)
+            rows = torch.repeat_interleave(pointers.diff())
         if not rows.shape == columns.shape == values.shape:
             raise ValueError(f"transform must have as many values as indices, got {tuple(values.shape)}")
         shape = (matrix.shape[0], matrix.shape[1])

@@ -303,3 +303,14 @@ def test_hostile_matrices_are_refused(tmp_path, form, part):
     content = load(tmp_path, pickle.dumps({"a": matrix}))
     with pytest.raises(ValueError, match=r"must have at most 262144|outside its 300|must rise from"):
         to_entries("a", content["a"], (300, 300))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_entries_are_bounded(tmp_path, monkeypatch, form):
+    matrix = getattr(sp, f"{form}_matrix")(np.eye(12))
+    content = load(tmp_path, pickle.dumps({"a": matrix}))
+    assert to_entries("a", content["a"], (12, 12)).values.sum() == 12
+    for limit in ("_LIST_LIMIT", "_ENTRY_LIMIT"):
+        monkeypatch.setattr(f"pahm_ops.mesh.pickles.{limit}", 11)
+    with pytest.raises(ValueError, match="must have at most 11 entries"):
+        to_entries("a", content["a"], (12, 12))

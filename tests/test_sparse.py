@@ -100,9 +100,9 @@ ANY = [
     (
         set_to("_shape", (-12, 8)),
         ValueError,
-        r"must have from 0 to 2\^31 - 1 rows and columns, got shape \(-12",
+        r"must have sides from 0 to 2\^26, got shape \(-12",
     ),
-    (set_to("_shape", (12, BIG)), ValueError, r"must have from 0 to 2\^31 - 1 rows and columns"),
+    (set_to("_shape", (12, BIG)), ValueError, r"must have sides from 0 to 2\^26"),
     (set_to("_shape", (12, 8, 1)), ValueError, r"must be a matrix \(M, N\), got shape \(12, 8, 1\)"),
     (set_to("_shape", (2, 8)), (ValueError, IndexError), "outside its 2 rows|expected|must be 2 lists"),
 ]
@@ -173,6 +173,7 @@ def test_unchecked_torch_tensors_are_checked():
     pointers, columns = torch.tensor([0, 2, 3, 3]), torch.tensor([0, 1, 1])
     cases = [
         ([0, 2, 1, 3], [0, 1, 1], 3, ValueError, "crow_indices that never fall"),
+        ([0, 2**63 - 1, -2, 3], [0, 1, 1], 3, ValueError, "crow_indices that never fall"),
         ([0, 2, 3, 2**40], [0, 1, 1], 3, ValueError, "crow_indices from 0 to its 3 entries"),
         ([0, 2, 3, 2], [0, 1, 1], 3, ValueError, "crow_indices from 0 to its 3 entries"),
         ([1, 2, 3, 3], [0, 1, 1], 3, ValueError, "crow_indices from 0 to its 3 entries"),
@@ -186,6 +187,9 @@ def test_unchecked_torch_tensors_are_checked():
         matrix = torch.sparse_csr_tensor(crow, col, torch.ones(count), (3, 2), check_invariants=False)
         with pytest.raises(error, match=sentence):
             mesh_pool(torch.zeros(2, 3), matrix)
+    tall = torch.sparse_coo_tensor(torch.tensor([[0], [0]]), torch.ones(1), (2**40, 2))
+    with pytest.raises(ValueError, match=r"sides of 2\^26 at most, got shape \(1099511627776, 2\)"):
+        mesh_pool(torch.zeros(2, 3), tall)
     for row in (-1, 3):
         indices = torch.tensor([[0, row], [0, 1]])
         matrix = torch.sparse_coo_tensor(indices, torch.ones(2), (3, 2), check_invariants=False)

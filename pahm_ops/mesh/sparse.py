@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+SIDE_LIMIT = 2**26
+"""Rows and columns that a matrix may have: some forms claim any number of them in a few bytes."""
+
 _LARGEST = 2**31 - 1
 
 
@@ -54,15 +57,15 @@ def entries(form: str, parts: Mapping[str, Any], shape: Any, name: str = "transf
         form: csr, csc, bsr, coo, dia, lil or dok.
         parts: what scipy stores for that form, by its names: arrays of numbers; for lil ``rows`` and ``data``
             as sequences of lists; for dok ``items`` as pairs of (row, column) and value.
-        shape: (M, N), each below 2^31.
+        shape: (M, N), each at most `SIDE_LIMIT`.
         name: what messages call the matrix.
 
     Raises as `scipy_entries` does.
     """
     if not isinstance(shape, tuple) or len(shape) != 2:
         raise ValueError(f"{name} must be a matrix (M, N), got shape {str(shape)[:80]}")
-    if not all(isinstance(n, (int, np.integer)) and 0 <= n <= _LARGEST for n in shape):
-        raise ValueError(f"{name} must have from 0 to 2^31 - 1 rows and columns, got shape {str(shape)[:80]}")
+    if not all(isinstance(n, (int, np.integer)) and 0 <= n <= SIDE_LIMIT for n in shape):
+        raise ValueError(f"{name} must have sides from 0 to 2^26, got shape {str(shape)[:80]}")
     size = int(shape[0]), int(shape[1])
     if form not in _FORMS:
         raise ValueError(f"{name} must be of a form among {', '.join(_FORMS)}, got {str(form)[:20]!r}")
