@@ -46,8 +46,8 @@ def load_transforms(path: str | PathLike[str]) -> Transforms:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a pickle of arrays, one that asks for another class (it is named), a missing key, or
-            levels and matrices whose sizes do not fit each other.
+        ValueError: not a pickle of arrays, one that asks for another class (it is named), a missing key,
+            numbers that are not finite, or levels and matrices whose sizes do not fit each other.
         IndexError: a face names a vertex that its level does not have.
     """
     content = load_arrays(path)
@@ -88,4 +88,6 @@ def _matrix(name: str, value: Any, shape: tuple[int, int]) -> csr_matrix:
     from scipy.sparse import csr_matrix
 
     found = to_entries(name, value, shape)
+    if not np.isfinite(found.values).all():
+        raise ValueError(f"{name} must be finite")
     return csr_matrix((found.values, (found.rows, found.columns)), shape=shape)
