@@ -79,10 +79,8 @@ class Forbidden:
             lambda v: v["vertices"].__setitem__(1, v["adj"][1]),
             "vertices in .* must be an array, got a sparse",
         ),
-        (
-            lambda v: v["up_transform"][1].data.__setitem__(7, np.nan),
-            r"up_transform\[1\] in .* must be finite",
-        ),
+        (lambda v: v["up_transform"][1].data.__setitem__(7, np.nan), r"\[1\] .* finite weights .* got nan"),
+        (lambda v: v["up_transform"][1].data.__setitem__(7, -1e200), r"\[1\] .* below 1e\+12, got 1e\+200"),
         (lambda v: v["vertices"][2].__setitem__(7, np.inf), "vertices must be finite"),
         (lambda v: v["up_transform"].insert(0, np.eye(3)) or v["up_transform"].pop(), "scipy.sparse matrix"),
         (lambda v: v.update(adj=Forbidden()), "asks for .*print, and only numpy's and scipy.sparse's"),

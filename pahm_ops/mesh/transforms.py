@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _KEYS = ("vertices", "face", "down_transform", "up_transform")
 _MOST_LEVELS = 16
+_LARGEST_WEIGHT = 1e12
 
 
 class Transforms(NamedTuple):
@@ -47,7 +48,8 @@ def load_transforms(path: str | PathLike[str]) -> Transforms:
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a pickle of arrays, one that asks for another class (it is named), a missing key,
-            numbers that are not finite, or levels and matrices whose sizes do not fit each other.
+            numbers that are not finite, weights of 1e12 or more, or levels and matrices whose sizes do not
+            fit each other.
         IndexError: a face names a vertex that its level does not have.
     """
     content = load_arrays(path)
@@ -88,6 +90,7 @@ def _matrix(name: str, value: Any, shape: tuple[int, int]) -> csr_matrix:
     from scipy.sparse import csr_matrix
 
     found = to_entries(name, value, shape)
-    if not np.isfinite(found.values).all():
-        raise ValueError(f"{name} must be finite")
+    largest = np.abs(found.values).max(initial=0)
+    if not largest < _LARGEST_WEIGHT:  # NaN is not.
+        raise ValueError(f"{name} must have finite weights below {_LARGEST_WEIGHT:g}, got {largest:g}")
     return csr_matrix((found.values, (found.rows, found.columns)), shape=shape)
