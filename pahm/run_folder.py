@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,12 +50,15 @@ def resume_place(folder: Path, config: Config) -> Place | None:
     if not last.exists():
         return None
     try:
+        _check_sums(last)
         stored = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
         found = from_json(stored["pahm_config"])
         epoch, step = stored["pahm_place"]
         place = Place(epoch, step, stored["global_step"], stored["pahm_images"])
     except Exception as error:
-        raise ValueError(f"resume: {last} is not a checkpoint of pahm train ({error})") from error
+        raise ValueError(
+            f"resume: {last} is not a checkpoint of pahm train ({error}); remove it to begin the run anew"
+        ) from error
     check_same_network(found, config, str(last))
     for part in ("loss", "train", "augment"):
         for name, value in vars(getattr(config, part)).items():
@@ -64,6 +69,19 @@ def resume_place(folder: Path, config: Config) -> Place | None:
                     "use another output folder or the same configuration"
                 )
     return place
+
+
+def _check_sums(path: Path) -> None:
+    """Raise ValueError where a file of torch.save is damaged, which torch.load would not notice."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            ends = [entry.header_offset + entry.compress_size for entry in archive.infolist()]
+            if any(entry.file_size != entry.compress_size for entry in archive.infolist()) or not ends:
+                raise ValueError("its parts do not have the sizes that torch writes")
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"its part {damaged} is damaged")
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error, RuntimeError) as error:
+        raise ValueError(f"it is damaged: {error}") from error
 
 
 def describe_run(folder: Path, config: Config, data: Sequence[str], eval_data: str | None) -> None:

@@ -209,6 +209,7 @@ def test_a_checkpoint_of_another_version_or_without_its_hand_is_named(network, t
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors = load_file(path)
+    del metadata["sha256"]  # as files were written before
     config = json.loads(metadata["config"])
     config["model"]["mystery"] = 1
     for changed in ({"config": json.dumps(config)}, {"config": "{"}, {"config": None}):

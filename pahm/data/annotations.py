@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -101,12 +104,24 @@ def parse_table(
     return np.stack(rows) if rows else np.zeros((0, *shape), dtype)
 
 
+class _Digested:
+    """Writes to a stream and keeps a digest of what was written."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.total = stream, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.total.update(data)
+        return self.stream.write(data)
+
+
 class Table:
     """Records of one annotation file as a float32 array, memory-mapped from a cache beside the file.
 
-    The cache `<stem>.<size>-<mtime>.npy` is written on the first read where the folder is writable, whole
-    or not at all, and is made anew when the JSON file's size or time changes. Pickling a table that has a
-    cache sends its path, so that data loader workers share the pages.
+    The cache `<stem>.<size>-<ctime>.npy` is written on the first read where the folder is writable, whole
+    or not at all, and ends with its own digest. It is made anew where that does not fit and when the JSON
+    file has changed: its ctime tells of every change, while copies keep the mtime. Pickling a table that has
+    a cache sends its path, so that data loader workers share the pages.
 
     Parameters: `path`, the JSON file; `shape`, the shape of one record.
     Raises FileNotFoundError for a missing file and ValueError for a malformed one.
@@ -116,7 +131,7 @@ class Table:
         status = path.stat()
         self.path = path
         self.shape = shape
-        self._cache: Path | None = path.with_name(f"{path.stem}.{status.st_size}-{status.st_mtime_ns}.npy")
+        self._cache: Path | None = path.with_name(f"{path.stem}.{status.st_size}-{status.st_ctime_ns}.npy")
         self._rows: npt.NDArray[np.floating] | None = None
         if self._cache.is_file() and self._is_cache(self._cache):
             return
@@ -146,6 +161,14 @@ class Table:
 
     def _is_cache(self, cache: Path) -> bool:
         try:
+            with cache.open("rb") as stream:
+                total = hashlib.sha256()
+                left = os.fstat(stream.fileno()).st_size - total.digest_size
+                while left > 0 and (block := stream.read(min(left, 1 << 20))):
+                    total.update(block)
+                    left -= len(block)
+                if stream.read() != total.digest():
+                    return False
             rows = np.load(cache, mmap_mode="r")
         except (ValueError, EOFError, OSError):
             return False
@@ -155,7 +178,9 @@ class Table:
         """Write the cache and drop those of earlier versions of the file; False where that is not allowed."""
         try:
             with whole_file(cache, shared=True) as partial, partial.open("wb") as stream:
-                np.save(stream, rows)
+                digested = _Digested(stream)
+                np.save(digested, rows)  # type: ignore[arg-type]
+                stream.write(digested.total.digest())  # np.load does not look behind the array
         except OSError:
             return False
         for old in self.path.parent.glob(f"{self.path.stem}.*-*.npy"):

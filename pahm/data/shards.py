@@ -1,9 +1,9 @@
 """Training images in tar shards, in webdataset's layout: a few large files instead of many small ones.
 
-Each image is a run of files of one key: `.jpg`, `.mask.jpg`, `.json` (index, name, K, scale), `.joints.npy`
-and `.vertices.npy`. Images lie in the shards in a random order that is fixed. They are read where they lie,
-each with one read, in the order that seed and epoch give; so that a resumed run reads nothing of what it has
-seen, and processes and workers share an epoch as they share a folder's.
+Each image is a run of files of one key: `.jpg`, `.mask.jpg`, `.json` (index, name, K, scale, and a checksum
+of it all), `.joints.npy` and `.vertices.npy`. Images lie in the shards in a random order that is fixed. They
+are read where they lie, each with one read, in the order that seed and epoch give, so that a resumed run
+reads nothing of what it has seen, and processes and workers share an epoch as they share a folder's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import tarfile
+import zlib
 from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +36,7 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _BLOCK = 512  # a tar file's unit
 # A tar file ends with two blocks of zeros, and more up to a whole record of 20 blocks.
 _END = range(2 * _BLOCK, 21 * _BLOCK + 1)
+_MOST = 10**6  # shards, as their names have six digits
 _OPEN = 32  # shards that a process keeps open
 
 
@@ -91,12 +93,25 @@ def _files(dataset: FreiHand, index: int) -> dict[str, bytes]:
         "K": record["K"].tolist(),
         "scale": float(record["scale"]),
     }
-    files = {"jpg": image.read_bytes(), "mask.jpg": mask.read_bytes(), "json": json.dumps(values).encode()}
+    files = {"jpg": image.read_bytes(), "mask.jpg": mask.read_bytes(), "json": b""}
     for key in ("joints", "vertices"):
         stream = io.BytesIO()
         np.save(stream, record[key])
         files[f"{key}.npy"] = stream.getvalue()
+    values["crc32"] = _checksum(files, values)
+    files["json"] = json.dumps(values).encode()
     return files
+
+
+def _checksum(files: dict[str, bytes], values: dict[str, Any]) -> int:
+    """Of an image's other files, and of the values in its JSON file besides this one."""
+    total = zlib.crc32(
+        json.dumps({name: value for name, value in values.items() if name != "crc32"}).encode()
+    )
+    for part in _PARTS:
+        if part != "json":
+            total = zlib.crc32(files[part], total)
+    return total
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
@@ -106,7 +121,11 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         return None
     with suppress(ValueError, TypeError, KeyError):
         made_of: dict[str, Any] = read_json(path)
-        if range(made_of["images"]) and range(made_of["size"]):
+        if (
+            range(made_of["images"])
+            and range(made_of["size"])
+            and made_of["images"] <= _MOST * made_of["size"]
+        ):
             return made_of
     raise ValueError(f"{path} is not a manifest of `pahm shards`, which has positive images and size")
 
@@ -144,12 +163,23 @@ def find_shards(data: str | os.PathLike[str]) -> list[Path]:
     return paths
 
 
+def _expected(path: Path, default: int) -> int:
+    """The number of images that a shard was written with; `default` where no manifest beside it says so."""
+    number, made_of = re.fullmatch(r"train-(\d+)\.tar", path.name), _manifest(path.parent)
+    if number is None or made_of is None:
+        return default
+    before = int(number[1]) * int(made_of["size"])
+    return max(1, min(int(made_of["size"]), int(made_of["images"]) - before))
+
+
 def _expand(text: str) -> list[str]:
     match = _RANGE.search(text)
     if match is None:
         return [text]
     first, last = match.groups()
     numbers = range(int(first), int(last) + 1)
+    if not 0 < len(numbers) <= _MOST:
+        raise ValueError(f"data: expected a range of 1 to {_MOST} shards, got {match[0]} in {text}")
     return [
         name
         for number in numbers
@@ -175,7 +205,7 @@ class ShardImages:
         places = []
         for number, path in enumerate(paths):
             found, whole = _index(path)
-            if not whole:
+            if not whole or len(found) != _expected(path, len(found)):
                 sentence = f"data: {path} ends early or is damaged: {len(found)} whole images"
                 if strict:
                     raise ValueError(sentence)
@@ -193,7 +223,7 @@ class ShardImages:
         path = self.paths[self._places[index, 0]]
         try:
             files = self._read(index)
-            values = _values(files["json"])
+            values = _values(files)
             return values | {
                 "name": f"{path.name}/{values['name']}",
                 "image": decode_image(files["jpg"], "jpg"),
@@ -220,7 +250,9 @@ class ShardImages:
         hands = []
         for index in range(min(count, len(self))):
             with suppress(ValueError):  # training names an unreadable image where it comes to it
-                hands.append(_array(self._read(index), "vertices.npy", (778, 3)))
+                files = self._read(index)
+                _values(files)
+                hands.append(_array(files, "vertices.npy", (778, 3)))
         if not hands:
             raise ValueError(f"data: the first {count} images cannot be read, from {self.paths[0]} on")
         return np.stack(hands)
@@ -251,8 +283,10 @@ class ShardImages:
         return self.__dict__ | {"_descriptors": OrderedDict()}
 
 
-def _values(content: bytes) -> Sample:
-    values = parse_json(content, "json")
+def _values(files: dict[str, bytes]) -> Sample:
+    values = parse_json(files["json"], "json")
+    if isinstance(values, dict) and values.get("crc32", _checksum(files, values)) != _checksum(files, values):
+        raise ValueError("its content is not what was written")
     try:
         name, index, scale = values["name"], int(values["index"]), np.float32(float(values["scale"]))
         camera = np.array(values["K"], np.float32)

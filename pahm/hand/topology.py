@@ -20,6 +20,7 @@ def level_name(count: int) -> str:
     return f"M{SIZES.index(count) + 1} ({count})"
 
 
+_SMALLEST, _LARGEST = 0.02, 2.0  # metres
 _JOINTS_OFF = 20  # mm; joints of a posed mesh differ by less between regressors of one hand
 
 
@@ -63,9 +64,26 @@ class HandTopology(NamedTuple):
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> HandTopology:
-        """The inverse of `to_arrays`."""
+        """The inverse of `to_arrays`.
+
+        Raises KeyError for an array that is missing, ValueError or IndexError for a hierarchy that is none or
+        has other sizes, a regressor of another shape, and a hand that is not the size of one.
+        """
         rest = {name: value for name, value in arrays.items() if name != "joint_regressor"}
-        return cls(MeshHierarchy.from_arrays(rest), np.asarray(arrays["joint_regressor"], dtype=np.float64))
+        hierarchy = MeshHierarchy.from_arrays(rest)
+        regressor = np.asarray(arrays["joint_regressor"], dtype=np.float64)
+        if tuple(hierarchy.sizes) != SIZES or regressor.shape != (21, SIZES[0]):
+            raise ValueError(
+                f"expected levels of {SIZES} vertices and a regressor (21, {SIZES[0]}), got "
+                f"{tuple(hierarchy.sizes)} and {regressor.shape}"
+            )
+        if not np.isfinite(regressor).all() or np.abs(regressor.sum(1) - 1).max() > 1e-3:
+            raise ValueError("expected a joint regressor of finite rows that sum to 1")
+        for vertices in hierarchy.vertices:
+            size = float(np.ptp(vertices, axis=0).max())
+            if not _SMALLEST <= size <= _LARGEST:
+                raise ValueError(f"expected a hand {_SMALLEST} to {_LARGEST} metres long, got {size:g}")
+        return cls(hierarchy, regressor)
 
 
 def _regressor(hand: HandModel) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ pickled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from pahm.config import Config, from_json
 from pahm.hand.topology import HandTopology
@@ -50,6 +52,7 @@ def save_checkpoint(
     recorded = config.override({"model.backbone_weights": None}).to_json()
     metadata = {"format": FORMAT, "config": recorded, "scores": json.dumps(scores or {})}
     metadata["provenance"] = json.dumps(dict(provenance or {}))
+    metadata["sha256"] = _digest(tensors, metadata)
     with whole_file(path) as partial:
         partial.write_bytes(save(tensors, metadata))
 
@@ -109,34 +112,69 @@ def load_checkpoint(path: str | os.PathLike[str] | None = None, expect: Config |
 
     Raises:
         FileNotFoundError, ValueError: as `read_metadata`.
-        ValueError: `expect` describes another network (the first value that differs is named), or the weights
-            do not fit the recorded configuration.
+        ValueError: `expect` describes another network (the first value that differs is named), the weights do
+            not fit the recorded configuration, or the file is damaged: its content differs from the digest
+            that was written with it, or, in a file without one, weights or hand cannot be right.
     """
     path = shipped_checkpoint() if path is None else path
     config, _ = read_metadata(path)
     if expect is not None:
         check_same_network(config, expect, os.fspath(path), but=("image_size", "crop"))
     weights, arrays = {}, {}
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - the reader is not a mapping
-            kind, _, rest = name.partition(".")
-            if kind == "topology":
-                arrays[rest] = file.get_tensor(name).numpy()
-            else:
-                value = file.get_tensor(name)
-                weights[rest] = value.float() if value.is_floating_point() else value
+    for name, value in _read_tensors(path).items():
+        kind, _, rest = name.partition(".")
+        if kind == "topology":
+            arrays[rest] = value.numpy()
+        else:
+            weights[rest] = value.float() if value.is_floating_point() else value
     try:
         topology = HandTopology.from_arrays(arrays)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError, TypeError) as error:
         raise ValueError(f"checkpoint: {os.fspath(path)} has no whole hand ({error})") from error
+    with torch.device("meta"):  # a configuration can ask for more memory than there is
+        shapes = {
+            name: value.shape for name, value in build_network(config, topology, False).state_dict().items()
+        }
+    found = {name: value.shape for name, value in weights.items()}
+    for name in sorted(shapes.keys() | found.keys()):
+        if shapes.get(name) != found.get(name):
+            have, wanted = (tuple(s[name]) if name in s else "nothing" for s in (found, shapes))
+            raise ValueError(
+                f"checkpoint: the weights in {os.fspath(path)} do not fit its configuration: "
+                f"expected {wanted} for {name}, got {have}"
+            )
     network = build_network(config, topology, load_backbone=False)
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(
-            f"checkpoint: the weights in {os.fspath(path)} do not fit its configuration: {error}"
-        ) from error
+    network.load_state_dict(weights)
     return network.eval()
+
+
+def _read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, as stored; ValueError, naming the file, where they are damaged."""
+    metadata = _metadata(path)
+    with safe_open(path, framework="pt") as file:
+        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    recorded = metadata.pop("sha256", None)
+    if recorded is not None and recorded != _digest(tensors, metadata):
+        raise ValueError(f"checkpoint: {os.fspath(path)} is damaged: its content is not what was written")
+    for name, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(
+                f"checkpoint: {os.fspath(path)} is damaged: {name} has values that are not finite"
+            )
+        # A file without a digest may have lost a part to zeros; no trained layer has only them.
+        if name.endswith(".weight") and value.dim() > 1 and not value.any():
+            raise ValueError(f"checkpoint: {os.fspath(path)} is damaged: {name} has nothing but zeros")
+    return tensors
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Of all that a checkpoint holds."""
+    total = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        total.update(value.flatten().contiguous().view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def build_network(

@@ -390,6 +390,9 @@ def make_shards(folder: Path) -> None:
 def read_shards(folder: Path) -> Any:
     from pahm.data.shards import ShardImages, find_shards
 
+    from pahm.data.freihand import FreiHand
+
+    whole = FreiHand(SHARED["data"], "training")
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
@@ -405,8 +408,11 @@ def read_shards(folder: Path) -> Any:
         except ValueError as error:
             said.append(str(error))
             continue
-        finite(*(sample[key] for key in ("K", "joints", "vertices", "scale")))
-        read.append([np.asarray(sample["image"]), sample["joints"], sample["vertices"]])
+        values = [np.asarray(sample["image"]), *(sample[key] for key in ("K", "joints", "vertices", "scale"))]
+        other = whole[sample["index"]]
+        expected = [np.asarray(other["image"]), *(other[key] for key in ("K", "joints", "vertices", "scale"))]
+        require(digest(values) == digest(expected), "an image or its annotations are other than before")
+        read.append(values)
     return read
 
 
