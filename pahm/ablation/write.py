@@ -50,7 +50,7 @@ def load_results(out: Path, table: Table, seeds: Sequence[int]) -> Results:
 
 
 def _record(path: Path, names: Sequence[str]) -> dict[str, Any]:
-    """What `pahm ablate` recorded of a run with these scores; ValueError names a file of anything else."""
+    """What `pahm ablate` recorded of a run with these scores; ValueError for any other file."""
     try:
         record: dict[str, Any] = read_json(path)
         from_dict(record["config"])

@@ -179,7 +179,7 @@ class Table:
         try:
             with whole_file(cache, shared=True) as partial, partial.open("wb") as stream:
                 digested = _Digested(stream)
-                np.save(digested, rows)  # type: ignore[arg-type]
+                np.save(digested, rows)
                 stream.write(digested.total.digest())  # np.load does not look behind the array
         except OSError:
             return False

@@ -173,7 +173,7 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     for name in sorted(tensors):
         value = tensors[name]
         total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        total.update(value.flatten().contiguous().view(torch.uint8).numpy())
+        total.update(value.flatten().contiguous().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

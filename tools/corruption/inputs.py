@@ -388,9 +388,8 @@ def make_shards(folder: Path) -> None:
 
 
 def read_shards(folder: Path) -> Any:
-    from pahm.data.shards import ShardImages, find_shards
-
     from pahm.data.freihand import FreiHand
+    from pahm.data.shards import ShardImages, find_shards
 
     whole = FreiHand(SHARED["data"], "training")
     said: list[str] = []
@@ -408,9 +407,9 @@ def read_shards(folder: Path) -> Any:
         except ValueError as error:
             said.append(str(error))
             continue
-        values = [np.asarray(sample["image"]), *(sample[key] for key in ("K", "joints", "vertices", "scale"))]
+        values = [np.asarray(sample[key]) for key in ("image", "K", "joints", "vertices", "scale")]
         other = whole[sample["index"]]
-        expected = [np.asarray(other["image"]), *(other[key] for key in ("K", "joints", "vertices", "scale"))]
+        expected = [np.asarray(other[key]) for key in ("image", "K", "joints", "vertices", "scale")]
         require(digest(values) == digest(expected), "an image or its annotations are other than before")
         read.append(values)
     return read
