@@ -46,7 +46,7 @@ def test_gradient(sample):
 @compiled
 @each
 def test_double_backward(sample):
-    assert torch.autograd.gradgradcheck(sample.function, sample.leaves())
+    assert torch.autograd.gradgradcheck(sample.function, sample.leaves(), fast_mode=True)
 
 
 @compiled
@@ -54,7 +54,12 @@ def test_double_backward(sample):
 def test_forward_mode(sample):
     leaves = sample.leaves()
     assert torch.autograd.gradcheck(
-        sample.function, leaves, check_forward_ad=True, check_backward_ad=False, check_undefined_grad=False
+        sample.function,
+        leaves,
+        check_forward_ad=True,
+        check_backward_ad=False,
+        check_undefined_grad=False,
+        fast_mode=True,
     )
     tangents = tuple(torch.randn_like(a) for a in sample.arguments)
     close(
