@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
-from torch.autograd.function import _SingleLevelFunction
+
+from pahm_ops import _torch_internals as internals
 
 _DEFINITIONS = torch.library.Library("pahm_ops", "FRAGMENT")
 _IMPLEMENTATIONS = torch.library.Library("pahm_ops", "IMPL")
@@ -43,12 +41,27 @@ def _find(name: str) -> Path | None:
     return None
 
 
+#: Why something that this package could have does not serve, a sentence each.
+NOTES: list[str] = []
+
+
+def _loads(path: Path, otherwise: str) -> bool:
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        NOTES.append(f"{path} cannot be loaded ({error.__cause__ or error}): {otherwise}")
+        warnings.warn(NOTES[-1], stacklevel=2)
+        return False
+    return True
+
+
 def _load() -> bool:
     path = _find("_ops")
-    if path is not None:
-        torch.ops.load_library(path)
+    if path is not None and _loads(path, "the CPU runs plain PyTorch; install pahm again on this machine"):
         return True
-    warnings.warn(f"no compiled kernels in {Path(__file__).parent}: the CPU runs plain PyTorch", stacklevel=2)
+    if path is None:
+        NOTES.append(f"no compiled kernels in {Path(__file__).parent}: the CPU runs plain PyTorch")
+        warnings.warn(NOTES[-1], stacklevel=2)
     for schema in SCHEMAS:
         _DEFINITIONS.define(schema)
     return False
@@ -59,8 +72,7 @@ def _load_cuda() -> bool:
     path = _find("_cuda")
     if not LOADED or path is None or torch.version.cuda is None:
         return False
-    torch.ops.load_library(path)
-    return True
+    return _loads(path, "GPUs are served by Triton; the CPU's kernels are not affected")
 
 
 #: True where the compiled op library was found and loaded.
@@ -93,41 +105,72 @@ def below_autograd(op: Any, *arguments: Any) -> Any:
 
     Autograd functions run their forward with both modes off, but a level below may record a graph of its own.
     """
-    if not torch._C._are_functorch_transforms_active():
-        with torch._C._AutoDispatchBelowAutograd():
+    if not internals.functorch_active():
+        with internals.below_autograd():
             return op(*arguments)
-    with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+    with torch.enable_grad(), internals.set_forward_mode(True), internals.below_autograd():
         return op(*arguments)
 
 
 def derivative_is_wanted(arguments: Any) -> bool:
     """Whether what an op gives for `arguments` must be differentiable, or lift to a level of `torch.func`."""
     return (
-        (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments))
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
+        (torch.is_grad_enabled() and internals.any_requires_grad(arguments))
+        or internals.dual_level_open()
+        or internals.functorch_active()
     )
 
 
-class OpFunction(_SingleLevelFunction):
+class OpFunction(internals.SingleLevelFunction or torch.autograd.Function):  # type: ignore[misc]
     """An autograd function that is an op's Autograd kernel: `forward`, `setup_context`, `backward`, `jvp`.
 
     The dispatcher calls it once for each level of `torch.func.grad` and `torch.func.jvp`, as it calls
     PyTorch's own kernels, so it differentiates at that level alone and calls its op below autograd.
     `torch.autograd.Function` would walk the levels a second time, and `torch.library.register_autograd` has
-    no forward mode (its tangents are silently zero).
+    no forward mode (its tangents are silently zero): it takes `setup_context` and `backward` only where torch
+    lacks what the former needs (`_torch_internals.EVERY_LEVEL`).
     """
+
+    @staticmethod
+    def flat(*arguments: Any) -> tuple[Any, ...]:
+        """An op's arguments as the function takes them: no tensor within a list."""
+        return arguments
+
+    @staticmethod
+    def nested(gradients: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What `backward` gives, an entry an argument of the op: `flat` undone."""
+        return gradients
+
+    @staticmethod
+    def results(outputs: Any) -> Any:
+        """What `forward` gives, as the op's schema has it."""
+        return outputs
 
     @classmethod
     def autograd_kernel(cls, *arguments: Any) -> Any:
-        if not derivative_is_wanted(arguments):
-            return cls.forward(*arguments)
-        with enable_single_level_autograd_function():
-            return cls.apply(*arguments)  # type: ignore[attr-defined]
+        given = cls.flat(*arguments)
+        if not derivative_is_wanted(given):
+            return cls.results(cls.forward(*given))
+        with internals.single_level_allowed():
+            return cls.results(cls.apply(*given))
+
+    @classmethod
+    def register_gradient(cls, name: str) -> None:
+        """The documented way, for gradients alone."""
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            cls.setup_context(ctx, cls.flat(*inputs), output)
+
+        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            ctx.needs_input_grad = cls.flat(*ctx.needs_input_grad)
+            each = [g for grad in grads for g in (grad if isinstance(grad, (list, tuple)) else [grad])]
+            return cls.nested(cls.backward(ctx, *each))
+
+        torch.library.register_autograd(f"pahm_ops::{name}", backward, setup_context=setup_context)
 
 
 def register(
-    name: str, fake: Callable[..., Any], autograd: Callable[..., Any], vmap: Callable[..., Any]
+    name: str, fake: Callable[..., Any], function: type[OpFunction], vmap: Callable[..., Any]
 ) -> None:
     """Gives a compiled op its fake kernel, its derivatives and its batching rule.
 
@@ -135,7 +178,10 @@ def register(
     """
     torch.library.register_fake(f"pahm_ops::{name}", fake)
     torch.library.register_vmap(f"pahm_ops::{name}", vmap)
-    _IMPLEMENTATIONS.impl(name, autograd, "Autograd")
+    if internals.EVERY_LEVEL:
+        _IMPLEMENTATIONS.impl(name, function.autograd_kernel, "Autograd")
+    else:
+        function.register_gradient(name)
 
 
 def register_gpu(name: str, function: Callable[..., Any], keys: list[str]) -> None:

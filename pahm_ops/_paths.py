@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pahm_ops import _library
+from pahm_ops import _torch_internals as internals
 
 OPS = ("vertex_sample", "spiral_conv", "mesh_pool")
 _ISAS = ("plain", "neon", "avx2", "avx512", "avx512_bf16", "amx")
@@ -107,30 +108,29 @@ def _why_not(path: str, device: torch.device) -> str:
     if path == "triton":
         return f"Triton is not installed or does not support {device}"
     if not _library.CUDA_LOADED:
-        return "no compiled CUDA library was found"
+        return "; ".join(["no compiled CUDA library was loaded", *_library.NOTES])
     return f"the compiled CUDA library has no code that runs on {device}"
 
 
 def served(device: torch.device) -> bool:
     """Whether tensors on `device` are served by kernels of this package, not by the reference."""
-    if _library.exporting_to_onnx():
+    if _library.exporting_to_onnx() or (not internals.EVERY_LEVEL and internals.transforms_active()):
         return False
     if device.type == "cpu":
         return _library.LOADED
     return device.type in GPUS and _gpu_is_served(device)
 
 
+@internals.constant_of_a_graph
 def _gpu_is_served(device: torch.device) -> bool:
     return choose("mesh_pool", torch.float32, device) != "reference"
 
 
-# A traced graph takes the answer as it is. (torch.compiler.assume_constant_result sets just this, but imports
-# the compiler.)
-_gpu_is_served._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 class Backends(dict[str, dict[str, Any]]):
     """What serves each op; prints as a table."""
+
+    notes: tuple[str, ...] = ()
+    """Why something that this package could have does not serve, a sentence each."""
 
     def __str__(self) -> str:
         lines = [f"{'op':14} {'device':6} {'':32} served by"]
@@ -138,7 +138,7 @@ class Backends(dict[str, dict[str, Any]]):
             for device, by in devices.items():
                 for row, path in by.items() if isinstance(by, dict) else [("", by)]:
                     lines.append(f"{op:14} {device:6} {row:32} {path}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 def backends() -> Backends:
@@ -153,9 +153,13 @@ def backends() -> Backends:
     size that is served apart, such as ``{"float16": "triton", "float32": "cuda", ...}``: "cuda" are the
     compiled kernels, "triton" Triton's (the environment variable PAHM_GPU_PATH forces "cuda", "triton" or
     "reference"). Raises ValueError if a variable names what this machine lacks.
+
+    ``backends().notes``, printed below the table, says what does not serve here and why: a compiled library
+    that is missing or cannot be loaded, or a feature whose internals this torch lacks.
     """
     isa = torch.ops.pahm_ops.cpu_isa() if _library.LOADED else None
     table = Backends()
+    table.notes = (*_library.NOTES, *internals.notes())
     for op in OPS:
         widest = len(_ISAS) - 1 if op == "spiral_conv" else _ISAS.index("avx512")
         table[op] = {"cpu": "reference" if isa is None else _ISAS[min(isa, widest)]}

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+
+from pahm_ops import _torch_internals as internals
 
 # By storage and shape, not by tensor: a view that is made anew for each call is found again.
-_MADE: dict[Any, tuple[StorageWeakRef, int, Any]] = {}
+_MADE: dict[Any, tuple[Any, int, Any]] = {}
 # What a CUDA graph was captured with: it reads that at every replay.
-_CAPTURED: dict[int, tuple[StorageWeakRef, Any]] = {}
+_CAPTURED: dict[int, tuple[Any, Any]] = {}
 _LOCK = threading.Lock()
 
 
@@ -28,19 +29,20 @@ def made_once(source: Tensor, purpose: Any, make: Callable[[], Any]) -> Any:
     Made anew for a tensor of inference mode, which does not tell its changes, and within the capture of a
     CUDA graph, where there are no values yet. Changes by way of ``.data`` are not seen.
     """
-    if source.is_inference():
+    version = internals.version(source)
+    if version is None:
         return make()
-    reference = StorageWeakRef(source.untyped_storage())
+    reference = internals.StorageWeakRef(source.untyped_storage())
     key = reference.cdata, source.storage_offset(), source.shape, source.stride(), purpose
     with _LOCK:
         found = _MADE.get(key)
-        if found is not None and found[1] == source._version:
+        if found is not None and found[1] == version:
             if _capturing(source.device):
                 _CAPTURED[id(found[2])] = reference, found[2]
             return found[2]
     if _capturing(source.device):
         return make()
-    version, value = source._version, _finished(source.device, make)
+    value = _finished(source.device, make)
     with _LOCK:
         for old in [k for k, (storage, *_) in _MADE.items() if storage.expired()]:
             del _MADE[old]
@@ -76,7 +78,7 @@ def _finished(device: torch.device, make: Callable[[], Any]) -> Any:
 def _check(condition: Tensor, message: str) -> None:
     """Raises IndexError where `condition` does not hold; within a capture the device stops at replay."""
     if _capturing(condition.device):
-        torch._assert_async(condition, message)
+        internals.assert_async(condition, message)
     elif not condition:
         raise IndexError(message)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from pahm_ops import _library
+from pahm_ops import _torch_internals as internals
 from pahm_ops._derivatives import push_forward, restricted
 from pahm_ops.reference import vertex_sample as reference
 
@@ -24,6 +24,14 @@ Options = tuple[int, int, bool, bool]
 
 
 class _VertexSample(_library.OpFunction):
+    @staticmethod
+    def flat(features: list[Any], vertices: Any, camera: Any, *options: Any) -> tuple[Any, ...]:
+        return vertices, camera, options, *features
+
+    @staticmethod
+    def nested(gradients: tuple[Any, ...]) -> tuple[Any, ...]:
+        return list(gradients[3:]), *gradients[:2], None, None, None, None
+
     @staticmethod
     def forward(vertices: Tensor, camera: Tensor | None, options: Options, *maps: Tensor) -> Tensor:
         return _library.below_autograd(_ops.vertex_sample, list(maps), vertices, camera, *options)
@@ -45,13 +53,27 @@ class _VertexSample(_library.OpFunction):
     def autograd_kernel(
         cls, features: list[Tensor], vertices: Tensor, camera: Tensor | None, *options: Any
     ) -> Tensor:
-        if forward_ad._current_level >= 0:
+        if internals.dual_level_open():
             return _gather(options, strict=vertices.is_cpu)(vertices, camera, *features)
-        return super().autograd_kernel(vertices, camera, options, *features)
+        return super().autograd_kernel(features, vertices, camera, *options)
 
 
 class _VertexSampleBackward(_library.OpFunction):
     """Gives its gradients flat: of the maps, then of vertices and camera; empty where `needs` says so."""
+
+    @staticmethod
+    def flat(grad: Any, features: list[Any], vertices: Any, camera: Any, *options: Any) -> tuple[Any, ...]:
+        *sizes, needs = options
+        return grad, vertices, camera, tuple(sizes), needs, *features
+
+    @staticmethod
+    def nested(gradients: tuple[Any, ...]) -> tuple[Any, ...]:
+        return gradients[0], list(gradients[5:]), *gradients[1:3], None, None, None, None, None
+
+    @staticmethod
+    def results(outputs: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor, Tensor]:
+        *maps, vertex_grad, camera_grad = outputs
+        return maps, vertex_grad, camera_grad
 
     @staticmethod
     def forward(
@@ -106,21 +128,6 @@ class _VertexSampleBackward(_library.OpFunction):
             for i, part in zip(asked, pushed, strict=True):
                 found[i] = found[i] + part
         return tuple(found.values())
-
-    @classmethod
-    def autograd_kernel(
-        cls,
-        grad: Tensor,
-        features: list[Tensor],
-        vertices: Tensor,
-        camera: Tensor | None,
-        *options: Any,
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        *sizes, needs = options
-        *maps, vertex_grad, camera_grad = super().autograd_kernel(
-            grad, vertices, camera, tuple(sizes), tuple(needs), *features
-        )
-        return maps, vertex_grad, camera_grad
 
 
 def _gather(options: Options, strict: bool = False) -> Callable[..., Tensor]:
@@ -245,10 +252,10 @@ def _split(tensor: Tensor, count: int) -> Tensor:
     return tensor.unflatten(0, (count, tensor.shape[0] // count))
 
 
-_library.register("vertex_sample", _fake_vertex_sample, _VertexSample.autograd_kernel, _vmap_vertex_sample)
+_library.register("vertex_sample", _fake_vertex_sample, _VertexSample, _vmap_vertex_sample)
 _library.register(
     "vertex_sample_backward",
     _fake_vertex_sample_backward,
-    _VertexSampleBackward.autograd_kernel,
+    _VertexSampleBackward,
     _vmap_vertex_sample_backward,
 )

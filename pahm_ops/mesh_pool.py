@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from pahm_ops import _library, _paths
-from pahm_ops.mesh.sparse import SIDE_LIMIT, scipy_entries
+from pahm_ops import _torch_internals as internals
 from pahm_ops.reference import mesh_pool as reference
 
 _ops = torch.ops.pahm_ops
@@ -134,15 +133,17 @@ class MeshTransform:
         return MeshTransform(self.shape, *moved)
 
 
-_PREPARED = WeakIdKeyDictionary()
+_PREPARED: Any = internals.WeakIdKeyDictionary()
 
 
 def _prepared(matrix: Any) -> MeshTransform:
     """`MeshTransform.prepare`, remembered for as long as a tensor lives and keeps its values."""
     if not isinstance(matrix, Tensor) or matrix.layout not in (torch.sparse_coo, torch.sparse_csr):
         return MeshTransform.prepare(matrix)
-    values = matrix._values() if matrix.layout == torch.sparse_coo else matrix.values()
-    version = values._version
+    values = internals.coo_entries(matrix)[1] if matrix.layout == torch.sparse_coo else matrix.values()
+    version = internals.version(values)
+    if version is None:
+        return MeshTransform.prepare(matrix)
     found = _PREPARED.get(matrix)
     if found is None or found[0] != version:
         found = version, MeshTransform.prepare(matrix)
@@ -154,7 +155,10 @@ def _prepared(matrix: Any) -> MeshTransform:
 
 def _entries(matrix: Any) -> tuple[tuple[int, int], Tensor, Tensor, Tensor]:
     """Shape, rows, columns and values of a sparse matrix."""
+    # Here, as `import pahm_ops` waits for neither.
     from scipy.sparse import issparse
+
+    from pahm_ops.mesh.sparse import SIDE_LIMIT, scipy_entries
 
     if isinstance(matrix, Tensor):
         if matrix.layout not in (torch.sparse_coo, torch.sparse_csr):
@@ -166,8 +170,8 @@ def _entries(matrix: Any) -> tuple[tuple[int, int], Tensor, Tensor, Tensor]:
         if max(matrix.shape) > SIDE_LIMIT:
             raise ValueError(f"transform must have sides of 2^26 at most, got shape {tuple(matrix.shape)}")
         if matrix.layout == torch.sparse_coo:
-            rows, columns = matrix._indices().unbind(0)
-            values = matrix._values()
+            indices, values = internals.coo_entries(matrix)
+            rows, columns = indices.unbind(0)
         else:
             pointers, columns, values = matrix.crow_indices(), matrix.col_indices(), matrix.values()
             entries = columns.numel()
@@ -246,4 +250,4 @@ def _vmap_mesh_pool(info: Any, dims: Any, x: Tensor, *matrices: Tensor) -> tuple
     return out.unflatten(0, (info.batch_size, x.shape[0 if dims[0] else 1])), 0
 
 
-_library.register("mesh_pool", _fake_mesh_pool, _MeshPool.autograd_kernel, _vmap_mesh_pool)
+_library.register("mesh_pool", _fake_mesh_pool, _MeshPool, _vmap_mesh_pool)

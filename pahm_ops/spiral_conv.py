@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 
 from pahm_ops import _library, _paths
+from pahm_ops import _torch_internals as internals
 from pahm_ops.reference import spiral_conv as reference
 
 _ops = torch.ops.pahm_ops
@@ -57,7 +57,13 @@ def spiral_conv(
     batched = x if x.dim() == 3 else x.unsqueeze(0)
     if _paths.served(x.device):
         batched, weight, bias = _library.widened(batched, weight, bias)
-        out = _ops.spiral_conv(batched, indices, weight, bias, ACTIVATIONS.index(activation)).to(x.dtype)
+        if (
+            activation == "gelu" and not internals.EVERY_LEVEL
+        ):  # Its gradient does not follow from its result.
+            out = F.gelu(_ops.spiral_conv(batched, indices, weight, bias))
+        else:
+            out = _ops.spiral_conv(batched, indices, weight, bias, ACTIVATIONS.index(activation))
+        out = out.to(x.dtype)
     else:
         _check_range(indices, batched.shape[1])
         out = reference.spiral_conv(batched, indices, weight, bias, activation)
@@ -156,7 +162,7 @@ def _check_indices(indices: Tensor) -> None:
 
 def _check_range(indices: Tensor, vertices: int) -> None:
     # The compiled kernels check this themselves; a graph that is traced and a fake tensor have no values.
-    if indices.numel() == 0 or torch.compiler.is_compiling() or indices.is_meta or is_fake(indices):
+    if indices.numel() == 0 or torch.compiler.is_compiling() or indices.is_meta or internals.is_fake(indices):
         return
     low, high = (int(bound) for bound in indices.aminmax())
     if low < 0 or high >= vertices:
@@ -180,6 +186,8 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
 def _through_activation(grad: Tensor, output: Tensor | None, activation: int) -> Tensor:
     if output is None:
         return grad
+    if activation == _GELU:
+        raise NotImplementedError("the op has no gradient through gelu here: call pahm_ops.spiral_conv")
     if ACTIVATIONS[activation] == "relu":
         return torch.ops.aten.threshold_backward(grad, output, 0)
     return torch.ops.aten.elu_backward(grad, 1, 1, 1, True, output)
@@ -208,7 +216,7 @@ class _SpiralConv(_library.OpFunction):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, indices, weight, output = ctx.saved_tensors
-        need_x, _, need_weight, need_bias, _ = ctx.needs_input_grad
+        need_x, _, need_weight, need_bias = ctx.needs_input_grad[:4]
         grad = _through_activation(grad, output, ctx.activation)
         return (
             _ops.spiral_conv_input_grad(grad, indices, weight, x.shape[1]) if need_x else None,
@@ -350,8 +358,6 @@ def _vmap_weight_grad(info: Any, dims: Any, grad: Tensor, x: Tensor, indices: Te
     return _library.one_by_one(_ops.spiral_conv_weight_grad, info.batch_size, dims, (grad, x, indices))
 
 
-_library.register("spiral_conv", _fake_spiral_conv, _SpiralConv.autograd_kernel, _vmap_spiral_conv)
-_library.register("spiral_conv_input_grad", _fake_input_grad, _InputGrad.autograd_kernel, _vmap_input_grad)
-_library.register(
-    "spiral_conv_weight_grad", _fake_weight_grad, _WeightGrad.autograd_kernel, _vmap_weight_grad
-)
+_library.register("spiral_conv", _fake_spiral_conv, _SpiralConv, _vmap_spiral_conv)
+_library.register("spiral_conv_input_grad", _fake_input_grad, _InputGrad, _vmap_input_grad)
+_library.register("spiral_conv_weight_grad", _fake_weight_grad, _WeightGrad, _vmap_weight_grad)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pahm_ops
-from pahm_ops import _library
+from pahm_ops import _library, _paths
 
 
 def run(code, **environment):
@@ -97,11 +97,13 @@ def test_library_carries_the_stable_abi_tag_and_is_no_python_module():
     assert b"PyInit_" not in path.read_bytes()
 
 
-def test_without_the_library_the_reference_serves(tmp_path):
+def test_without_a_library_that_loads_the_reference_serves(tmp_path):
     source = Path(pahm_ops.__file__).parent
     shutil.copytree(source, tmp_path / "pahm_ops", ignore=shutil.ignore_patterns("_ops.*", "__pycache__"))
+    (tmp_path / "pahm_ops" / "_ops.abi3.so").write_text("for another machine")
     code = """
 import torch, pahm_ops
+assert "cannot be loaded" in str(pahm_ops.backends()), pahm_ops.backends()
 print(pahm_ops.backends()["spiral_conv"]["cpu"], pahm_ops.backends()["mesh_pool"]["cpu"])
 x = torch.ones(1, 2, 3, requires_grad=True)
 y = pahm_ops.spiral_conv(x, torch.tensor([[0, 1]]), torch.ones(4, 6), torch.ones(4))
@@ -121,6 +123,37 @@ except IndexError as error:
         "[[[7.0, 7.0, 7.0, 7.0]]] [[[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]] [[[5.0, 5.0, 5.0], [5.0, 5.0, 5.0]]]",
         "indices must lie in [0, 2), got 2",
     ]
+
+
+@pytest.fixture
+def notes(monkeypatch):
+    monkeypatch.setattr(_library, "NOTES", [])
+    return _library.NOTES
+
+
+def test_a_cuda_library_that_cannot_be_loaded_is_one_warning(monkeypatch, tmp_path, notes):
+    path = tmp_path / "_cuda.abi3.so"
+    path.write_text("for another CUDA")
+    monkeypatch.setattr(_library, "_find", lambda name: path)
+    monkeypatch.setattr(_library, "LOADED", True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.warns(UserWarning) as warned:
+        monkeypatch.setattr(_library, "CUDA_LOADED", _library._load_cuda())
+    assert not _library.CUDA_LOADED and len(warned) == 1
+    said = f"{path} cannot be loaded \\({path}: .*\\): GPUs are served by Triton"
+    assert re.match(said, str(warned[0].message)) and re.match(said, notes[0])
+    assert str(pahm_ops.backends()).endswith(notes[0]) and pahm_ops.backends().notes[:1] == (notes[0],)
+    monkeypatch.setenv("PAHM_GPU_PATH", "cuda")
+    with pytest.raises(ValueError, match=r"no compiled CUDA library was loaded; .* cannot be loaded"):
+        _paths.choose("mesh_pool", torch.float32, torch.device("cuda", 0))
+
+
+def test_a_library_that_is_missing_is_one_warning(monkeypatch, notes):
+    monkeypatch.setattr(_library, "_find", lambda name: None)
+    monkeypatch.setattr(_library, "SCHEMAS", ())
+    with pytest.warns(UserWarning, match="no compiled kernels in .*: the CPU runs plain PyTorch") as warned:
+        assert not _library._load() and not _library._load_cuda()
+    assert len(warned) == len(notes) == 1
 
 
 def test_an_inference_tensor_and_no_grad_serve():

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pahm_ops import _torch_internals as internals
+
 
 def project(
     vertices: Tensor,
@@ -42,7 +44,7 @@ def project(
         rays = vertices @ camera.transpose(1, 2)
         depth = rays[..., 2:]
         front = depth.squeeze(-1) > 0
-        if strict and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        if strict and not torch.compiler.is_compiling() and not internals.functorch_active():
             _refuse_behind(valid & ~front, depth.squeeze(-1))
         valid = valid & front
         pixels = rays[..., :2] / torch.where(valid.unsqueeze(-1), depth, 1.0)
