@@ -134,6 +134,7 @@ def reconstruct(
         raise ValueError(f"{scales.path}: record {row} is {scales[row]:g}, expected a positive length")
     place = pick_device(device)
     network = network.eval().to(place)
+    dtype = next(network.parameters()).dtype
     regressor = network.joint_regressor.double().cpu()
     images = _Images(dataset, network.config, left)
     loader = torch.utils.data.DataLoader(images, batch_size, num_workers=workers)
@@ -141,7 +142,7 @@ def reconstruct(
     errors: dict[int, str] = {}
     for batch in track(loader, "reconstructing", disable=not progress, console=Console(stderr=True)):
         with torch.inference_mode():
-            prediction = network(batch["image"].to(place))
+            prediction = network(batch["image"].to(place, dtype))
         mesh, camera = prediction.meshes[-1].double().cpu(), prediction.camera.double().cpu()
         wrong = ~(mesh.isfinite().flatten(1).all(1) & camera.isfinite().all(1))
         if wrong.any():

@@ -89,6 +89,7 @@ class Predictor:
         # On a CPU channels_last is faster than NCHW by an eighth at batch 8.
         module = network.to(self.device).eval().to(memory_format=torch.channels_last)
         self.network: HandNetwork = module  # type: ignore[assignment]
+        self.dtype = next(module.parameters()).dtype
         self.size = int(self.network.config.image_size)
         self.share = float(self.network.config.crop)
         self._regressor = self.network.joint_regressor.double().cpu().numpy()
@@ -202,7 +203,8 @@ class Predictor:
             return []
         images = torch.stack([normalise(crop.pixels) for crop in crops])
         with torch.inference_mode():
-            output = self.network(images.to(self.device, memory_format=torch.channels_last))
+            images = images.to(self.device, self.dtype, memory_format=torch.channels_last)
+            output = self.network(images)
         meshes = [level.double().cpu().numpy() for level in output.meshes]
         cameras = output.camera.double().cpu().numpy()
         return [([level[i] for level in meshes], cameras[i]) for i in range(len(crops))]

@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from pahm_ops import _gpu  # noqa: F401  (registers the kernels for GPUs)
+from pahm_ops import _flops, _gpu  # noqa: F401  (register the counts of operations and the kernels for GPUs)
 from pahm_ops._paths import backends
 from pahm_ops.mesh_pool import MeshPool, MeshTransform, mesh_pool
 from pahm_ops.spiral_conv import SpiralConv, spiral_conv

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pahm_ops import _library, _paths
 from pahm_ops import _torch_internals as internals
+from pahm_ops.constant_buffers import ConstantBuffers
 from pahm_ops.reference import mesh_pool as reference
 
 _ops = torch.ops.pahm_ops
@@ -63,33 +64,40 @@ def mesh_pool(x: Tensor, transform: Any, dim: int = 1) -> Tensor:
     return out if x.dim() == 3 else out.squeeze(0)
 
 
-class MeshPool(nn.Module):
-    """`mesh_pool` by one transform, prepared once; follows the module from device to device.
+class MeshPool(ConstantBuffers):
+    """`mesh_pool` by one transform, prepared once; its tensors are buffers outside the state_dict.
 
-    A cast of the module (``.to(torch.bfloat16)``) leaves the transform's values as they are. The state_dict
-    is empty. Forward: (B, N, C) or (N, C) to (B, M, C) or (M, C).
+    A cast of the module (``.to(torch.bfloat16)``) leaves the transform's values as they are.
+    Forward: (B, N, C) or (N, C) to (B, M, C) or (M, C).
     """
 
     def __init__(self, transform: Any) -> None:
         super().__init__()
         if not isinstance(transform, MeshTransform):
             transform = MeshTransform.prepare(transform)
-        self.transform: MeshTransform = transform
+        self.shape = transform.shape
+        for direction, rows in (("forward", transform.forward), ("backward", transform.backward)):
+            for part, tensor in zip(_PARTS, rows, strict=True):
+                self.register_constant(f"{direction}_{part}", tensor)
+
+    @property
+    def transform(self) -> MeshTransform:
+        """The transform, of the module's buffers."""
+        forward, backward = (
+            tuple(getattr(self, f"{direction}_{part}") for part in _PARTS)
+            for direction in ("forward", "backward")
+        )
+        return MeshTransform(self.shape, forward, backward)
 
     def forward(self, x: Tensor) -> Tensor:
         return mesh_pool(x, self.transform)
 
     def extra_repr(self) -> str:
-        rows, columns = self.transform.shape
+        rows, columns = self.shape
         return f"{columns} -> {rows}"
 
-    def _apply(self, fn: Any, recurse: bool = True) -> MeshPool:
-        super()._apply(fn, recurse)
-        probe = fn(torch.empty(0, device=self.transform.device))
-        self.transform = self.transform.to(probe.device)
-        return self
 
-
+_PARTS = ("row_pointers", "columns", "values")
 Rows = tuple[Tensor, Tensor, Tensor]
 
 
@@ -140,13 +148,18 @@ def _prepared(matrix: Any) -> MeshTransform:
     """`MeshTransform.prepare`, remembered for as long as a tensor lives and keeps its values."""
     if not isinstance(matrix, Tensor) or matrix.layout not in (torch.sparse_coo, torch.sparse_csr):
         return MeshTransform.prepare(matrix)
-    values = internals.coo_entries(matrix)[1] if matrix.layout == torch.sparse_coo else matrix.values()
-    version = internals.version(values)
-    if version is None:
+    if matrix.layout == torch.sparse_coo:
+        parts: tuple[Tensor, ...] = internals.coo_entries(matrix)
+    else:
+        parts = matrix.crow_indices(), matrix.col_indices(), matrix.values()
+    versions = [internals.version(part) for part in parts]
+    if None in versions:
         return MeshTransform.prepare(matrix)
+    # The parts are kept, so that no other tensor can take their memory while it is compared with.
+    state = [(part.data_ptr(), part.shape, version) for part, version in zip(parts, versions, strict=True)]
     found = _PREPARED.get(matrix)
-    if found is None or found[0] != version:
-        found = version, MeshTransform.prepare(matrix)
+    if found is None or found[0] != state:
+        found = state, MeshTransform.prepare(matrix), parts
         if matrix.is_cuda:  # The next call may come from another stream.
             torch.cuda.current_stream(matrix.device).synchronize()
         _PREPARED[matrix] = found

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pahm_ops import _library, _paths
 from pahm_ops import _torch_internals as internals
+from pahm_ops.constant_buffers import ConstantBuffers
 from pahm_ops.reference import spiral_conv as reference
 
 _ops = torch.ops.pahm_ops
@@ -70,7 +71,7 @@ def spiral_conv(
     return out if x.dim() == 3 else out.squeeze(0)
 
 
-class SpiralConv(nn.Module):
+class SpiralConv(ConstantBuffers):
     """`spiral_conv` with parameters of its own; loads SpiralNet++'s checkpoints and writes such.
 
     Args:
@@ -82,6 +83,9 @@ class SpiralConv(nn.Module):
 
     Parameters: ``layer.weight`` (out_channels, L * in_channels), Xavier-uniform; ``layer.bias``, zero.
     Forward: (B, N, in_channels) or (N, in_channels) to (B, M, out_channels) or (M, out_channels).
+
+    `layer` is an ``nn.Linear``. Where it has hooks of its own, is parametrised or was replaced (pruning,
+    weight norm, LoRA, quantisation), the spirals are gathered and it is called, as in SpiralNet++.
     """
 
     indices: Tensor
@@ -106,7 +110,7 @@ class SpiralConv(nn.Module):
         self.dim = dim
         self.seq_length = indices.shape[1]
         self.activation = activation
-        self.register_buffer("indices", indices, persistent=False)
+        self.register_constant("indices", indices)
         self.layer = nn.Linear(in_channels * indices.shape[1], out_channels)
         self.reset_parameters()
 
@@ -115,11 +119,31 @@ class SpiralConv(nn.Module):
         nn.init.zeros_(self.layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return spiral_conv(x, self.indices, self.layer.weight, self.layer.bias, self.activation)
+        layer = self.layer
+        if _is_plain(layer):
+            return spiral_conv(x, self.indices, layer.weight, layer.bias, self.activation)
+        batched = x if x.dim() == 3 else x.unsqueeze(0)
+        _check_range(self.indices, batched.shape[1])
+        out: Tensor = reference.ACTIVATIONS[self.activation](layer(reference.gather(batched, self.indices)))
+        return out if x.dim() == 3 else out.squeeze(0)
 
     def extra_repr(self) -> str:
         activation = f", activation={self.activation!r}" if self.activation else ""
         return f"{self.in_channels}, {self.out_channels}, spirals={tuple(self.indices.shape)}{activation}"
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling `layer` is the linear map of its weight and bias, and nothing else."""
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in layer.__dict__
+        and not (
+            layer._forward_hooks
+            or layer._forward_pre_hooks
+            or layer._backward_hooks
+            or layer._backward_pre_hooks
+        )
+    )
 
 
 def _check(x: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None) -> None:

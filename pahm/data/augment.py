@@ -17,8 +17,15 @@ from pahm.config import AugmentConfig
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _FILL = tuple(round(255 * value) for value in IMAGENET_MEAN)
-_LUMA = torch.tensor([0.299, 0.587, 0.114])
-_RGB_TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+
+
+def _tensor(values: object) -> Tensor:
+    """On the CPU in float32, whatever the defaults are."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
+_LUMA = _tensor([0.299, 0.587, 0.114])
+_RGB_TO_YIQ = _tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 _YIQ_TO_RGB = torch.linalg.inv(_RGB_TO_YIQ)
 _MAX_SHRINK = 1.2  # input pixels per output pixel above which bilinear sampling alone would alias
 
@@ -80,10 +87,11 @@ def colour_matrix(mean: float, brightness: float, contrast: float, saturation: f
     their product costs one pass over the pixels.
     """
     cos, sin = math.cos(hue), math.sin(hue)
-    turn = torch.tensor([[1.0, 0.0, 0.0], [0.0, cos, -sin], [0.0, sin, cos]])
+    turn = _tensor([[1.0, 0.0, 0.0], [0.0, cos, -sin], [0.0, sin, cos]])
     linear = _YIQ_TO_RGB @ turn @ _RGB_TO_YIQ
-    linear = (saturation * torch.eye(3) + (1 - saturation) * _LUMA.expand(3, 3)) @ linear
-    offset = torch.full((3, 1), (1 - contrast) * mean * brightness)
+    to_grey = _LUMA.expand(3, 3)
+    linear = (saturation * _tensor(np.eye(3).tolist()) + (1 - saturation) * to_grey) @ linear
+    offset = _tensor([[(1 - contrast) * mean * brightness]]).expand(3, 1)
     return torch.cat([contrast * brightness * linear, offset], dim=1)
 
 
@@ -95,7 +103,7 @@ def normalise(image: Image.Image, colour: Tensor | None = None) -> Tensor:
     pixels = torch.from_numpy(np.array(image)).reshape(-1, 3).t().to(torch.float32).div_(255.0)
     if colour is not None:
         pixels = torch.addmm(colour[:, 3:], colour[:, :3], pixels).clamp_(0.0, 1.0)
-    mean, deviation = torch.tensor(IMAGENET_MEAN)[:, None], torch.tensor(IMAGENET_STD)[:, None]
+    mean, deviation = (_tensor(values)[:, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return pixels.sub_(mean).div_(deviation).reshape(3, image.height, image.width)
 
 
@@ -161,13 +169,13 @@ class CropTransform:
         result = {
             "image": normalise(crop, colour),
             "K": torch.from_numpy(intrinsics.astype(np.float32)),
-            "index": torch.tensor(sample["index"]),
+            "index": torch.tensor(sample["index"], device="cpu"),
         }
         if "mask" in sample:
             mask = np.array(warp(sample["mask"], matrix, self.size)) > 127
             result["mask"] = torch.from_numpy(mask).to(torch.float32)[None]
         if "scale" in sample:
-            result["scale"] = torch.tensor(float(sample["scale"]))
+            result["scale"] = _tensor(float(sample["scale"]))
         for key in ("joints", "vertices"):
             if key in sample:
                 points = np.asarray(sample[key], np.float64) @ rotation.T

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from pahm.hand.joints import BONE_NAMES, FREIHAND_TIPS, JOINT_NAMES, JOINT_ORDER, PARENTS
 from pahm.hand.plausible import check_plausible
 from pahm.hand.rotation import axis_angle_to_matrix
 from pahm_ops.array_files import read_npz
+from pahm_ops.constant_buffers import ConstantBuffers
 
 ASSET_KEYS = ("template", "faces", "parents", "skinning_weights", "shape_basis", "bone_regressor", "tips")
 
@@ -30,7 +31,7 @@ class HandOutput(NamedTuple):
     """`(B, 21, 3)` metres, FreiHAND's order."""
 
 
-class HandModel(nn.Module):
+class HandModel(ConstantBuffers):
     """A posable, shapable right hand with MANO's bones (Romero et al. 2017, section 3).
 
     Buffers, all in one floating dtype: `template` (778, 3) metres; `faces` (1538, 3) int64, outward and
@@ -104,10 +105,13 @@ class HandModel(nn.Module):
         joint_regressor = rows[list(JOINT_ORDER)]
 
         def buffer(name: str, values: NDArray[np.floating] | None) -> None:
-            tensor = None if values is None else torch.as_tensor(np.array(values), dtype=dtype)
-            self.register_buffer(name, tensor, persistent=False)
+            if values is None:
+                self.register_buffer(name, None)
+            else:
+                tensor = torch.as_tensor(np.array(values), dtype=dtype, device="cpu")
+                self.register_constant(name, tensor, cast=True)
 
-        self.register_buffer("faces", torch.as_tensor(np.array(faces), dtype=torch.int64), persistent=False)
+        self.register_constant("faces", torch.as_tensor(np.array(faces), dtype=torch.int64, device="cpu"))
         buffer("template", template)
         buffer("skinning_weights", skinning_weights)
         buffer("shape_basis", shape_basis)

@@ -7,7 +7,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
@@ -131,7 +132,7 @@ def load_checkpoint(path: str | os.PathLike[str] | None = None, expect: Config |
         topology = HandTopology.from_arrays(arrays)
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise ValueError(f"checkpoint: {os.fspath(path)} has no whole hand ({error})") from error
-    with torch.device("meta"):  # a configuration can ask for more memory than there is
+    with _float32(), torch.device("meta"):  # a configuration can ask for more memory than there is
         shapes = {
             name: value.shape for name, value in build_network(config, topology, False).state_dict().items()
         }
@@ -143,9 +144,21 @@ def load_checkpoint(path: str | os.PathLike[str] | None = None, expect: Config |
                 f"checkpoint: the weights in {os.fspath(path)} do not fit its configuration: "
                 f"expected {wanted} for {name}, got {have}"
             )
-    network = build_network(config, topology, load_backbone=False)
+    with _float32(), torch.device("cpu"):
+        network = build_network(config, topology, load_backbone=False)
     network.load_state_dict(weights)
     return network.eval()
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    """Parameters are made in float32, whatever the default dtype is."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:

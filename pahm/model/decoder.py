@@ -94,7 +94,9 @@ class MeshLevel(nn.Module):
         seen = [features, mesh]
         if self.mapping is not None:
             seen.insert(0, self.mapping(feature_map, mesh * UNIT, camera))
-        features = self.mesh_conv(F.gelu(self.merge(torch.cat(seen, dim=-1))))
+        # The mesh is float32 in a network of half precision, too.
+        inputs = torch.cat([part.to(features.dtype) for part in seen], dim=-1)
+        features = self.mesh_conv(F.gelu(self.merge(inputs)))
         return mesh + self.offset(self.norm(features)), features
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pahm.config import ModelConfig
 from pahm.model.extractor import JOINTS
+from pahm_ops.constant_buffers import ConstantBuffers
 
 UNIT = 0.2
 """The decoders work in units of 0.2 m, as CMR does, so that a hand is about one unit long."""
@@ -17,7 +18,7 @@ HIDDEN = 256
 """Hidden width of the perceptron that lifts the 2D pose to the first mesh."""
 
 
-class FirstMesh(nn.Sequential):
+class FirstMesh(nn.Sequential, ConstantBuffers):
     """The first mesh of 98 vertices, and the weak-perspective camera.
 
     The paper does not say where the first projection takes place. Here a small perceptron lifts the 2D pose,
@@ -27,7 +28,7 @@ class FirstMesh(nn.Sequential):
     image reaches the vertices by the mapping under test only, and the camera merely places the result.
 
     Forward: Q_32 `(B, C, h, w)` and 2D joints `(B, 21, 2)`, normalised, or None, to `(mesh, camera)`:
-    `(B, 98, 3)` float32 in units of 0.2 m relative to the root joint, `(B, 3)` [s, tx, ty].
+    `(B, 98, 3)`, at least float32, in units of 0.2 m relative to the root joint, `(B, 3)` [s, tx, ty].
     """
 
     template: Tensor
@@ -41,11 +42,11 @@ class FirstMesh(nn.Sequential):
         inputs = config.feature_channels[0] + (2 * JOINTS if config.cues else 0)
         super().__init__(nn.Linear(inputs, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, HIDDEN), nn.GELU(), to_mesh)
         self.lifts = lifts
-        scaled = torch.as_tensor(template, dtype=torch.float32) / UNIT
-        self.register_buffer("template", scaled, persistent=False)
+        scaled = torch.as_tensor(template, dtype=torch.float32, device="cpu") / UNIT
+        self.register_constant("template", scaled, cast=True)
         # A hand of about 0.18 m takes about 60 % of an image's side.
-        mean_camera = torch.tensor([6.0 / config.crop, 0.0, 0.0])
-        self.register_buffer("mean_camera", mean_camera, persistent=False)
+        mean_camera = torch.tensor([6.0 / config.crop, 0.0, 0.0], dtype=torch.float32, device="cpu")
+        self.register_constant("mean_camera", mean_camera, cast=True)
 
     def forward(  # type: ignore[override]
         self, coarse_map: Tensor, joints_2d: Tensor | None
@@ -53,7 +54,8 @@ class FirstMesh(nn.Sequential):
         seen = coarse_map.mean(dim=(2, 3))
         if joints_2d is not None:
             seen = torch.cat([seen, joints_2d.flatten(1).to(seen.dtype)], dim=1)
-        initial = super().forward(seen).float()
+        initial = super().forward(seen)
+        initial = initial.to(torch.promote_types(initial.dtype, torch.float32))
         log_scale, shift = initial[:, :1].clamp(-3, 3), 0.1 * initial[:, 1:3]
         camera = torch.cat([self.mean_camera[:1] * log_scale.exp(), self.mean_camera[1:] + shift], dim=1)
         if self.lifts:

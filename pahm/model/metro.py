@@ -15,6 +15,7 @@ from pahm.model.extractor import JOINTS
 from pahm.model.first_mesh import UNIT, FirstMesh
 from pahm.model.mapping import GlobalRepeat, PixelAligned
 from pahm_ops import MeshPool
+from pahm_ops.constant_buffers import ConstantBuffers
 
 MASKED = 0.3
 """Largest share of queries that masked vertex modelling hides in training."""
@@ -49,7 +50,7 @@ class EncoderBlock(nn.Module):
         return self.reduce(self.encoder(self.embed(x) + self.position)) + self.shortcut(x)
 
 
-class MetroDecoder(nn.Module):
+class MetroDecoder(ConstantBuffers):
     """21 joint queries and 195 vertex queries through three encoder blocks of falling width (Table 4).
 
     As published (`config.mapping` "repeat"): a query is the global feature (the mean of Q_32; METRO's is its
@@ -93,8 +94,9 @@ class MetroDecoder(nn.Module):
         vertices = hierarchy.vertices[2] - root
         joints = topology.joint_regressor @ up
         points = np.concatenate([joints @ vertices, vertices]) / UNIT
-        self.register_buffer("template", torch.as_tensor(points, dtype=torch.float32), persistent=False)
-        self.register_buffer("to_joints", torch.as_tensor(joints, dtype=torch.float32), persistent=False)
+        for name, values in (("template", points), ("to_joints", joints)):
+            constant = torch.as_tensor(values, dtype=torch.float32, device="cpu")
+            self.register_constant(name, constant, cast=True)
         self.lift = FirstMesh(config, hierarchy.vertices[3] - root)
         self.unpool = MeshPool(hierarchy.up[2])
         self.mapping: nn.Module = PixelAligned() if self.pixel_aligned else GlobalRepeat()
@@ -130,18 +132,20 @@ class MetroDecoder(nn.Module):
             for block in self.blocks:
                 x = block(x)
             stages = [x]
-        fine = self.upsample(stages[-1][:, JOINTS:].transpose(1, 2)).transpose(1, 2)
+        coarse = stages[-1][:, JOINTS:].transpose(1, 2).to(self.upsample.weight.dtype)
+        fine = self.upsample(coarse).transpose(1, 2)
         meshes = [points[:, JOINTS:] * UNIT for points in stages]
         return [*meshes, fine * UNIT], camera, [points[:, :JOINTS] * UNIT for points in stages]
 
     def _refine(self, maps: Sequence[Tensor], first: Tensor, camera: Tensor) -> list[Tensor]:
         mesh = self.unpool(first)
-        points = torch.cat([self.to_joints @ mesh, mesh], dim=1)
+        points = torch.cat([self.to_joints.to(mesh.dtype) @ mesh, mesh], dim=1)
         features: list[Tensor] = []
         stages: list[Tensor] = []
         for feature_map, block, offset in zip(maps, self.blocks, self.offsets, strict=False):
             seen = self.mapping(feature_map, points * UNIT, camera)
-            x = block(self._hide(torch.cat([*features, seen, points], dim=-1)))
+            inputs = torch.cat([*features, seen, points.to(seen.dtype)], dim=-1)
+            x = block(self._hide(inputs))
             points = points + offset(x)
             features = [x]
             stages.append(points)

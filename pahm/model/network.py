@@ -7,13 +7,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from pahm.config import ModelConfig
 from pahm.hand.topology import HandTopology
 from pahm.model.decoder import MeshDecoder
 from pahm.model.extractor import Cues, Extractor, expected_position
 from pahm.model.metro import MetroDecoder
+from pahm_ops.constant_buffers import ConstantBuffers
 
 
 class Prediction(NamedTuple):
@@ -34,7 +35,7 @@ class Prediction(NamedTuple):
     """What METRO's joint queries predict, `(B, 21, 3)` each, as `meshes`; empty for graph convolutions."""
 
 
-class HandNet(nn.Module):
+class HandNet(ConstantBuffers):
     """Pixel-aligned, non-parametric hand mesh reconstruction (section 3, figure 1).
 
     `topology` says which hand: the shipped one by default, or MANO's (`HandTopology.from_hand`).
@@ -55,8 +56,8 @@ class HandNet(nn.Module):
         super().__init__()
         self.config = config
         self.topology = topology or HandTopology.load()
-        regressor = torch.as_tensor(self.topology.joint_regressor, dtype=torch.float32)
-        self.register_buffer("joint_regressor", regressor, persistent=False)
+        regressor = torch.as_tensor(self.topology.joint_regressor, dtype=torch.float32, device="cpu")
+        self.register_constant("joint_regressor", regressor, cast=True)
         template = self.topology.hierarchy.vertices[0]
         root = self.topology.joint_regressor[config.root_joint] @ template
         self.register_buffer("mean_hand", torch.as_tensor(template - root, dtype=torch.float32))
