@@ -27,6 +27,20 @@ def _sectors(*tensors: Tensor | int) -> int:
     return sum(-(-(t if isinstance(t, int) else t.nbytes) // 32) * 32 for t in tensors)
 
 
+def hostile(table: Tensor, limit: int, every: int = 3) -> Tensor:
+    """An int32 table with each `every`-th number out of [0, limit): by one, and by as much as there is."""
+    table = table.int().clone()
+    flat = table.view(-1)
+    values = torch.tensor([-1, -2, -(2**31), 2**31 - 1, 2**31 - 2, 2**30, 10**6, limit, limit + 1])
+    flat[::every] = values.int().repeat(flat.numel())[: flat[::every].numel()]
+    return table
+
+
+def list_bound(value: Tensor, count: int) -> int:
+    """As csrc/kernels/plan.cuh has it."""
+    return int(value) if 0 <= value < count else count
+
+
 # ---- mesh_pool ----
 
 
@@ -38,7 +52,7 @@ def pool(
     out = torch.full((x.shape[0], height, x.shape[2]), torch.nan, dtype=x.dtype)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     tables = rows[0].int(), rows[1].int(), rows[2].to(wide)
-    sizes = x.shape[0], x.shape[1], height, x.shape[2]
+    sizes = x.shape[0], x.shape[1], height, x.shape[2], len(tables[1])
     return out, MESH_POOL.call("mesh_pool", x.dtype, x, *tables, out, *sizes, processors, **options)
 
 
@@ -187,7 +201,7 @@ def sample_backward(
     vertex_grad = torch.full_like(s.vertices, torch.nan) if needs[1] else None
     camera_grad = torch.full_like(s.camera, torch.nan) if needs[2] and s.camera is not None else None
     workspace = torch.full(
-        (s.grad.numel() * 20 + 40 * len(maps) * sizes[0] * sizes[1] + 256,), 255, dtype=torch.uint8
+        (s.grad.numel() * 20 + 60 * len(maps) * sizes[0] * sizes[1] + 256,), 255, dtype=torch.uint8
     )
     counts = VERTEX_SAMPLE.call(
         "vertex_sample_backward", s.grad.dtype, s.grad, maps, s.vertices, s.camera, kind, grads, vertex_grad,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from paper_levels import CHANNELS, levels
 from simt_kernels import DTYPES, SEEDS, needs_gxx
-from simt_ops import SPIRAL_CONV, spiral_inputs, spiral_least_bytes, spiral_product
+from simt_ops import SPIRAL_CONV, hostile, list_bound, spiral_inputs, spiral_least_bytes, spiral_product
 from torch import Tensor
 
 from pahm_ops.reference import spiral_conv as reference
@@ -134,12 +134,63 @@ def test_memory_traffic_at_the_papers_levels(dtype, level, product):
     assert counts.bank_conflicts == 0
 
 
-def test_an_index_outside_the_vertices_is_stopped():
-    x, indices, weight, *_ = spiral_inputs((1, 20, 20, 3, 8, 8), torch.float32)
-    table = indices.t().int().contiguous()
-    table[1, 3] = 20
-    out = torch.zeros(1, 20, 8)
-    with pytest.raises(RuntimeError, match="outside every buffer"):
-        SPIRAL_CONV.call(
-            "spiral_conv", x.dtype, x, table, weight, None, 0, out, None, 0, 1, 20, 20, 3, 8, 8, 4
-        )
+def conv(name: str, dtype: torch.dtype, out: Tensor, *arguments: object) -> None:
+    """`arguments`: those of the case before `out`, then the six sizes."""
+    given, sizes = arguments[:-6], arguments[-6:]
+    partial = torch.zeros(64 * out.numel(), dtype=torch.float64)
+    SPIRAL_CONV.call(name, dtype, *given, out, partial, partial.nbytes, *sizes, 4)
+
+
+@pytest.mark.parametrize(("channels", "out_channels"), [(8, 16), (3, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("product", ["forward", "weight_grad"])
+@pytest.mark.parametrize("vertices", [11, 0])
+def test_memory_is_safe_whatever_the_table_says(vertices, product, dtype, channels, out_channels):
+    """A spiral's entry out of range counts as a vertex of zeros."""
+    batch, rows, length = 2, 13, 4
+    table = hostile(torch.randint(0, 11, (length, rows)), vertices)
+    x = torch.randn(batch, vertices, channels).to(dtype)
+    grad = torch.randn(batch, rows, out_channels).to(dtype)
+    weight = torch.randn(out_channels, length * channels).to(dtype) / 4
+    found = (table >= 0) & (table < vertices)
+    padded = torch.cat([x.double(), torch.zeros(batch, 1, channels).double()], 1)
+    gathered = padded[:, torch.where(found, table, vertices).long().t()].flatten(2)  # (B, M, L * C)
+    sizes = (batch, vertices, rows, length, channels, out_channels)
+    if product == "forward":
+        out = torch.full_like(grad, torch.nan)
+        conv("spiral_conv", dtype, out, x, table, weight, None, 0, *sizes)
+        assert_close(out, gathered @ weight.double().t())
+    else:
+        out = torch.full_like(weight, torch.nan)
+        conv("spiral_conv_weight_grad", dtype, out, grad, x, table, *sizes)
+        assert_close(out, torch.einsum("bmo,bmk->ok", grad.double(), gathered))
+
+
+@pytest.mark.parametrize(("channels", "out_channels"), [(8, 16), (3, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("what", ["t_rows", "t_pointers"])
+def test_memory_is_safe_whatever_the_lists_say(what, dtype, channels, out_channels):
+    batch, vertices, rows, length = 2, 11, 13, 4
+    count = length * rows
+    pointers = torch.linspace(0, count, length * vertices + 1).int()
+    lists = torch.arange(count).int() % rows
+    if what == "t_rows":
+        lists = hostile(lists, rows)
+    else:
+        pointers = hostile(pointers, count, 4)
+    grad = torch.randn(batch, rows, out_channels).to(dtype)
+    weight = torch.randn(out_channels, length * channels).to(dtype) / 8
+    out = torch.full((batch, vertices, channels), torch.nan, dtype=dtype)
+    sizes = (batch, vertices, rows, length, channels, out_channels)
+    conv("spiral_conv_input_grad", dtype, out, grad, pointers, lists, weight, *sizes)
+
+    wanted = torch.zeros(batch, vertices, channels, dtype=torch.float64)
+    parts = weight.double().view(out_channels, length, channels)
+    for place in range(length * vertices):
+        begin, end = (list_bound(p, count) for p in pointers[place : place + 2])
+        total = torch.zeros(batch, out_channels, dtype=torch.float64)
+        for e in range(begin, end):
+            if 0 <= lists[e] < rows:
+                total += grad[:, int(lists[e])].double()
+        wanted[:, place % vertices] += total @ parts[:, place // vertices]
+    assert_close(out, wanted)

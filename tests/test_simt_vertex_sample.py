@@ -1,10 +1,11 @@
 """vertex_sample's CUDA kernels, run on the CPU by the machine of tests/simt."""
 
+import numpy as np
 import pytest
 import torch
 from paper_levels import MAPS, levels
 from simt_kernels import DTYPES, SEEDS, needs_gxx
-from simt_ops import Scene, level_scene, sample, sample_backward, sample_least_bytes, scene
+from simt_ops import VERTEX_SAMPLE, Scene, level_scene, sample, sample_backward, sample_least_bytes, scene
 from torch import Tensor
 
 from pahm_ops.reference import vertex_sample as reference
@@ -174,3 +175,46 @@ def test_memory_traffic_at_the_papers_levels(dtype, level, last):
     )
     if last:
         assert counts.sectors <= 1.1 * counts.ideal_sectors
+
+
+# ---- from a float to an index ----
+
+
+def cells(dtype: torch.dtype, side: int, points: Tensor, align_corners: bool, border: bool) -> Tensor:
+    """(N, 3): whether x is on a map `side` pixels wide, its pixel, and how far inside, in millionths."""
+    out = torch.full((len(points), 3), -7, dtype=torch.int32)
+    vertices = torch.stack([points, torch.zeros_like(points)], 1).contiguous()
+    VERTEX_SAMPLE.call("locate", dtype, vertices, len(points), side, align_corners, border, out)
+    return out
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("border", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("side", [1, 7, 2**24 - 1, *range(2**24 + 1, 2**24 + 8), 2**26 + 3, 2**30 - 2])
+def test_a_cell_begins_on_the_map_however_floats_round(side, dtype, border, align_corners):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    one = torch.tensor(1.0, dtype=wide)
+    ends = [one, torch.nextafter(one, 0 * one), torch.nextafter(one, 2 * one), -one, 1e30 * one]
+    points = torch.stack([*ends, 1 - one / side, 1 + one / side, -1 - one / side, 0.3 * one])
+    found = cells(dtype, side, points, align_corners, border)
+    there = found[:, 0] == 1
+    assert there[8] and (not border or there.all())
+    assert (found[there, 1] >= (0 if border else -1)).all() and (found[there, 1] < side).all()
+    assert (found[there, 2] >= 0).all() and (found[there, 2] < 10**6).all()
+    if border:
+        assert int(found[4, 1]) == side - 1 or side > 2**24
+        # As far as floats of this size tell pixels apart.
+        assert side - 1 - int(found[4, 1]) <= np.spacing(np.float32(side)) / 2
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_border_padding_reads_the_last_pixel_of_a_map_wider_than_floats_count(align_corners):
+    side = 2**24 + 4  # side - 1 rounds up to it
+    wide_map = torch.zeros(1, 1, 1, side)
+    wide_map[..., -1] = 5
+    points = torch.tensor([[[3.0, 0.0]]])
+    out = torch.full((1, 1, 1), torch.nan)
+    sizes = [1, 1, 0, 0, int(align_corners), 1, 1, 1, side, 0]
+    VERTEX_SAMPLE.call("vertex_sample", torch.float32, [wide_map], points, None, 0, out, 1, sizes, 4)
+    assert out.item() == 5

@@ -11,11 +11,13 @@ __global__ void nothing() {}
 // False where the library has no code for the device, or the driver is older than the CUDA of the build.
 bool cuda_runs(int64_t device) {
   int count = 0;
-  bool runs = cudaGetDeviceCount(&count) == cudaSuccess && device < count;
+  bool runs = cudaGetDeviceCount(&count) == cudaSuccess && device >= 0 && device < count;
   if (runs) {
+    // As in OnDeviceOf, but an error is an answer.
     const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
     cudaFuncAttributes attributes;
-    runs = cudaFuncGetAttributes(&attributes, nothing) == cudaSuccess;
+    runs = cudaSetDevice(static_cast<int>(device)) == cudaSuccess &&
+           cudaFuncGetAttributes(&attributes, nothing) == cudaSuccess;
   }
   cudaGetLastError();  // Else the next launch would find the error.
   return runs;

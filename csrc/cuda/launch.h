@@ -8,7 +8,7 @@
 #include <string>
 
 #include "common/checks.h"
-#include "kernels/device.cuh"
+#include "kernels/plan.cuh"
 
 namespace pahm {
 
@@ -38,6 +38,12 @@ inline std::string dtype_name(ScalarType type) {
     default:
       return "another dtype";
   }
+}
+
+// Sizes that kernels count in an int.
+inline void check_small(const char* name, int64_t size) {
+  check(size <= most_size, std::string(name) + " must be at most " + std::to_string(most_size) + ", got " +
+                               std::to_string(size));
 }
 
 // What tensors of this dtype are summed in, as Sum<S> has it.
@@ -102,10 +108,15 @@ void dispatch_floating(ScalarType type, const F& f) {
 }
 
 // Makes the device of `x` the current one, until the end of the scope, and tells what launches need of it.
+//
+// The CUDA runtime is linked into this library, and torch has another. Torch's guard sets, and sets back, the
+// current device of torch's. Ours is asked for nothing but what happens in such a scope, so it is set alone:
+// kernels on a default stream and their attributes go to its current device, whatever torch's is.
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const Tensor& x) : guard_(x.get_device_index()) {
     const int32_t index = x.get_device_index();
+    check(cudaSetDevice(index));
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
     int shared_limit = 0;

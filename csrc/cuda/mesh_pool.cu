@@ -1,4 +1,5 @@
-// mesh_pool on a GPU: x (B, N, C), a CSR matrix (M, N) -> (B, M, C). Column indices were checked in Python.
+// mesh_pool on a GPU: x (B, N, C), a CSR matrix (M, N) -> (B, M, C).
+// An index that is out of range takes nothing: the device cannot raise, and Python has checked them.
 #include "kernels/mesh_pool.cuh"
 
 #include <torch/csrc/stable/library.h>
@@ -19,8 +20,14 @@ Tensor mesh_pool_cuda(const Tensor& x_, const Tensor& row_pointers_, const Tenso
   check(values.numel() == columns.numel(), "values must have one number a column index");
 
   const int64_t batch = x.size(0), rows = row_pointers.numel() - 1, channels = x.size(2);
-  const OnDeviceOf on(x);
+  check_small("the number of vertices", x.size(1));
+  check_small("the number of rows", rows);
+  check_small("the number of channels", channels);
+  check_small("the number of entries", columns.numel());
+
   Tensor out = torch::stable::new_empty(x, {batch, rows, channels});
+  if (out.numel() == 0) return out;
+  const OnDeviceOf on(x);
   dispatch_floating(type, [&](auto zero) {
     using S = decltype(zero);
     const MeshPoolArguments<S> arguments{pointer<S>(x),
@@ -29,9 +36,10 @@ Tensor mesh_pool_cuda(const Tensor& x_, const Tensor& row_pointers_, const Tenso
                                          pointer<Sum<S>>(values),
                                          mutable_pointer<S>(out),
                                          batch,
-                                         x.size(1),
                                          rows,
-                                         channels};
+                                         channels,
+                                         static_cast<int>(x.size(1)),
+                                         static_cast<int>(columns.numel())};
     mesh_pool_launch<S>(arguments, on.device());
   });
   return out;

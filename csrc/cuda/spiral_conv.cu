@@ -1,5 +1,5 @@
-// spiral_conv and its two gradients on a GPU. Python has checked the values of the tables and made the lists
-// of the transposed one. No size is 0 but those of a result.
+// spiral_conv and its two gradients on a GPU. Python has made the lists of the transposed table. An index
+// that is out of range takes nothing: the device cannot raise, and Python has checked them.
 #include "kernels/spiral_conv.cuh"
 
 #include <torch/csrc/stable/library.h>
@@ -14,8 +14,12 @@ namespace {
 // Sizes as the kernels count them.
 SpiralSizes sizes_of(int64_t batch, int64_t vertices, int64_t rows, int64_t length, int64_t channels,
                      int64_t out_channels) {
-  for (const int64_t size : {vertices, rows, length, channels, out_channels})
-    check(size <= 0x7fffffff, "sizes must be below 2147483648, got " + std::to_string(size));
+  check_small("the number of vertices", vertices);
+  check_small("the number of rows", rows);
+  check_small("the spiral length", length);
+  check_small("the number of indices", length * rows);
+  check_small("the number of channels", channels);
+  check_small("the number of output channels", out_channels);
   return {batch,
           static_cast<int>(vertices),
           static_cast<int>(rows),
@@ -44,13 +48,14 @@ Tensor spiral_conv_cuda(const Tensor& x_, const Tensor& table_, const Tensor& we
   if (bias_) bias = operand(*bias_, x, type, 1, "bias");
   const int64_t batch = x.size(0), channels = x.size(2), length = table.size(0), rows = table.size(1);
   const int64_t out_channels = weight.size(0);
+  const SpiralSizes sizes = sizes_of(batch, x.size(1), rows, length, channels, out_channels);
   check(channels > 0 && length > 0 && weight.size(1) == length * channels, "weight must be (Cout, L * C)");
   check(!bias || bias->numel() == out_channels, "bias must be (Cout,)");
   check(activation >= 0 && activation <= gelu, "activation must be 0, 1, 2 or 3");
 
-  const OnDeviceOf on(x);
   Tensor out = torch::stable::new_empty(x, {batch, rows, out_channels});
-  const SpiralSizes sizes = sizes_of(batch, x.size(1), rows, length, channels, out_channels);
+  if (out.numel() == 0) return out;
+  const OnDeviceOf on(x);
   dispatch_floating(type, [&](auto zero) {
     using S = decltype(zero);
     const SpiralConvArguments<S> arguments{sizes,
@@ -75,15 +80,18 @@ Tensor spiral_conv_input_grad_cuda(const Tensor& grad_, const Tensor& t_pointers
   const int64_t batch = grad.size(0), rows = grad.size(1), out_channels = grad.size(2);
   const int64_t length = rows > 0 ? t_rows.numel() / rows : 0;
   check(length > 0 && t_rows.numel() == rows * length, "t_rows must have L numbers a row of grad");
+  check_small("vertices", vertices);
+  check_small("the spiral length", length);
   check(vertices >= 0 && t_pointers.numel() == vertices * length + 1,
         "t_pointers must be (L * vertices + 1,)");
   check(out_channels > 0 && weight.size(0) == out_channels, "weight must be (Cout, L * C)");
   check(weight.size(1) % length == 0, "weight must be (Cout, L * C)");
   const int64_t channels = weight.size(1) / length;
 
-  const OnDeviceOf on(grad);
-  Tensor out = torch::stable::new_empty(grad, {batch, vertices, channels});
   const SpiralSizes sizes = sizes_of(batch, vertices, rows, length, channels, out_channels);
+  Tensor out = torch::stable::new_empty(grad, {batch, vertices, channels});
+  if (out.numel() == 0) return out;
+  const OnDeviceOf on(grad);
   dispatch_floating(type, [&](auto zero) {
     using S = decltype(zero);
     const SpiralInputGradArguments<S> arguments{sizes,
@@ -108,9 +116,10 @@ Tensor spiral_conv_weight_grad_cuda(const Tensor& grad_, const Tensor& x_, const
         "grad must be (B, M, Cout) for x (B, N, C) and table (L, M)");
   check(rows > 0, "grad must have at least one vertex");
 
-  const OnDeviceOf on(grad);
-  Tensor out = torch::stable::new_empty(grad, {out_channels, length * channels});
   const SpiralSizes sizes = sizes_of(batch, x.size(1), rows, length, channels, out_channels);
+  Tensor out = torch::stable::new_empty(grad, {out_channels, length * channels});
+  if (out.numel() == 0) return out;
+  const OnDeviceOf on(grad);
   dispatch_floating(type, [&](auto zero) {
     using S = decltype(zero);
     const SpiralWeightGradArguments<S> arguments{sizes, pointer<S>(grad), pointer<S>(x),

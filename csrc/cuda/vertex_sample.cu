@@ -55,8 +55,10 @@ Sampled check_arguments(const Maps& features, const Tensor& vertices, const std:
     check_rank(map, 4, "features");
     check(map.size(0) == first.size(0), "features must share one batch size");
     check(map.size(2) > 0 && map.size(3) > 0, "features must have a height and a width of at least 1");
-    check(map.size(1) <= 0x7fffffff && (map.size(2) + 1) * (map.size(3) + 1) < 0x7fffffff,
-          "features must have fewer than 2147483647 channels and pixels");
+    check_small("the number of channels", map.size(1));
+    check_small("the height of a map", map.size(2));
+    check_small("the width of a map", map.size(3));
+    check_small("(height + 1) x (width + 1) of a map", (map.size(2) + 1) * (map.size(3) + 1));
     s.maps.push_back(without_gaps(map));
     s.channels += map.size(1);
   }
@@ -65,12 +67,16 @@ Sampled check_arguments(const Maps& features, const Tensor& vertices, const std:
   s.count = vertices.size(1);
   check(vertices.size(0) == s.batch && vertices.size(2) == (camera ? 3 : 2),
         "vertices must be (B, N, 3) or (B, N, 2)");
-  check(s.count <= 0x7fffffff && s.channels <= 0x7fffffff,
-        "there must be fewer than 2147483648 vertices and channels");
+  check_small("the number of vertices", s.count);
+  check_small("the number of channels of all maps", s.channels);
   if (camera) {
     check(camera->dim() == 2 || camera->dim() == 3, "camera must be (B, 3) or (B, 3, 3)");
     s.camera = operand(of_type(*camera, sum_type(type)), first, sum_type(type), camera->dim(), "camera");
-    check(camera->numel() == s.batch * (camera->dim() == 3 ? 9 : 3), "camera must be (B, 3) or (B, 3, 3)");
+    const bool perspective = camera->dim() == 3;
+    check(camera->size(0) == s.batch && camera->size(1) == 3 && (!perspective || camera->size(2) == 3),
+          "camera must be (B, 3) or (B, 3, 3)");
+    check(!perspective || (height > (align_corners ? 1 : 0) && width > (align_corners ? 1 : 0)),
+          "image_size is too small");
   }
   s.height = height;
   s.width = width;
@@ -107,8 +113,9 @@ SampleArguments<S> arguments_of(const Sampled& s) {
 Tensor vertex_sample_cuda(const Maps& features, const Tensor& vertices, const std::optional<Tensor>& camera,
                           int64_t height, int64_t width, bool align_corners, bool border) {
   const Sampled s = check_arguments(features, vertices, camera, height, width, align_corners, border);
-  const OnDeviceOf on(s.maps[0]);
   Tensor output = torch::stable::new_empty(s.maps[0], {s.batch, s.count, s.channels});
+  if (output.numel() == 0) return output;
+  const OnDeviceOf on(s.maps[0]);
   dispatch_floating(s.maps[0].scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     vertex_sample_launch<S>(arguments_of<S>(s), mutable_pointer<S>(output), on.device());

@@ -12,7 +12,8 @@ struct MeshPoolArguments {
   const int32_t* columns;
   const Sum<S>* values;
   S* out;
-  int64_t batch, vertices, rows, channels;
+  int64_t batch, rows, channels;
+  int vertices, entries;
 };
 
 // A block has `1 << lane_bits` packs of channels of one mesh (a slab) and `block_rows` rows of the matrix, so
@@ -36,10 +37,11 @@ __global__ void __launch_bounds__(block_threads, 4)
   const int64_t end = begin + plan.block_rows < a.rows ? begin + plan.block_rows : a.rows;
   for (int64_t row = begin + (threadIdx.x >> plan.lane_bits); row < end; row += step) {
     Sum<S> sum[Count] = {};
-    const int32_t last = load(a.row_pointers + row + 1);
-    for (int32_t e = load(a.row_pointers + row); e < last; ++e) {
+    const int32_t last = list_bound(load(a.row_pointers + row + 1), a.entries);
+    for (int32_t e = list_bound(load(a.row_pointers + row), a.entries); e < last; ++e) {
       const Sum<S> value = load(a.values + e);
-      const int64_t column = load(a.columns + e);
+      const int32_t column = load(a.columns + e);
+      if (!is_index(column, a.vertices)) continue;
       const auto pack = load_pack<Count>(source + column * a.channels);
 #pragma unroll
       for (int c = 0; c < Count; ++c) sum[c] += value * to_float(pack.values[c]);

@@ -16,6 +16,19 @@ inline int bits_for(int64_t size, int most) {
   return bits;
 }
 
+// The largest size that kernels count in an int: rounded up to whole blocks, it still is one.
+inline constexpr int64_t most_size = 0x7fffffff - 1024;
+
+// What tables say is not believed: whatever numbers they hold, nothing outside the tensors is touched. An
+// index that is not below `count` names nothing.
+__device__ __forceinline__ bool is_index(int32_t value, int count) {
+  return static_cast<uint32_t>(value) < static_cast<uint32_t>(count);
+}
+// Where a list begins or ends in an array of `count` numbers: at its end where the table says anything else.
+__device__ __forceinline__ int32_t list_bound(int32_t value, int count) {
+  return is_index(value, count) ? value : count;
+}
+
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // Where kernels run on a CPU, an access is known by the place in the source that asks for it.

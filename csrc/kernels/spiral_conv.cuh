@@ -16,7 +16,7 @@
 
 namespace pahm {
 
-// Meshes, their vertices in (N) and out (M), spiral length, channels in and out.
+// Meshes, their vertices in (N) and out (M), spiral length, channels in and out; L * M is an int.
 struct SpiralSizes {
   int64_t batch;
   int vertices, rows, length, channels, out_channels;
@@ -93,7 +93,8 @@ struct ForwardLeft : AlongK<Count, Shape::rows, Shape> {
       packs[i] = {};
       if (row.item < a.batch && at.l < a.length) {
         if (look) vertices[i] = load(a.table + static_cast<int64_t>(at.l) * a.rows + row.m);
-        packs[i].set(load_pack<Count>(a.x + (row.item * a.vertices + vertices[i]) * a.channels + at.c));
+        if (is_index(vertices[i], a.vertices))
+          packs[i].set(load_pack<Count>(a.x + (row.item * a.vertices + vertices[i]) * a.channels + at.c));
       }
       row.advance(Base::line_step, a.rows);
     }
@@ -143,8 +144,8 @@ struct InputGradLeft : AlongK<Count, Shape::rows, Shape> {
       if (row.item < a.batch && at.l < a.length) {
         if (look) {
           const int32_t* const list = a.t_pointers + static_cast<int64_t>(at.l) * a.vertices + row.m;
-          begin[i] = load(list);
-          end[i] = load(list + 1);
+          begin[i] = list_bound(load(list), a.length * a.rows);
+          end[i] = list_bound(load(list + 1), a.length * a.rows);
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             if (begin[i] + j < end[i]) head[i][j] = load(a.t_rows + begin[i] + j);
@@ -152,7 +153,8 @@ struct InputGradLeft : AlongK<Count, Shape::rows, Shape> {
         }
         for (int e = begin[i]; e < end[i]; ++e) {
           const int known_head = e == begin[i] ? head[i][0] : head[i][1];
-          const int64_t m = e - begin[i] < 2 ? known_head : load(a.t_rows + e);
+          const int32_t m = e - begin[i] < 2 ? known_head : load(a.t_rows + e);
+          if (!is_index(m, a.rows)) continue;
           packs[i].add(load_pack<Count>(a.grad + (row.item * a.rows + m) * a.out_channels + at.c));
         }
       }
@@ -203,7 +205,8 @@ struct WeightGradLeft : AlongLine<Count, Shape::rows, Shape> {
       MeshRow row = first;
       row.advance(Base::k(i), a.rows);
       if (at.l >= a.length || row.item >= a.batch) continue;
-      const int64_t vertex = load(a.table + static_cast<int64_t>(at.l) * a.rows + row.m);
+      const int32_t vertex = load(a.table + static_cast<int64_t>(at.l) * a.rows + row.m);
+      if (!is_index(vertex, a.vertices)) continue;
       packs[i].set(load_pack<Count>(a.x + (row.item * a.vertices + vertex) * a.channels + at.c));
     }
     first.advance(Shape::depth, a.rows);

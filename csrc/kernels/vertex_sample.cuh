@@ -196,8 +196,10 @@ __device__ __forceinline__ bool locate(const SampleArguments<S>& a, const Sample
     return false;
   }
   const T x0 = floor(x), y0 = floor(y);
-  cell.x = static_cast<int>(x0);
-  cell.y = static_cast<int>(y0);
+  // Beyond 2^24 floats skip pixels, and the map's end may have been rounded up.
+  const int cell_x = static_cast<int>(x0), cell_y = static_cast<int>(y0);
+  cell.x = cell_x < map.width ? cell_x : map.width - 1;
+  cell.y = cell_y < map.height ? cell_y : map.height - 1;
   cell.fx = x - x0;
   cell.fy = y - y0;
   return true;

@@ -5,7 +5,7 @@
 
 extern "C" const char* mesh_pool(int dtype, const void* x, const int32_t* row_pointers,
                                  const int32_t* columns, const void* values, void* out, int64_t batch,
-                                 int64_t vertices, int64_t rows, int64_t channels, int processors,
+                                 int vertices, int64_t rows, int64_t channels, int entries, int processors,
                                  uint64_t seed, simt::Counts* counts) {
   return run(counts, [&] {
     for_dtype(dtype, [&](auto zero) {
@@ -16,9 +16,10 @@ extern "C" const char* mesh_pool(int dtype, const void* x, const int32_t* row_po
                                                  static_cast<const pahm::Sum<S>*>(values),
                                                  static_cast<S*>(out),
                                                  batch,
-                                                 vertices,
                                                  rows,
-                                                 channels};
+                                                 channels,
+                                                 vertices,
+                                                 entries};
       pahm::mesh_pool_launch<S>(arguments, device(seed, processors));
     });
   });

@@ -34,7 +34,36 @@ pahm::SampleArguments<S> arguments_of(const void* const* maps, const void* verti
   return a;
 }
 
+// Where normalised coordinates lie on a map of 1 x `side` pixels, which need not be there.
+template <typename S>
+__global__ void locate_kernel(const pahm::SampleArguments<S> a, pahm::SampleMap<S> map, int32_t* out) {
+  using T = pahm::Sum<S>;
+  const int n = static_cast<int>(threadIdx.x);
+  if (n >= a.vertex_count) return;
+  T vertex[3];
+  pahm::load_vertex(a, 0, n, vertex);
+  pahm::Cell<T> cell{};
+  const bool found = pahm::locate(a, map, pahm::project(a, 0, vertex), cell);
+  pahm::store(out + 3 * n, static_cast<int32_t>(found));
+  pahm::store(out + 3 * n + 1, static_cast<int32_t>(cell.x));
+  pahm::store(out + 3 * n + 2, static_cast<int32_t>(cell.fx * 1000000));
+}
+
 }  // namespace
+
+extern "C" const char* locate(int dtype, const void* vertices, int count, int side, bool align_corners,
+                              bool border, int32_t* out, uint64_t seed, simt::Counts* counts) {
+  return run(counts, [&] {
+    for_dtype(dtype, [&](auto zero) {
+      using S = decltype(zero);
+      const int64_t sizes[] = {1, count, 0, 0, align_corners, border};
+      const auto arguments = arguments_of<S>(nullptr, vertices, nullptr, 0, 0, sizes);
+      const pahm::SampleMap<S> map{nullptr, nullptr, 1, 1, side, 0, false};
+      pahm::launch(locate_kernel<S>, 1, pahm::block_threads, 0, device(seed), arguments, map, out);
+    });
+  });
+}
+PAHM_CASE(locate);
 
 extern "C" const char* vertex_sample(int dtype, const void* const* maps, const void* vertices,
                                      const void* camera, int camera_kind, void* out, int map_count,
