@@ -41,6 +41,27 @@ def list_bound(value: Tensor, count: int) -> int:
     return int(value) if 0 <= value < count else count
 
 
+# The order of a sum is held bit for bit, on numbers whose sum is another one in another order.
+
+
+def wide_numbers(*shape: int) -> Tensor:
+    """float32 of many magnitudes."""
+    return torch.randn(shape) * 10 ** (torch.rand(shape) * 6)
+
+
+def add_up(numbers: Tensor) -> Tensor:
+    """The sum over the first dimension from its first entry to its last, rounded to float32 each time."""
+    total = torch.zeros(numbers.shape[1:])
+    for number in numbers:
+        total = total + number
+    return total
+
+
+def assert_same_sum(actual: Tensor, numbers: Tensor) -> None:
+    assert not torch.equal(add_up(numbers), add_up(numbers.flip(0))), "the order must matter"
+    assert torch.equal(actual, add_up(numbers))
+
+
 # ---- mesh_pool ----
 
 
@@ -192,20 +213,29 @@ def sample(s: Scene, processors: int = 4, **options: object) -> tuple[Tensor, Co
     return out, counts
 
 
+def sample_workspace(s: Scene) -> Tensor:
+    """Memory for `sample_backward`; as floats, NaN."""
+    vertices = s.vertices.shape[0] * s.vertices.shape[1]
+    return torch.full((s.grad.numel() * 20 + 60 * len(s.maps) * vertices + 256,), 255, dtype=torch.uint8)
+
+
 def sample_backward(
-    s: Scene, needs: tuple[bool, bool, bool] = (True, True, True), processors: int = 4, **options: object
+    s: Scene,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+    processors: int = 4,
+    workspace: Tensor | None = None,
+    points_alone: bool = False,
+    **options: object,
 ) -> tuple[list[Tensor | None], Tensor | None, Tensor | None, Counts]:
-    """`needs`: of the maps, the vertices, the camera."""
+    """`needs`: of maps, vertices and camera. `points_alone`: only the last kernel, on a used workspace."""
     maps, kind, sizes = _arguments(s)
     grads = [torch.full_like(m, torch.nan) if needs[0] else None for m in maps]
     vertex_grad = torch.full_like(s.vertices, torch.nan) if needs[1] else None
     camera_grad = torch.full_like(s.camera, torch.nan) if needs[2] and s.camera is not None else None
-    workspace = torch.full(
-        (s.grad.numel() * 20 + 60 * len(maps) * sizes[0] * sizes[1] + 256,), 255, dtype=torch.uint8
-    )
+    workspace = sample_workspace(s) if workspace is None else workspace
     counts = VERTEX_SAMPLE.call(
         "vertex_sample_backward", s.grad.dtype, s.grad, maps, s.vertices, s.camera, kind, grads, vertex_grad,
-        camera_grad, workspace, workspace.numel(), len(maps), sizes, processors, **options,
+        camera_grad, workspace, workspace.numel(), points_alone, len(maps), sizes, processors, **options,
     )  # fmt: skip
     moved = [
         g if g is None or m.is_contiguous() else g.permute(0, 3, 1, 2)

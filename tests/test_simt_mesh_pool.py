@@ -4,7 +4,15 @@ import pytest
 import torch
 from paper_levels import CHANNELS, levels
 from simt_kernels import DTYPES, SEEDS, needs_gxx
-from simt_ops import MESH_POOL, hostile, list_bound, pool, pool_least_bytes
+from simt_ops import (
+    MESH_POOL,
+    assert_same_sum,
+    hostile,
+    list_bound,
+    pool,
+    pool_least_bytes,
+    wide_numbers,
+)
 
 from pahm_ops import MeshTransform
 from pahm_ops.reference import mesh_pool as reference
@@ -114,3 +122,12 @@ def test_memory_is_safe_whatever_the_matrix_says(what, dtype, channels):
             if 0 <= columns[e] < vertices:
                 wanted[:, row] += values[e].double() * x[:, int(columns[e])].double()
     torch.testing.assert_close(out.double(), wanted, rtol=0, atol=10 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("channels", [8, 3])
+def test_the_entries_of_a_row_are_added_up_in_their_order(channels):
+    x, columns = wide_numbers(1, 30, channels), torch.randperm(30)
+    out = torch.full((1, 1, channels), torch.nan)
+    tables = torch.tensor([0, 30], dtype=torch.int32), columns.int(), torch.ones(30)
+    MESH_POOL.call("mesh_pool", x.dtype, x, *tables, out, 1, 30, 1, channels, 30, 4)
+    assert_same_sum(out[0, 0], x[0, columns])

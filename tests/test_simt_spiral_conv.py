@@ -4,7 +4,17 @@ import pytest
 import torch
 from paper_levels import CHANNELS, levels
 from simt_kernels import DTYPES, SEEDS, needs_gxx
-from simt_ops import SPIRAL_CONV, hostile, list_bound, spiral_inputs, spiral_least_bytes, spiral_product
+from simt_ops import (
+    SPIRAL_CONV,
+    add_up,
+    assert_same_sum,
+    hostile,
+    list_bound,
+    spiral_inputs,
+    spiral_least_bytes,
+    spiral_product,
+    wide_numbers,
+)
 from torch import Tensor
 
 from pahm_ops.reference import spiral_conv as reference
@@ -194,3 +204,51 @@ def test_memory_is_safe_whatever_the_lists_say(what, dtype, channels, out_channe
                 total += grad[:, int(lists[e])].double()
         wanted[:, place % vertices] += total @ parts[:, place // vertices]
     assert_close(out, wanted)
+
+
+#: channels in and out: tiles of packs of 16 bytes and of single numbers, wide and thin
+TILES = [(8, 8), (8, 4), (5, 7), (5, 3)]
+
+
+@pytest.mark.parametrize(("channels", "out_channels"), TILES)
+def test_a_sum_over_a_spiral_has_one_order(channels, out_channels):
+    x, indices, weight, offset, grad = spiral_inputs((1, 20, 20, 3, channels, out_channels), torch.float32)
+    x = wide_numbers(*x.shape)
+    tensors = (x, indices, torch.ones_like(weight), offset, grad)
+    out, counts = spiral_product("forward", tensors, bias=False)
+    assert counts.launches == 1
+    gathered = x[0, indices].flatten(1)  # (M, L * C)
+    assert_same_sum(out[0], gathered.t()[..., None].expand(-1, -1, out_channels))
+
+
+@pytest.mark.parametrize(("channels", "out_channels"), TILES)
+def test_a_sum_over_vertices_has_one_order(channels, out_channels):
+    x, indices, weight, offset, grad = spiral_inputs((2, 20, 20, 3, channels, out_channels), torch.float32)
+    grad = wide_numbers(*grad.shape)
+    tensors = (torch.ones_like(x), indices, weight, offset, grad)
+    out, counts = spiral_product("weight_grad", tensors)
+    assert counts.launches == 1
+    assert_same_sum(out, grad.flatten(0, 1)[..., None].expand(-1, -1, 3 * channels))
+
+
+@pytest.mark.parametrize(("channels", "out_channels"), TILES)
+def test_the_rows_of_a_list_are_added_up_rising(channels, out_channels):
+    x, _, weight, offset, grad = spiral_inputs((1, 2, 40, 1, channels, out_channels), torch.float32)
+    indices = torch.arange(40)[:, None] % 2
+    grad = wide_numbers(*grad.shape)
+    weight = torch.zeros_like(weight)
+    weight[0] = 1
+    out, _ = spiral_product("input_grad", (x, indices, weight, offset, grad))
+    assert_same_sum(out[0], grad[0, :, 0].view(20, 2, 1).expand(-1, -1, channels))
+
+
+def test_split_sums_are_added_up_in_their_order():
+    x, indices, weight, offset, grad = spiral_inputs((1, 20, 20, 9, 64, 24), torch.float32)
+    x = wide_numbers(*x.shape)
+    tensors = (x, indices, torch.ones_like(weight), offset, grad)
+    out, counts = spiral_product("forward", tensors, bias=False, processors=64)
+    assert counts.launches == 2
+    # plan_product makes 4 splits of 144 of the 9 * 64.
+    splits = x[0, indices].flatten(1).view(20, 4, 144)
+    sums = add_up(splits.permute(2, 1, 0))
+    assert_same_sum(out[0], sums[..., None].expand(-1, -1, 24))

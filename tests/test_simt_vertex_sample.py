@@ -5,7 +5,19 @@ import pytest
 import torch
 from paper_levels import MAPS, levels
 from simt_kernels import DTYPES, SEEDS, needs_gxx
-from simt_ops import VERTEX_SAMPLE, Scene, level_scene, sample, sample_backward, sample_least_bytes, scene
+from simt_ops import (
+    VERTEX_SAMPLE,
+    Scene,
+    add_up,
+    assert_same_sum,
+    level_scene,
+    sample,
+    sample_backward,
+    sample_least_bytes,
+    sample_workspace,
+    scene,
+    wide_numbers,
+)
 from torch import Tensor
 
 from pahm_ops.reference import vertex_sample as reference
@@ -218,3 +230,88 @@ def test_border_padding_reads_the_last_pixel_of_a_map_wider_than_floats_count(al
     sizes = [1, 1, 0, 0, int(align_corners), 1, 1, 1, side, 0]
     VERTEX_SAMPLE.call("vertex_sample", torch.float32, [wide_map], points, None, 0, out, 1, sizes, 4)
     assert out.item() == 5
+
+
+# ---- the order of sums, and what the kernels leave each other ----
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("channels", [8, 3])
+def test_a_pixel_adds_up_its_cells_rising_and_in_a_cell_the_vertices_rising(channels, last):
+    """Vertices in the four cells around the pixel in the middle, a quarter of it each."""
+    s = scene([(channels, 5, 5)], torch.float32, batch=1, count=60, last=last, align_corners=True)
+    cell = torch.randint(0, 4, (60,))
+    s.vertices[0] = torch.stack([cell % 2, cell // 2], 1) / 2 - 0.25
+    s.grad = wide_numbers(*s.grad.shape)
+    (grad,), *_ = sample_backward(s)
+    rising = torch.argsort(cell, stable=True)
+    assert_same_sum(grad[0, :, 2, 2], s.grad[0, rising] / 4)
+
+
+def slope_scene(channels: int, count: int, kind: str, last: bool) -> Scene:
+    """Two pixels, 0 and 1, so that a vertex' gradient in x is half the sum of its output gradients."""
+    shape = [(channels, 1, 2)]
+    s = scene(shape, torch.float32, batch=1, count=count, kind=kind, last=last, align_corners=True)
+    s.maps[0][..., 0], s.maps[0][..., 1] = 0, 1
+    s.vertices[..., :2] = 0
+    s.grad = wide_numbers(*s.grad.shape)
+    return s
+
+
+def tree(lanes: torch.Tensor) -> torch.Tensor:
+    """The sum over the last dimension, in halves."""
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0]
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_vertex_adds_up_channels_lanes_and_slabs_in_one_order(last):
+    s = slope_scene(384, 5, "none", last)
+    grad = s.grad[0]
+    if last:  # slabs of 32 lanes of 4 channels
+        parts = tree(add_up(grad.view(5, 3, 32, 4).permute(3, 0, 1, 2)))
+    else:  # slabs of 8 groups of 2 lanes of 4 channels
+        lanes = grad.view(5, 6, 8, 2, 4).permute(2, 4, 0, 1, 3).flatten(0, 1)
+        parts = tree(add_up(lanes))
+    assert_same_sum(sample_backward(s)[1][0, :, 0] * 2, parts.t())
+
+
+def test_a_camera_adds_up_threads_lanes_and_warps_in_one_order():
+    s = slope_scene(1, 600, "weak", False)
+    assert s.camera is not None
+    s.camera[:] = torch.tensor([1.0, 0, 0])
+    threads = torch.zeros(768)
+    threads[:600] = s.grad[0, :, 0] / 2
+    warps = tree(add_up(threads.view(3, 256)).view(8, 32))
+    assert_same_sum(sample_backward(s)[2][0, 1], warps)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_point_gradients_rest_on_the_cells_that_the_sort_found(last):
+    """A projection that rounds otherwise in the last kernel moves no vertex into another cell."""
+    s = scene([(8, 5, 5)], torch.float32, batch=1, count=25, last=last, align_corners=True)
+    at = torch.arange(25)
+    s.vertices[0] = torch.stack([at % 5, at // 5], 1) / 2 - 1  # on pixels
+    workspace = sample_workspace(s)
+    _, wanted, *_ = sample_backward(s, workspace=workspace)
+    on_pixels = s.vertices
+    for factor in (1 - 2**-22, 1 + 2**-22):
+        s.vertices = on_pixels * factor
+        _, found, *_ = sample_backward(s, workspace=workspace, points_alone=True)
+        inside = (s.vertices.abs() <= 1).all(-1)
+        torch.testing.assert_close(found[inside], wanted[inside], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 13, 24, 31, 32, 33, 63])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_staged_planes_have_room_and_banks_of_their_own(dtype, width):
+    """The lanes of a vertex read one place of each plane; the planes are read from end to end."""
+    s = scene([(32, 3, width)], dtype, batch=1, count=4, border=True)
+    for corner in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
+        s.vertices[:] = torch.tensor(corner)
+        one = Scene(s.maps, s.vertices[:, :1].contiguous(), None, s.grad[:, :1].contiguous(), s.size)
+        assert sample(one)[1].bank_conflicts == 0
+    s.vertices[0] = torch.tensor([[-1, -1], [1, -1], [-1, 1], [1, 1]])
+    assert_close(sample(s)[0], expected(s)[0], dtype)
