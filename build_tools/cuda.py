@@ -29,6 +29,8 @@ from pathlib import Path
 DEFAULT_ARCHS = "75;80;86;90;100;120+PTX"  # as torch's own builds; code of 86 serves 89, too
 COMPILE = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Xfatbin=-compress-all"]
 DEFINE = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
+# The CUDA runtime is linked in: torch's may be of another version, or no library of its own.
+# csrc/cuda/launch.h sets the current device of both.
 LINK = ["-shared", "-nodlink", "-cudart=static", "-Xlinker=--no-undefined,--as-needed"]
 LIBRARIES = ["-ltorch", "-ltorch_cpu", "-ltorch_cuda", "-lc10"]
 BYTES_PER_JOB = 2 << 30

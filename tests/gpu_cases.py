@@ -128,6 +128,17 @@ def feature_maps(
     ]
 
 
+def op_sample(op: str, device: torch.device = DEVICE) -> Sample:
+    """A sample of moderate size, in float32, on `device`."""
+    with device:
+        if op == "spiral_conv":
+            return spiral_sample((4, 98, 98, 9, 64, 32), torch.float32, "elu")
+        if op == "mesh_pool":
+            return pool_sample(4, 98, 195, 64, torch.float32)
+        maps = feature_maps([(32, 14, 14), (16, 28, 28)], torch.float32, 4, "mixed")
+        return map_sample(maps, *geometry("perspective", image_points(4, 98), torch.float32))
+
+
 def sum_type(dtype: torch.dtype) -> torch.dtype:
     """That of vertices and camera: float32 with maps of half precision."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,24 +1,11 @@
-"""Streams, CUDA graphs, several devices, and tensors beyond 2^31 elements."""
+"""Streams, CUDA graphs, and tensors beyond 2^31 elements."""
 
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from gpu_cases import (
-    DEVICE,
-    all_close,
-    close,
-    compare,
-    expected,
-    feature_maps,
-    geometry,
-    image_points,
-    map_sample,
-    pool_sample,
-    spiral_sample,
-    with_gradients,
-)
-from op_samples import OPS, Sample
+from gpu_cases import DEVICE, all_close, close, expected, op_sample, with_gradients
+from op_samples import OPS
 from torch import Tensor
 
 from pahm_ops import MeshTransform, _tables, mesh_pool, spiral_conv, vertex_sample
@@ -30,16 +17,6 @@ pytestmark = pytest.mark.gpu
 each_op = pytest.mark.parametrize("op", OPS)
 #: of a sleeping stream: about half a second
 CYCLES = 10**9
-
-
-def make(op: str, device: torch.device = DEVICE) -> Sample:
-    with device:
-        if op == "spiral_conv":
-            return spiral_sample((4, 98, 98, 9, 64, 32), torch.float32, "elu")
-        if op == "mesh_pool":
-            return pool_sample(4, 98, 195, 64, torch.float32)
-        maps = feature_maps([(32, 14, 14), (16, 28, 28)], torch.float32, 4, "mixed")
-        return map_sample(maps, *geometry("perspective", image_points(4, 98), torch.float32))
 
 
 def renew(tensors: Sequence[Tensor]) -> None:
@@ -71,7 +48,7 @@ def capture(function: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], l
 @each_op
 def test_a_side_stream_does_not_wait_for_the_default_one(path, op):
     """Inputs come from a third stream by an event."""
-    sample = make(op)
+    sample = op_sample(op)
     sources = [a.clone() for a in sample.arguments]
     run = with_gradients(sample)
     wanted = expected(sample)
@@ -110,7 +87,7 @@ def test_a_table_made_on_one_stream_serves_another():
 
 @each_op
 def test_a_graph_replays_with_other_inputs(path, op):
-    sample = make(op)
+    sample = op_sample(op)
     grad = torch.randn_like(sample.function(*sample.arguments))
     run = with_gradients(sample, grad)
     warm_up(run)
@@ -124,8 +101,8 @@ def test_a_graph_replays_with_other_inputs(path, op):
 @each_op
 def test_a_graph_of_tables_that_were_not_made_before(path, op):
     """They are made at every replay, of the values of then; and those of the capture serve nothing else."""
-    warm_up(with_gradients(make(op)))
-    sample = make(op)
+    warm_up(with_gradients(op_sample(op)))
+    sample = op_sample(op)
     run = with_gradients(sample)
     replay, results = capture(run)
     for _ in range(2):
@@ -140,7 +117,7 @@ def test_a_graph_of_tables_that_were_not_made_before(path, op):
 
 @pytest.mark.parametrize("op", ["spiral_conv", "mesh_pool"])
 def test_tables_of_a_graph_outlive_a_change_of_their_source(path, op):
-    sample = make(op)
+    sample = op_sample(op)
     run = with_gradients(sample)
     warm_up(run)
     replay, results = capture(run)
@@ -153,16 +130,6 @@ def test_tables_of_a_graph_outlive_a_change_of_their_source(path, op):
     replay()
     all_close(results, wanted)
     assert len(junk)
-
-
-@each_op
-def test_another_device_than_the_current_one(path, op):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one CUDA device only")
-    sample = make(op, torch.device("cuda", 1))
-    assert torch.cuda.current_device() == 0
-    found = compare(sample)
-    assert {t.device.index for t in found} == {1} and torch.cuda.current_device() == 0
 
 
 def needs_memory(size: int) -> None:
