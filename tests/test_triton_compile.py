@@ -73,6 +73,8 @@ def compiled(launch: Launch, architecture: int, folder: Path) -> str:
     """The kernel's machine code, once it is sure to need no memory for its registers."""
     function, config, arguments = launch
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.maxnreg}
+    parameters = {parameter.name for parameter in function.params}
+    options |= {name: value for name, value in config.kwargs.items() if name not in parameters}
     target = GPUTarget("cuda", architecture, 32)
     kernel = triton.compile(source(function, config, arguments), target=target, options=options)
     file = folder / "kernel.cubin"
@@ -82,7 +84,32 @@ def compiled(launch: Launch, architecture: int, folder: Path) -> str:
     code = tool("nvdisasm", "-c", file)
     spills = re.findall(r"\b(?:STL|LDL)\b.*", code)
     assert not spills, (function.__name__, architecture, spills)
+    assert not lopsided(code), (function.__name__, architecture, lopsided(code))
     return code
+
+
+def lopsided(code: str) -> list[str]:
+    """Multiply-adds of what a butterfly shuffle brought.
+
+    Of two lanes that do so, each rounds the other's product and not its own: their sums differ.
+    """
+    brought: set[int] = set()
+    found = []
+    for operation, operands in re.findall(
+        r"^\s+/\*\w+\*/\s+(?:@\S+\s+)?([\w.]+)\s+([^;]*);", code, re.MULTILINE
+    ):
+        registers = [int(number) for number in re.findall(r"\bR(\d+)\b", operands)]
+        wide = operation.startswith("D")
+        sources = {r + half for r in registers[1:] for half in range(1 + wide)} & brought
+        if re.match("[FDH]FMA", operation) and sources:
+            found.append(f"{operation} {operands}")
+        if operation.startswith("SHFL.BFLY"):
+            brought.add(registers[0])
+        elif operands.startswith("R"):
+            brought -= {registers[0], registers[0] + wide}
+            if operation == "MOV" and sources:
+                brought.add(registers[0])
+    return found
 
 
 def tool(name: str, *arguments: Any) -> str:

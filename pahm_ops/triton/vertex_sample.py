@@ -118,7 +118,8 @@ def _through_projection(shares: Tensor, geometry: Geometry, need_camera: bool) -
     if vertex_grad.numel():
         _PROJECTION_GRAD.launch(
             [(batch * blocks, None)],
-            [config(4, 1, BLOCK_V=_VERTICES)],
+            # A multiply-add in the sum over lanes would give each of them other last bits.
+            [config(4, 1, BLOCK_V=_VERTICES, enable_fp_fusion=False)],
             shares=shares,
             **geometry,
             vertex_grad=vertex_grad,
