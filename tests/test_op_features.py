@@ -12,8 +12,10 @@ import torch
 from op_samples import OPS, samples
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pahm_ops
+from pahm_ops import _paths
 
 ALL = [pytest.param(op, i, id=f"{op}-{s.name}") for op in OPS for i, s in enumerate(samples(op))]
 each = pytest.mark.parametrize(("op", "index"), ALL)
@@ -122,31 +124,48 @@ def test_autocast_on_cpu(op, index):
     assert all(leaf.grad.dtype == torch.float32 for leaf in leaves)
 
 
-def on_cuda(op):
-    """A call of the op with tensors of a CUDA device that have no memory."""
-    transform = pahm_ops.MeshTransform.prepare(torch.eye(7).to_sparse())
-    indices = torch.zeros(6, 3, dtype=torch.int64)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        x = torch.empty(2, 7, 5, device="cuda")
-        if op == "spiral_conv":
-            return pahm_ops.spiral_conv(x, indices.to("cuda"), torch.empty(4, 15, device="cuda"))
-        if op == "mesh_pool":
-            return pahm_ops.mesh_pool(x, transform.to("cuda"))
-        maps = [torch.empty(2, 3, 8, 8, device="cuda", dtype=t) for t in (torch.float16, torch.float32)]
-        return pahm_ops.vertex_sample(maps, torch.empty(2, 7, 2, device="cuda"))
+def on_cuda(op, transform):
+    """A call of the op with float32 tensors of a CUDA device that have no memory; with maps of two dtypes."""
+    x = torch.empty(2, 7, 5, device="cuda")
+    if op == "spiral_conv":
+        indices = torch.zeros(6, 3, dtype=torch.int64)
+        return pahm_ops.spiral_conv(x, indices.to("cuda"), torch.empty(4, 15, device="cuda"))
+    if op == "mesh_pool":
+        return pahm_ops.mesh_pool(x, transform.to("cuda"))
+    maps = [torch.empty(2, 3, 8, 8, device="cuda", dtype=t) for t in (torch.float16, torch.float32)]
+    return pahm_ops.vertex_sample(maps, torch.empty(2, 7, 2, device="cuda"))
+
+
+class Calls(TorchDispatchMode):
+    """Notes the ops of this package that are called, with the dtypes that they are given."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "pahm_ops":
+            leaves = torch.utils._pytree.tree_leaves(args)
+            dtypes = {a.dtype for a in leaves if isinstance(a, torch.Tensor) and a.is_floating_point()}
+            self.found.append((str(function), dtypes))
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_autocast_on_cuda(op):
-    """The types that a CUDA device would compute in; torch.autocast itself is off where there is none."""
+def test_autocast_on_cuda(op, monkeypatch):
+    """What the op is given where a CUDA device is served; torch.autocast is off where there is none."""
+    transform = pahm_ops.MeshTransform.prepare(torch.eye(7).to_sparse())
+    monkeypatch.setattr(_paths, "served", lambda device: device.type == "cuda")
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.float16)
     try:
-        out = on_cuda(op)
+        with FakeTensorMode(allow_non_fake_inputs=True), Calls() as calls:
+            out = on_cuda(op, transform)
     finally:
         torch.set_autocast_enabled("cuda", before[0])
         torch.set_autocast_dtype("cuda", before[1])
+    assert calls.found == [(f"pahm_ops.{op}.default", {lowered(op, torch.float16)})]
     assert out.device.type == "cuda" and out.dtype == lowered(op, torch.float16)
 
 
@@ -227,5 +246,13 @@ def test_the_readme_lists_these_features_and_no_others():
     assert rows[0][1:4] == [f"`{op}`" for op in OPS]
     named = [re.search(r"`(test_\w+)`", row[-1])[1] for row in rows[2:]]
     here = [name for name, value in globals().items() if name.startswith("test_") and callable(value)]
-    assert sorted(named) == sorted(here[:-1])
-    assert all(cell == "yes" for row in rows[2:] for cell in row[1:4])
+    here.remove("test_the_readme_lists_these_features_and_no_others")
+    assert sorted(named) == sorted(here)
+    for name, row in zip(named, rows[2:], strict=True):
+        assert row[1:4] == ["yes" if op in ops_of(globals()[name]) else "not tested" for op in OPS], name
+
+
+def ops_of(test):
+    """The ops that a test is run for, by its parameters."""
+    values = [v for mark in test.pytestmark if mark.name == "parametrize" for v in mark.args[1]]
+    return {getattr(v, "values", (v,))[0] for v in values}
