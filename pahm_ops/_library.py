@@ -100,6 +100,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream of a device is recorded into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def below_autograd(op: Any, *arguments: Any) -> Any:
     """Calls an op from inside its autograd function: its kernel, or the next level of `torch.func`.
 

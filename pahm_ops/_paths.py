@@ -50,17 +50,20 @@ def _row(op: str, dtype: torch.dtype, columns: int) -> str:
     return "float32, TF32 allowed" if dtype == torch.float32 and tf32_allowed() else name
 
 
-_RUNNING: set[int] = set()
+_RUNS: dict[int, bool] = {}
 
 
 def _cuda_runs(device: torch.device) -> bool:
-    """Whether the compiled CUDA library runs on a device; asked again until it does."""
+    """Whether the compiled CUDA library runs on a device. The driver is asked once."""
     if not _library.CUDA_LOADED or device.type != "cuda" or not torch.cuda.is_available():
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
-    if index not in _RUNNING and torch.ops.pahm_ops.cuda_runs(index):
-        _RUNNING.add(index)
-    return index in _RUNNING
+    if index not in _RUNS:
+        runs = bool(torch.ops.pahm_ops.cuda_runs(index))
+        if not runs and _library.capturing(device):  # A capture may forbid what the driver is asked for.
+            return False
+        _RUNS[index] = runs
+    return _RUNS[index]
 
 
 @functools.cache

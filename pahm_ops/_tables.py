@@ -11,16 +11,13 @@ import torch
 from torch import Tensor
 
 from pahm_ops import _torch_internals as internals
+from pahm_ops._library import capturing
 
-# By storage and shape, not by tensor: a view that is made anew for each call is found again.
-_MADE: dict[Any, tuple[Any, int, Any]] = {}
-# What a CUDA graph was captured with: it reads that at every replay.
-_CAPTURED: dict[int, tuple[Any, Any]] = {}
+# By device, storage and shape, not by tensor: a view that is made anew for each call is found again.
+_MADE: dict[tuple[Any, ...], tuple[Any, int, Any]] = {}
+# What a CUDA graph was captured with, by device and number: it reads that at every replay.
+_CAPTURED: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 _LOCK = threading.Lock()
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def made_once(source: Tensor, purpose: Any, make: Callable[[], Any]) -> Any:
@@ -33,21 +30,26 @@ def made_once(source: Tensor, purpose: Any, make: Callable[[], Any]) -> Any:
     if version is None:
         return make()
     reference = internals.StorageWeakRef(source.untyped_storage())
-    key = reference.cdata, source.storage_offset(), source.shape, source.stride(), purpose
+    key = source.device, reference.cdata, source.storage_offset(), source.shape, source.stride(), purpose
     with _LOCK:
         found = _MADE.get(key)
         if found is not None and found[1] == version:
-            if _capturing(source.device):
-                _CAPTURED[id(found[2])] = reference, found[2]
+            if capturing(source.device):
+                _CAPTURED[source.device, id(found[2])] = reference, found[2]
             return found[2]
-    if _capturing(source.device):
+    if capturing(source.device):
         return make()
+    # What no one holds is dropped once its device has finished what may still read it: a device that is not
+    # synchronised here keeps its tables.
+    with _LOCK:
+        made = [k for k, (storage, *_) in _MADE.items() if k[0] == source.device and storage.expired()]
+        captured = [k for k, (storage, _) in _CAPTURED.items() if k[0] == source.device and storage.expired()]
     value = _finished(source.device, make)
     with _LOCK:
-        for old in [k for k, (storage, *_) in _MADE.items() if storage.expired()]:
-            del _MADE[old]
-        for number in [n for n, (storage, _) in _CAPTURED.items() if storage.expired()]:
-            del _CAPTURED[number]
+        for old in made:
+            _MADE.pop(old, None)
+        for old in captured:
+            _CAPTURED.pop(old, None)
         _MADE[key] = reference, version, value
     return value
 
@@ -77,7 +79,7 @@ def _finished(device: torch.device, make: Callable[[], Any]) -> Any:
 
 def _check(condition: Tensor, message: str) -> None:
     """Raises IndexError where `condition` does not hold; within a capture the device stops at replay."""
-    if _capturing(condition.device):
+    if capturing(condition.device):
         internals.assert_async(condition, message)
     elif not condition:
         raise IndexError(message)
@@ -88,7 +90,7 @@ def _check_range(name: str, index: Tensor, limit: int) -> None:
         return
     low, high = index.aminmax()
     inside = (low >= 0) & (high < limit)
-    if _capturing(index.device) or inside:
+    if capturing(index.device) or inside:
         _check(inside, f"{name} must lie in [0, {limit})")
         return
     raise IndexError(f"{name} must lie in [0, {limit}), got {int(low) if low < 0 else int(high)}")

@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -78,6 +79,20 @@ def test_the_choice_is_a_constant_of_a_traced_graph():
         return 2 * x if _paths.served(CUDA) else x
 
     assert torch.equal(doubled_where_served(torch.ones(2)), torch.ones(2) * (1 + _paths.served(CUDA)))
+
+
+def test_the_driver_is_asked_once_unless_a_capture_may_have_refused(monkeypatch):
+    asked, capturing = [], [True]
+    answers = types.SimpleNamespace(cuda_runs=lambda index: asked.append(index) or index == 1)
+    monkeypatch.setattr(torch.ops, "pahm_ops", answers)
+    monkeypatch.setattr(_library, "CUDA_LOADED", True)
+    monkeypatch.setattr(_library, "capturing", lambda device: bool(capturing))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_paths, "_RUNS", {})
+    runs = [_paths._cuda_runs(torch.device("cuda", index)) for index in (0, 1, 0, 1)]
+    capturing.clear()
+    runs += [_paths._cuda_runs(torch.device("cuda", index)) for index in (0, 1, 0, 1)]
+    assert runs == [False, True] * 4 and asked == [0, 1, 0, 0]
 
 
 def test_fake_tensors_of_a_gpu_need_no_gpu():
@@ -173,6 +188,28 @@ def test_tables_die_with_their_source():
     gc.collect()
     _tables.spirals(torch.randint(0, 7, (9, 4)), 7)
     assert len(_tables._MADE) <= before + 1
+
+
+def test_tables_of_a_device_that_was_not_synchronised_stay(monkeypatch):
+    """A kernel may still read them. "meta" stands for a second device."""
+    monkeypatch.setattr(_tables, "_MADE", {})
+
+    def make_once(device, make=lambda: None):
+        source = torch.empty(3, device=device)
+        _tables.made_once(source, "a table", make)
+        return source
+
+    def devices():
+        return sorted(key[0].type for key in _tables._MADE)
+
+    late = [make_once("cpu")]
+    make_once("cpu")
+    make_once("meta")
+    assert devices() == ["cpu", "cpu", "meta"]
+    make_once("cpu", late.clear)  # What dies meanwhile may be in use after the device was synchronised.
+    assert devices() == ["cpu", "cpu", "meta"]
+    kept = make_once("cpu")
+    assert devices() == ["cpu", "meta"] and kept is not None
 
 
 def test_a_tensor_of_inference_mode_is_not_remembered():
