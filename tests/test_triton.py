@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,6 +53,8 @@ def is_quick(name: str) -> bool:
             return False
         case ["vertex_sample", "invalid", camera, padding]:
             return (camera == "perspective") == (padding == "zeros")
+        case ["vertex_sample", "gradient", "past", *_]:
+            return False
         case ["vertex_sample", "edges", _, align, padding]:
             return (align == "corners") == (padding == "border")
     return True
@@ -144,6 +147,56 @@ def test_tuning_can_be_turned_off(tuning, monkeypatch, reason):
     launch(100)
     launch(200)
     assert len(tuner.launched) == 1 and blocks(function) == [16, 16]
+
+
+def test_two_threads_tune_a_class_of_shapes_once(tuning, monkeypatch):
+    from pahm_ops.triton import _tuning
+
+    launch, function, tuner, _ = tuning
+    both = threading.Barrier(2)  # Both find it not tuned before either begins.
+    monkeypatch.setattr(_tuning, "_capturing", lambda tensor: both.wait(60) < 0)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(launch, (100, 100)))
+    assert len(tuner.launched) == 1 and blocks(function) == [64]
+
+
+def test_sizes_that_32_bits_do_not_count_are_refused():
+    from pahm_ops.triton import mesh_pool, spiral_conv, vertex_sample
+
+    def meta(*shape, dtype=torch.float16):
+        return torch.empty(1, device="meta", dtype=dtype).expand(shape)
+
+    many, table = 2**31 - 2**15, {"dtype": torch.int32}
+    points, options = meta(1, 5, 2), (0, 0, False, True)
+    wide = [meta(1, 1, 2**16, 2**16)], points, None, *options
+    tall = [meta(1, 3, 4, 4)], meta(1, many, 2), None, *options
+    for refused, function, arguments in (
+        ("pixels of a map", vertex_sample.vertex_sample, wide),
+        ("pixels of a map", vertex_sample.vertex_sample_backward, (meta(1, 5, 1), *wide, [True] * 3)),
+        ("vertices", vertex_sample.vertex_sample, tall),
+        ("vertices", vertex_sample.vertex_sample_backward, (meta(1, many, 3), *tall, [True] * 3)),
+        ("rows", mesh_pool.mesh_pool, (meta(1, 4, 3), meta(many + 1, **table), meta(2, **table), meta(2))),
+        ("rows", spiral_conv.spiral_conv, (meta(1, 4, 3), meta(2, many, **table), meta(5, 6), None, 0)),
+        (
+            "rows",
+            spiral_conv.spiral_conv_weight_grad,
+            (meta(1, many, 5), meta(1, 4, 3), meta(2, many, **table)),
+        ),
+        (
+            "vertices",
+            spiral_conv.spiral_conv_input_grad,
+            (meta(1, 4, 5), meta(2 * many + 1, **table), meta(8, **table), meta(5, 6), many),
+        ),
+        (
+            "columns of weight",
+            spiral_conv.spiral_conv,
+            (meta(1, 4, 2**30), meta(2, 6, **table), meta(5, 2**31), None, 0),
+        ),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"{refused} must be at most {2**31 - 2**16} in Triton's kernels"
+        ):
+            function(*arguments)
 
 
 def test_too_many_programs_are_refused(tuning):

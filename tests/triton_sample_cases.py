@@ -221,6 +221,65 @@ def sample_beyond_32_bits(last: bool) -> None:
     assert torch.equal(found.cpu().double(), expected)
 
 
+#: float32 holds no more than every second one of the last pixels, and none of their number.
+LONG = 2**24 + 3
+
+
+def long_map(tall: bool) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """A map, its last four pixels written; points at and past its end; its height and width."""
+    line = torch.empty(LONG, device=checks.device)
+    line[-4:] = torch.tensor([5.0, 6.0, 7.0, 8.0])
+    points = torch.tensor([[[1.0, 0.0], [1.5, 0.0], [3e38, 0.0]]])
+    size = (LONG, 1) if tall else (1, LONG)
+    return line.view(1, 1, *size), on_device(points.flip(2) if tall else points), size
+
+
+def sample_past_what_floats_count(tall: bool) -> None:
+    """With border padding the last pixel serves, and a vertex's cell is one of the map's."""
+    from pahm_ops.triton import vertex_sample as ours
+
+    feature, points, (height, width) = long_map(tall)
+    for align in (False, True):
+        options = None, 0, 0, align, True
+        out = ours.vertex_sample([feature], points, *options)
+        assert (out == 8).all(), out
+        grads = ours.vertex_sample_backward(
+            torch.ones_like(out), [feature], points, *options, [False, True, False]
+        )
+        assert (grads[1] == 0).all(), grads[1]
+        keys = torch.empty(3, dtype=torch.int64, device=checks.device)
+        ours._CELL.launch(
+            [(3, "BLOCK_V")],
+            [ours.config(4, 1, BLOCK_V=16)],
+            **ours._geometry(points, None, 0, 0, align),
+            keys=keys,
+            positions=torch.empty(3, 2, device=checks.device),
+            height=height,
+            width=width,
+            base=0,
+            none=2 * (LONG + 1),
+            BORDER=True,
+        )
+        assert (keys == (height if tall else 1) * (width + 1) + (1 if tall else width)).all(), keys
+
+
+def sample_gradient_past_what_floats_count() -> None:
+    from pahm_ops.triton import vertex_sample as ours
+
+    feature, points, _ = long_map(False)
+    candidates, ours._candidates = (
+        ours._candidates,
+        lambda rows, *_, **constants: [ours.config(4, 1, **{rows: 2**19}, BLOCK_C=1, **constants)],
+    )
+    try:
+        grad = on_device(torch.tensor([[[1.0], [2.0], [4.0]]]))
+        options = None, 0, 0, False, True
+        [found], *_ = ours.vertex_sample_backward(grad, [feature], points, *options, [True, False, False])
+    finally:
+        ours._candidates = candidates
+    assert found[0, 0, 0, -1] == 7 and found.count_nonzero() == 1, found[0, 0, 0, -4:]
+
+
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """Names and functions."""
     flags = [(align, padding) for align in (False, True) for padding in ("zeros", "border")]
@@ -247,5 +306,9 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for dtype in DTYPES[2:]:
         name = f"vertex_sample {name_of(dtype)} maps, float32 geometry"
         yield name, partial(sample_geometry_of_its_own, dtype)
+    for tall in (False, True):
+        name = f"vertex_sample past what floats count, {'tall' if tall else 'wide'}"
+        yield name, partial(sample_past_what_floats_count, tall)
+    yield "vertex_sample gradient past what floats count", sample_gradient_past_what_floats_count
     for function in (sample_reads_four_pixels_only, sample_any_strides, sample_empties, sample_needs):
         yield function.__name__, function

@@ -27,6 +27,19 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def check_small(**sizes: int) -> None:
+    """Raises ValueError for a size that kernels do not count in 32 bits, the last tile's rows included."""
+    for name, size in sizes.items():
+        if size > MOST:
+            raise ValueError(
+                f"{name.replace('_', ' ')} must be at most {MOST} in Triton's kernels, got {size}"
+            )
+
+
+#: Of what is counted in 32 bits, with room for a tile.
+MOST = 2**31 - 2**16
+
+
 def together(*sizes: int) -> int:
     """How many neighbouring elements a kernel may take as one vector, where `sizes` are multiples of it."""
     return math.gcd(16, *sizes)

@@ -112,13 +112,19 @@ def place(point, valid, size, ALIGN: tl.constexpr, BORDER: tl.constexpr):
 
 
 @triton.jit
+def pixel_at(position, size):
+    """The pixel at or before a position. Above 2^24 floats skip pixels, and may lie past the last one."""
+    return tl.minimum(tl.floor(position).to(tl.int32), size - 1)
+
+
+@triton.jit
 def corner(position_x, position_y, near, height, width, K: tl.constexpr):
     """Pixel K of the four around a position, in the order (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1).
 
     Returns x, y (int64; 0 where the map has no such pixel), the pixel's weight and whether it is there.
     """
     left, top = tl.floor(position_x), tl.floor(position_y)
-    x, y = left.to(tl.int32) + K % 2, top.to(tl.int32) + K // 2
+    x, y = pixel_at(position_x, width) + K % 2, pixel_at(position_y, height) + K // 2
     inside = near & (x >= 0) & (x < width) & (y >= 0) & (y < height)
     right, down = position_x - left, position_y - top
     weight_x = right if K % 2 == 1 else 1 - right

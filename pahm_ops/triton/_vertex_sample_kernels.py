@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from pahm_ops.triton._common import tile_rows
-from pahm_ops.triton._projection import coordinates, corner, image_scale, place, project, ray
+from pahm_ops.triton._projection import coordinates, corner, image_scale, pixel_at, place, project, ray
 
 # A map has height x width pixels and packs * VEC channels; its strides are stride_c and, for the rest,
 # stride_* * STRIDE_VEC. Its channels begin at first * OUT_VEC among the output's total * OUT_VEC. From the
@@ -104,7 +104,7 @@ def cell_kernel(
     x, y, valid = project(x, y, z, camera, mesh, here, image_height, image_width, CAMERA, ALIGN, WORK)
     x, _, near_x = place(x, valid, width, ALIGN, BORDER)
     y, _, near_y = place(y, valid, height, ALIGN, BORDER)
-    column, row = tl.floor(x).to(tl.int32) + 1, tl.floor(y).to(tl.int32) + 1
+    column, row = pixel_at(x, width) + 1, pixel_at(y, height) + 1
     cell = base + (mesh * (height + 1) + row) * (width + 1) + column
     cell = tl.where(near_x & near_y, cell, none)
     tl.store(keys + at, cell.to(keys.dtype.element_ty), mask=here)
@@ -161,8 +161,10 @@ def map_grad_kernel(
             for u in tl.static_range(UNROLL):
                 listed = s + u < number
                 vertex = tl.load(order + begin + s + u, mask=listed, other=shift) - shift
-                right = tl.load(positions + 2 * vertex, mask=listed, other=0.0) - x
-                down = tl.load(positions + 2 * vertex + 1, mask=listed, other=0.0) - y
+                at_x = tl.load(positions + 2 * vertex, mask=listed, other=0.0)
+                at_y = tl.load(positions + 2 * vertex + 1, mask=listed, other=0.0)
+                right = at_x - tl.floor(at_x) + (pixel_at(at_x, width) - x)
+                down = at_y - tl.floor(at_y) + (pixel_at(at_y, height) - y)
                 # The distance to a pixel of the vertex's cell is in [0, 1]: 1 minus it is bilinear.
                 weight = (1 - tl.abs(right)) * (1 - tl.abs(down))
                 value = tl.load(

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pahm_ops.triton._common import block, size_class, tile_rows, together
+from pahm_ops.triton._common import block, check_small, size_class, tile_rows, together
 from pahm_ops.triton._tuning import Kernel, config, unlike
 
 
@@ -21,6 +21,7 @@ def mesh_pool(x: Tensor, row_pointers: Tensor, columns: Tensor, values: Tensor) 
     precision is summed in float32, the entries of a row in their order.
     """
     (batch, vertices, channels), rows = x.shape, row_pointers.numel() - 1
+    check_small(rows=rows, channels=channels)
     out = x.new_empty(batch, rows, channels)
     if out.numel() == 0:
         return out

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from pahm_ops.triton import _spiral_conv_kernels as kernels
-from pahm_ops.triton._common import block, interpreted, processors, size_class, together
+from pahm_ops.triton._common import MOST, block, check_small, interpreted, processors, size_class, together
 from pahm_ops.triton._tuning import Kernel, config, unlike
 
 
@@ -25,6 +25,7 @@ def spiral_conv(
     round the factors of a float32 product to TF32.
     """
     (batch, vertices, channels), (length, rows), out_channels = x.shape, table.shape, weight.shape[0]
+    check_small(rows=rows, columns_of_weight=length * channels)
     out = x.new_empty(batch, rows, out_channels)
     if out.numel() == 0:
         return out
@@ -63,6 +64,7 @@ def spiral_conv_input_grad(
     """
     (batch, rows, out_channels), length = grad.shape, (t_pointers.numel() - 1) // max(vertices, 1)
     channels = weight.shape[1] // max(length, 1)
+    check_small(vertices=vertices, columns_of_weight=length * channels)
     out = grad.new_empty(batch, vertices, channels)
     if out.numel() == 0:
         return out
@@ -97,13 +99,15 @@ def spiral_conv_weight_grad(grad: Tensor, x: Tensor, table: Tensor, *, tf32: boo
     where that keeps more of the GPU busy, in a float32 (float64) workspace, then added in their order.
     """
     (batch, rows, out_channels), (_, vertices, channels), length = grad.shape, x.shape, table.shape[0]
+    check_small(rows=rows, columns_of_weight=length * channels)
     out = x.new_empty(out_channels, length * channels)
     count = batch * rows
     if out.numel() == 0 or count == 0:
         return out.zero_()
     tiles = triton.cdiv(out_channels, _PART) * triton.cdiv(channels, _PART) * length
     splits = min(triton.cdiv(2 * processors(x), tiles), triton.cdiv(count, 2 * _PART))
-    splits = max(splits, triton.cdiv(count, 2**30))  # the rows of a part are counted in 32 bits
+    # The rows of a part are counted in 32 bits, from any row of a mesh on.
+    splits = max(splits, triton.cdiv(count, max(min(2**30, MOST - rows), _PART)))
     share = triton.cdiv(triton.cdiv(count, splits), _PART) * _PART
     splits = triton.cdiv(count, share)
     partial = out

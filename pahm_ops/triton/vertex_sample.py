@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from pahm_ops.triton import _vertex_sample_kernels as kernels
-from pahm_ops.triton._common import block, size_class, together
+from pahm_ops.triton._common import block, check_small, size_class, together
 from pahm_ops.triton._tuning import Kernel, config, unlike
 
 Geometry = dict[str, Any]
@@ -36,6 +36,7 @@ def vertex_sample(
     """
     batch, count = vertices.shape[:2]
     total = sum(feature.shape[1] for feature in features)
+    _check_sizes(features, count, total)
     out = features[0].new_empty(batch, count, total)
     geometry = _geometry(vertices, camera, height, width, align_corners)
     first = 0
@@ -73,6 +74,7 @@ def vertex_sample_backward(
     empty vector. That of a map has the map's memory format. No atomics: the same bits each time. For the
     maps the vertices are sorted by the cell of pixels that they lie in, so that one thread sums an element.
     """
+    _check_sizes(features, *grad.shape[1:])
     grad = grad.contiguous()
     *need_maps, need_vertices, need_camera = needs
     need_camera = need_camera and camera is not None
@@ -83,6 +85,12 @@ def vertex_sample_backward(
     shares = _point_grads(grad, features, geometry, border)
     vertex_grad, camera_grad = _through_projection(shares, geometry, need_camera)
     return map_grads, vertex_grad, camera_grad
+
+
+def _check_sizes(features: Sequence[Tensor], count: int, total: int) -> None:
+    check_small(vertices=count, channels=total)
+    for feature in features:
+        check_small(pixels_of_a_map=(feature.shape[2] + 1) * (feature.shape[3] + 1))
 
 
 def _point_grads(grad: Tensor, features: Sequence[Tensor], geometry: Geometry, border: bool) -> Tensor:
