@@ -3,6 +3,11 @@
 import re
 from pathlib import Path
 
+import pytest
+import torch
+
+from pahm_ops import _library
+
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 SOURCES = {path.name: path.read_text() for kind in ("cuda", "kernels") for path in (CSRC / kind).iterdir()}
 #: csrc/kernels/device.cuh's launch needs a Device, and csrc/cuda/launch.h makes one: in OnDeviceOf
@@ -50,3 +55,33 @@ def test_every_op_launches_within_the_scope_of_its_device():
         launches = [m.start() for m in re.finditer(r"\brun<|_launch<", body)]
         assert launches and min(launches) > begin, name
         assert body.count("OnDeviceOf") == 1, name
+
+
+needs_library = pytest.mark.skipif(not _library.CUDA_LOADED, reason="no compiled CUDA library here")
+
+
+@needs_library
+def test_what_a_kernel_of_the_library_throws_is_a_value_error():
+    """Called below the dispatcher, which would not hand it tensors of the CPU."""
+    x, table, pointers = torch.zeros(1, 2, 3), torch.zeros(2, 2).int(), torch.zeros(3).int()
+    maps, needs = [torch.zeros(1, 2, 4, 4)], [True, True, True]
+    arguments = {
+        "mesh_pool": (x, pointers, pointers, torch.zeros(3)),
+        "spiral_conv": (x, table, torch.zeros(4, 6), None, 0),
+        "spiral_conv_input_grad": (x, pointers, pointers, torch.zeros(3, 3), 2),
+        "spiral_conv_weight_grad": (x, x, table),
+        "vertex_sample": (maps, x[..., :2], None, 0, 0, False, True),
+        "vertex_sample_backward": (x, maps, x[..., :2], None, 0, 0, False, True, needs),
+    }
+    assert {f"{name}_cuda" for name in arguments} == set(functions())
+    below = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for name, given in arguments.items():
+        op = getattr(torch.ops.pahm_ops, f"{name}_cuda").default
+        with pytest.raises(ValueError, match="must be on a CUDA device, got cpu"):
+            op.redispatch(below, *given)
+
+
+@needs_library
+@pytest.mark.parametrize("device", [-1, -(2**62), 2**31, 2**62])
+def test_the_library_runs_on_no_device_that_is_not_there(device):
+    assert not torch.ops.pahm_ops.cuda_runs(device)
