@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 SIMT = Path(__file__).parent / "simt"
-FLAGS = ("-O1", "-std=c++20", "-Wall", "-Wno-unknown-pragmas", f"-I{SIMT.parents[1] / 'csrc'}", f"-I{SIMT}")
+FLAGS = (
+    "-O1",
+    "-std=c++20",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-ffp-contract=off",
+    f"-I{SIMT.parents[1] / 'csrc'}",
+    f"-I{SIMT}",
+)
 SANITIZE = (
     "-O0",
     "-g",

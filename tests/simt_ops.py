@@ -213,29 +213,20 @@ def sample(s: Scene, processors: int = 4, **options: object) -> tuple[Tensor, Co
     return out, counts
 
 
-def sample_workspace(s: Scene) -> Tensor:
-    """Memory for `sample_backward`; as floats, NaN."""
-    vertices = s.vertices.shape[0] * s.vertices.shape[1]
-    return torch.full((s.grad.numel() * 20 + 60 * len(s.maps) * vertices + 256,), 255, dtype=torch.uint8)
-
-
 def sample_backward(
-    s: Scene,
-    needs: tuple[bool, bool, bool] = (True, True, True),
-    processors: int = 4,
-    workspace: Tensor | None = None,
-    points_alone: bool = False,
-    **options: object,
+    s: Scene, needs: tuple[bool, bool, bool] = (True, True, True), processors: int = 4, **options: object
 ) -> tuple[list[Tensor | None], Tensor | None, Tensor | None, Counts]:
-    """`needs`: of maps, vertices and camera. `points_alone`: only the last kernel, on a used workspace."""
+    """`needs`: of the maps, the vertices, the camera."""
     maps, kind, sizes = _arguments(s)
     grads = [torch.full_like(m, torch.nan) if needs[0] else None for m in maps]
     vertex_grad = torch.full_like(s.vertices, torch.nan) if needs[1] else None
     camera_grad = torch.full_like(s.camera, torch.nan) if needs[2] and s.camera is not None else None
-    workspace = sample_workspace(s) if workspace is None else workspace
+    workspace = torch.full(
+        (s.grad.numel() * 20 + 40 * len(maps) * sizes[0] * sizes[1] + 256,), 255, dtype=torch.uint8
+    )
     counts = VERTEX_SAMPLE.call(
         "vertex_sample_backward", s.grad.dtype, s.grad, maps, s.vertices, s.camera, kind, grads, vertex_grad,
-        camera_grad, workspace, workspace.numel(), points_alone, len(maps), sizes, processors, **options,
+        camera_grad, workspace, workspace.numel(), len(maps), sizes, processors, **options,
     )  # fmt: skip
     moved = [
         g if g is None or m.is_contiguous() else g.permute(0, 3, 1, 2)

@@ -107,7 +107,7 @@ def test_every_primitive_is_looked_at():
     primitives = set(re.findall(r"__device__ __forceinline__ \w+(?:<.*>)? (\w+)\(", half))
     assert {"load", "store", "shuffle", "shared_atomic_max", "from_float", "load_shared"} <= primitives
     assert primitives <= set(re.findall(r"\w+", (ROOT / "tests/simt/primitives.cu").read_text()))
-    assert set(kernels()) == set(EXPECTED)
+    assert set(kernels()) == {*EXPECTED, "located_float", "located_double"}
 
 
 WIDE = "ld.global.nc.v4.32([p1])"
@@ -151,6 +151,9 @@ EXPECTED = {
     "shuffle_xor_float": ["st.global.32 [p0], shfl.sync.bfly.32(p2, p3, 31, p1)"],
     "ballot_of": ["st.global.32 [p0], vote.sync.ballot.b32(setp.gt.s32(p2, 5), p1)"],
     "barriers": ["bar.sync 0", "bar.warp.sync p0"],
+    # rounded, so that no sum takes it in
+    "product_of_floats": ["st.global.32 [p0], add.f32(mul.rn.f32(p1, p2), p1)"],
+    "product_of_doubles": ["st.global.64 [p0], add.f64(mul.rn.f64(p1, p2), p1)"],
     # one comparison an index
     "index_is": ["st.global.32 [p0], selp.b32(7, 9, setp.lt.u32(p1, p2))"],
     "bound_is": ["st.global.32 [p0], min.u32(p1, p2)"],
@@ -160,3 +163,13 @@ EXPECTED = {
 @pytest.mark.parametrize("kernel", EXPECTED)
 def test_a_primitive_is_the_instruction_that_it_should_be(kernel):
     assert Reader(kernel).effects == EXPECTED[kernel]
+
+
+@pytest.mark.parametrize("type", ["f32", "f64"])
+def test_the_place_of_a_vertex_is_the_same_in_every_kernel(type):
+    """Its products are rounded, and can be fused with a sum in none; but for halves, which are exact."""
+    kernel = kernels()[{"f32": "located_float", "f64": "located_double"}[type]]
+    half = {"f32": "0f3F000000", "f64": "0d3FE0000000000000"}[type]
+    assert sum(line.startswith(f"mul.rn.{type}") for line in kernel) >= 9 + 2 + 1 + 2
+    fusible = [line for line in kernel if re.match(rf"(mul|fma\.rn)\.{type}", line)]
+    assert [line for line in fusible if half not in line] == []

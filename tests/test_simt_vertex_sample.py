@@ -14,7 +14,6 @@ from simt_ops import (
     sample,
     sample_backward,
     sample_least_bytes,
-    sample_workspace,
     scene,
     wide_numbers,
 )
@@ -232,7 +231,7 @@ def test_border_padding_reads_the_last_pixel_of_a_map_wider_than_floats_count(al
     assert out.item() == 5
 
 
-# ---- the order of sums, and what the kernels leave each other ----
+# ---- the order of sums ----
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -286,22 +285,6 @@ def test_a_camera_adds_up_threads_lanes_and_warps_in_one_order():
     threads[:600] = s.grad[0, :, 0] / 2
     warps = tree(add_up(threads.view(3, 256)).view(8, 32))
     assert_same_sum(sample_backward(s)[2][0, 1], warps)
-
-
-@pytest.mark.parametrize("last", [False, True])
-def test_point_gradients_rest_on_the_cells_that_the_sort_found(last):
-    """A projection that rounds otherwise in the last kernel moves no vertex into another cell."""
-    s = scene([(8, 5, 5)], torch.float32, batch=1, count=25, last=last, align_corners=True)
-    at = torch.arange(25)
-    s.vertices[0] = torch.stack([at % 5, at // 5], 1) / 2 - 1  # on pixels
-    workspace = sample_workspace(s)
-    _, wanted, *_ = sample_backward(s, workspace=workspace)
-    on_pixels = s.vertices
-    for factor in (1 - 2**-22, 1 + 2**-22):
-        s.vertices = on_pixels * factor
-        _, found, *_ = sample_backward(s, workspace=workspace, points_alone=True)
-        inside = (s.vertices.abs() <= 1).all(-1)
-        torch.testing.assert_close(found[inside], wanted[inside], rtol=0, atol=1e-5)
 
 
 # Of whole sectors, so that the lanes stage runs of one length, which are counted together.

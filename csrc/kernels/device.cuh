@@ -97,6 +97,11 @@ __device__ __forceinline__ S from_float(T x) {
   return FromFloat<S>::convert(x);
 }
 
+// A product that is rounded: the compiler may fuse others with a sum, in one place of the source and not in
+// another.
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+
 // ---- global memory ----
 
 // A type of 16 bytes is moved by one instruction, and read by way of the read-only cache: nothing that the

@@ -71,6 +71,9 @@ __device__ __forceinline__ bool finite(T x) {
   return x - x == 0;
 }
 
+// Several kernels, and parts of one, project the same vertex, and rely on finding it in the same cell. So
+// `project` and `locate` round each product: the compiler cannot choose other bits in one of those places.
+
 // A vertex, the camera of its batch item, and what the projection makes of them.
 template <typename T>
 struct Projected {
@@ -136,15 +139,16 @@ __device__ Projected<Sum<S>> project(const SampleArguments<S>& a, int64_t item, 
   if (perspective) {
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
-      p.ray[i] = p.camera[3 * i] * p.vertex[0] + p.camera[3 * i + 1] * p.vertex[1] +
-                 p.camera[3 * i + 2] * p.vertex[2];
+      p.ray[i] = rounded_product(p.camera[3 * i], p.vertex[0]) +
+                 rounded_product(p.camera[3 * i + 1], p.vertex[1]) +
+                 rounded_product(p.camera[3 * i + 2], p.vertex[2]);
     }
     p.valid &= p.ray[2] > 0;
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    p.point[i] = perspective                     ? p.ray[i] / p.ray[2] * a.scale[i] + a.shift[i]
-                 : a.camera_kind == Camera::weak ? p.camera[0] * (p.vertex[i] + p.camera[1 + i])
+    p.point[i] = perspective ? rounded_product(p.ray[i] / p.ray[2], a.scale[i]) + a.shift[i]
+                 : a.camera_kind == Camera::weak ? rounded_product(p.camera[0], p.vertex[i] + p.camera[1 + i])
                                                  : p.vertex[i];
     p.valid &= finite(p.point[i]);
   }
@@ -173,7 +177,8 @@ __device__ __forceinline__ bool to_pixels(const SampleArguments<S>& a, Sum<S> no
   using T = Sum<S>;
   const T extent = static_cast<T>(size), last = extent - 1;
   slope = (a.align_corners ? last : extent) / 2;
-  position = a.align_corners ? (normalised + 1) / 2 * last : ((normalised + 1) * extent - 1) / 2;
+  position = a.align_corners ? rounded_product((normalised + 1) / 2, last)
+                             : (rounded_product(normalised + 1, extent) - 1) / 2;
   if (!a.border) return position >= -1 && position < extent;
   if (!(position > 0)) {
     position = 0;

@@ -180,17 +180,8 @@ __global__ void __launch_bounds__(block_threads, 2)
     T g[2] = {0, 0};
     for (int i = 0; i < a.map_count; ++i) {
       const SampleMap<S>& map = a.maps[i];
-      // Where the sort has put it: located again, a vertex at the edge of a cell might lie in another one.
-      const int64_t place = (item * a.map_count + i) * a.vertex_count + n;
-      const int32_t index = load(b.work.vertex_cells + place);
-      if (index == no_cell) continue;
-      const Pack<T, 2> position = load(b.work.vertex_positions + place);
-      Cell<T> cell = cell_at<T>(index, map.width);
-      cell.fx = position.values[0];
-      cell.fy = position.values[1];
-      T pixels;  // known already, unlike the slopes
-      to_pixels(a, p.point[0], map.width, pixels, cell.dx);
-      to_pixels(a, p.point[1], map.height, pixels, cell.dy);
+      Cell<T> cell;
+      if (!locate(a, map, p, cell)) continue;
       T product[4] = {};
       for (int slab = 0; slab < slabs.count[i]; ++slab) {
         const T* const at =
@@ -294,14 +285,9 @@ int64_t set_sample_workspace(SampleBackwardArguments<S>& b, void* memory) {
   b.work.order = reinterpret_cast<int32_t*>(part(entries * 4));
   b.work.positions = reinterpret_cast<Pack<T, 2>*>(part(entries * static_cast<int64_t>(sizeof(Pack<T, 2>))));
   b.work.products = nullptr;
-  b.work.vertex_cells = nullptr;
-  b.work.vertex_positions = nullptr;
   if (b.vertex_grad == nullptr && b.camera_grad == nullptr) return bytes;
   const int64_t slabs = SampleBackwardPlan<S>(b).slab_count;
   b.work.products = reinterpret_cast<T*>(part(slabs * vertices * 4 * static_cast<int64_t>(sizeof(T))));
-  b.work.vertex_cells = reinterpret_cast<int32_t*>(part(entries * 4));
-  b.work.vertex_positions =
-      reinterpret_cast<Pack<T, 2>*>(part(entries * static_cast<int64_t>(sizeof(Pack<T, 2>))));
   return bytes;
 }
 

@@ -13,10 +13,7 @@ struct SampleWorkspace {
   int32_t* cells;         // (B, maps, V) rising
   int32_t* order;         // (B, maps, V) the vertices with those cells
   Pack<T, 2>* positions;  // (B, maps, V) of those vertices inside their cells: fx, fy
-  // Where point gradients are wanted, else null: what each vertex gives its four pixels, and where it lies.
-  T* products;                   // (slabs of all maps, B, V, 4); unwritten for pixels outside the map
-  int32_t* vertex_cells;         // (B, maps, V) in the vertices' own order
-  Pack<T, 2>* vertex_positions;  // (B, maps, V) likewise
+  T* products;            // (slabs of all maps, B, V, 4); null where no point gradients are wanted
 };
 
 template <typename S>
@@ -35,15 +32,6 @@ inline constexpr int32_t no_cell = 0x7fffffff;
 template <typename T>
 __device__ __forceinline__ int32_t cell_index(const Cell<T>& cell, int width) {
   return (cell.y + 1) * (width + 1) + cell.x + 1;
-}
-
-// The cell of an index, without what lies inside it.
-template <typename T>
-__device__ __forceinline__ Cell<T> cell_at(int32_t index, int width) {
-  Cell<T> cell{};
-  cell.x = index % (width + 1) - 1;
-  cell.y = index / (width + 1) - 1;
-  return cell;
 }
 
 // A vertex' place is the number of those before it: no atomics, the same in every run.
@@ -77,14 +65,10 @@ __global__ void __launch_bounds__(block_threads, 3)
     __syncthreads();
   }
   if (n >= a.vertex_count) return;
-  const int64_t first = (item * a.map_count + index) * a.vertex_count, place = first + rank;
-  const Pack<T, 2> position{{own.fx, own.fy}};
+  const int64_t place = (item * a.map_count + index) * a.vertex_count + rank;
   store(work.cells + place, own_cell);
   store(work.order + place, static_cast<int32_t>(n));
-  store(work.positions + place, position);
-  if (work.products == nullptr) return;
-  store(work.vertex_cells + first + n, own_cell);
-  store(work.vertex_positions + first + n, position);
+  store(work.positions + place, Pack<T, 2>{{own.fx, own.fy}});
 }
 
 // The number of sorted cells below `cell`.

@@ -1,6 +1,6 @@
 // Each primitive of csrc/kernels/device.cuh as nvcc compiles it, alone in a kernel, for
-// tests/test_cuda_primitives.py.
-#include "kernels/plan.cuh"
+// tests/test_cuda_primitives.py; and where a vertex lies on a map.
+#include "kernels/vertex_sample.cuh"
 
 using namespace pahm;
 
@@ -25,6 +25,9 @@ KERNEL narrow_half(half* out, float value) { store(out, from_float<half>(value))
 KERNEL narrow_bfloat16(bfloat16* out, float value) { store(out, from_float<bfloat16>(value)); }
 KERNEL keep_float(float* out, float value) { store(out, from_float<float>(to_float(value))); }
 KERNEL keep_double(double* out, double value) { store(out, from_float<double>(to_float(value))); }
+
+KERNEL product_of_floats(float* out, float a, float b) { store(out, rounded_product(a, b) + a); }
+KERNEL product_of_doubles(double* out, double a, double b) { store(out, rounded_product(a, b) + a); }
 
 // ---- shared memory ----
 
@@ -70,3 +73,25 @@ KERNEL barriers(uint32_t mask) {
 
 KERNEL index_is(int* out, int32_t value, int count) { store(out, is_index(value, count) ? 7 : 9); }
 KERNEL bound_is(int* out, int32_t value, int count) { store(out, list_bound(value, count)); }
+
+// ---- a vertex on a map ----
+
+template <typename S>
+__device__ void locate_one(const SampleArguments<S>& a, const SampleMap<S>& map, Sum<S>* out) {
+  Sum<S> vertex[3];
+  load_vertex(a, blockIdx.x, threadIdx.x, vertex);
+  Cell<Sum<S>> cell{};
+  if (!locate(a, map, project(a, blockIdx.x, vertex), cell)) return;
+  store(out, cell.fx);
+  store(out + 1, cell.fy);
+  store(out + 2, static_cast<Sum<S>>(cell.x));
+  store(out + 3, static_cast<Sum<S>>(cell.y));
+}
+KERNEL located_float(const __grid_constant__ SampleArguments<float> a,
+                     const __grid_constant__ SampleMap<float> map, float* out) {
+  locate_one(a, map, out);
+}
+KERNEL located_double(const __grid_constant__ SampleArguments<double> a,
+                      const __grid_constant__ SampleMap<double> map, double* out) {
+  locate_one(a, map, out);
+}

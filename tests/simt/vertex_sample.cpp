@@ -79,14 +79,13 @@ extern "C" const char* vertex_sample(int dtype, const void* const* maps, const v
 }
 PAHM_CASE(vertex_sample);
 
-// Gradients that are null are not wanted. `points_alone`: only the last kernel runs, on the workspace of an
-// earlier call.
+// Gradients that are null are not wanted.
 extern "C" const char* vertex_sample_backward(int dtype, const void* grad, const void* const* maps,
                                               const void* vertices, const void* camera, int camera_kind,
                                               void* const* map_grads, void* vertex_grad, void* camera_grad,
-                                              void* workspace, int64_t workspace_bytes, bool points_alone,
-                                              int map_count, const int64_t* sizes, int processors,
-                                              uint64_t seed, simt::Counts* counts) {
+                                              void* workspace, int64_t workspace_bytes, int map_count,
+                                              const int64_t* sizes, int processors, uint64_t seed,
+                                              simt::Counts* counts) {
   return run(counts, [&] {
     for_dtype(dtype, [&](auto zero) {
       using S = decltype(zero);
@@ -101,10 +100,7 @@ extern "C" const char* vertex_sample_backward(int dtype, const void* grad, const
       if (pahm::set_sample_workspace(arguments, nullptr) > workspace_bytes)
         throw simt::Failure("too little workspace");
       pahm::set_sample_workspace(arguments, workspace);
-      if (!points_alone) return pahm::vertex_sample_backward_launch<S>(arguments, device(seed, processors));
-      const pahm::SampleBackwardPlan<S> plan(arguments);
-      pahm::launch(pahm::point_grads_kernel<S>, arguments.forward.batch, pahm::block_threads, 0,
-                   device(seed, processors), arguments, plan.slabs, 1);
+      pahm::vertex_sample_backward_launch<S>(arguments, device(seed, processors));
     });
   });
 }
