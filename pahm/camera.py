@@ -13,8 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pahm.text_files import read_json
+from pahm_ops.array_files import read_npy
 
 Array = npt.NDArray[np.float64]
+FOCAL = (1, 10**7)  # pixels
 
 
 def assumed_intrinsics(width: int, height: int) -> Array:
@@ -46,18 +48,25 @@ def check_intrinsics(values: npt.ArrayLike) -> Array:
             f"intrinsics: expected finite [[fx, s, cx], [0, fy, cy], [0, 0, 1]] with positive fx and fy, "
             f"got {K.tolist()}"
         )
+    shortest, longest = FOCAL
+    if min(K[0, 0], K[1, 1]) < shortest or np.abs(K[:2]).max() > longest:
+        raise ValueError(
+            f"intrinsics: expected pixels, with fx and fy from {shortest} to {longest}, got {K.tolist()}"
+        )
     return K
 
 
 def read_intrinsics(path: str | os.PathLike[str]) -> Array:
-    """Intrinsics (3, 3) from a JSON file: `{"K": [[...], [...], [...]]}`, the bare matrix, a list of one.
+    """Intrinsics (3, 3) from a JSON file: `{"K": [[...], [...], [...]]}`, the bare matrix, a list of one;
+    or from a .npy file with the matrix.
 
     Raises FileNotFoundError, or ValueError naming the file.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"intrinsics: {os.fspath(path)} does not exist")
+    read = read_npy if Path(path).suffix == ".npy" else read_json
+    content = read(path, limit=1 << 20)
     try:
-        content = read_json(path, limit=1 << 20)
         if isinstance(content, dict):
             if "K" not in content:
                 raise ValueError('intrinsics: expected a key "K" in the JSON object')

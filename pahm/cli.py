@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import signal
 import sys
@@ -29,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 with one sentence on standard error where the input is at fault, and 128
     plus the signal's number where Ctrl-C, SIGTERM or SIGHUP ended it.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A name that the terminal's encoding does not have is printed with escapes.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     options = make_parser().parse_args(arguments)
     try:
         with _stopped_by_signals():
@@ -97,7 +102,12 @@ def sentence(error: Exception, options: argparse.Namespace) -> str:
     if isinstance(error, OSError) and error.strerror:
         path = error.filename2 or error.filename  # of a file moved, the place that it was to go to
         text = f"{path}: {error.strerror}" if path else error.strerror
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
+
+
+def printable(text: object) -> str:
+    """The text with escapes for what would move the cursor, change colours or end a line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def _changes(texts: Sequence[str]) -> dict[str, str]:
@@ -294,7 +304,7 @@ def _predict(options: argparse.Namespace) -> int:
     status = 0
     for result in results:
         if not isinstance(result, Exception):
-            print(*result, sep="\n")
+            print(*map(printable, result), sep="\n")
             continue
         status = 2
         if options.debug:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +12,15 @@ from PIL import Image, ImageOps
 
 from pahm.camera import Array, assumed_intrinsics, check_intrinsics
 from pahm.data.augment import crop_matrix, warp
-from pahm.data.freihand import read_image
-from pahm.hand.left import mirror_intrinsics
+from pahm.hand.left import checked_left, mirror_intrinsics
+from pahm.open_image import convert_image, read_image
+from pahm.text_files import shown
 
 Box = tuple[float, float, float, float]
 ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
 
+SMALLEST_BOX = 2  # pixels
+LARGEST_BOX = 10  # times the image's longer side
 HAND_SHARE = 0.6  # of the training images' sides that the hand's box takes, about
 
 
@@ -27,7 +28,7 @@ class Request(NamedTuple):
     """An image to reconstruct a hand in; the arguments of `pahm.predict.Predictor.predict`."""
 
     image: ImageSource
-    bbox: Sequence[float] | None = None
+    bbox: npt.ArrayLike | None = None
     intrinsics: npt.ArrayLike | None = None
     left: bool = False
     place: str = "image"
@@ -65,6 +66,7 @@ def read_crop(request: Request, size: int, share: float) -> Crop | Exception:
     share: the fraction of the training images' sides that the network sees, `ModelConfig.crop`.
     """
     try:
+        request = request._replace(left=checked_left(request.left))
         image, source = load_image(request.image)
         box = hand_box(image.size, request.bbox, share)
         if request.intrinsics is None:
@@ -95,41 +97,50 @@ def _named(error: Exception, name: str) -> Exception:
 def load_image(image: ImageSource) -> tuple[Image.Image, str | None]:
     """An RGB image, upright by its EXIF tag, and the absolute path it came from, if any.
 
-    Raises FileNotFoundError or ValueError naming a file that is not an image, TypeError or ValueError for
-    an array of another dtype or shape.
+    Raises FileNotFoundError or ValueError as `pahm.open_image.read_image`, TypeError or ValueError for an
+    array of another dtype or shape.
     """
     if isinstance(image, (str, os.PathLike)):
-        return ImageOps.exif_transpose(read_image(image)), str(Path(image).resolve())
+        return read_image(image, upright=True), str(Path(image).resolve())
     if isinstance(image, Image.Image):
-        return ImageOps.exif_transpose(image.convert("RGB")), None
+        return convert_image(image, "image", upright=True), None
     if not isinstance(image, np.ndarray):
         raise TypeError(f"image: expected a path, a PIL image or a numpy array, got {type(image).__name__}")
     if image.dtype != np.uint8:
         raise TypeError(f"image: expected an array of uint8, got {image.dtype}")
     if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or image.size == 0:
         raise ValueError(f"image: expected an array (H, W, 3) or (H, W), got shape {image.shape}")
-    return Image.fromarray(np.ascontiguousarray(image)).convert("RGB"), None
+    return convert_image(Image.fromarray(np.ascontiguousarray(image)), "image"), None
 
 
-def hand_box(size: tuple[int, int], bbox: Sequence[float] | None, share: float = 1.0) -> Box:
+def hand_box(size: tuple[int, int], bbox: npt.ArrayLike | None, share: float = 1.0) -> Box:
     """The square crop (x, y, side, side) for a hand's box in an image of `size` (width, height).
 
     Without a box the image is taken for one like those of the training, of which the crop is the middle with
     `share` of its side.
 
-    Raises ValueError for a box that is not four finite numbers with a positive size, or that lies outside.
+    Raises ValueError for a box that is not four finite numbers with a positive size, that lies outside, or
+    that is far too small or too large to be one around a hand.
     """
     width, height = size
     if bbox is None:
         side = share * max(width, height)
         return ((width - side) / 2, (height - side) / 2, side, side)
-    values = [float(value) for value in bbox]
-    if len(values) != 4 or not all(math.isfinite(value) for value in values):
-        raise ValueError(f"bbox: expected four finite numbers X Y W H, got {list(bbox)}")
-    x, y, w, h = values
+    try:
+        values = np.asarray(bbox, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"bbox: expected four finite numbers X Y W H, got {shown(bbox)}") from error
+    if values.shape not in ((4,), (1, 4)) or not np.isfinite(values).all():
+        raise ValueError(f"bbox: expected four finite numbers X Y W H, got {shown(values.tolist())}")
+    x, y, w, h = values.ravel().tolist()
     if w <= 0 or h <= 0:
         raise ValueError(f"bbox: expected a positive width and height, got {w:g} x {h:g}")
     if x >= width or y >= height or x + w <= 0 or y + h <= 0:
         raise ValueError(f"bbox: {x:g} {y:g} {w:g} {h:g} lies outside the image of {width} x {height} pixels")
+    if not SMALLEST_BOX <= max(w, h) <= LARGEST_BOX * max(width, height):
+        raise ValueError(
+            f"bbox: expected a longer side from {SMALLEST_BOX} pixels to {LARGEST_BOX} times the image's, "
+            f"got {w:g} x {h:g} in {width} x {height} pixels"
+        )
     side = share * max(w, h) / HAND_SHARE
     return (x + (w - side) / 2, y + (h - side) / 2, side, side)

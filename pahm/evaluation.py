@@ -19,12 +19,13 @@ from torch import Tensor
 from pahm.camera import solve_translation
 from pahm.config import ModelConfig
 from pahm.data.augment import CropTransform
-from pahm.data.freihand import FreiHand, read_image
-from pahm.hand.left import mirror, mirror_intrinsics
+from pahm.data.freihand import FreiHand
+from pahm.hand.left import checked_left, mirror, mirror_intrinsics
 from pahm.hand.topology import HandTopology
 from pahm.losses import project
 from pahm.metrics import HandMetrics, align_with_scale
 from pahm.model.network import HandNet
+from pahm.open_image import read_image
 from pahm.predict import pick_device
 
 COLUMNS = {
@@ -132,9 +133,10 @@ def reconstruct(
     if use_scale and (scales.rows <= 0).any():
         row = int(np.argmax(scales.rows <= 0))
         raise ValueError(f"{scales.path}: record {row} is {scales[row]:g}, expected a positive length")
+    left = checked_left(left)
     place = pick_device(device)
     network = network.eval().to(place)
-    dtype = next(network.parameters()).dtype
+    dtype = next((p.dtype for p in network.parameters()), torch.float32)
     regressor = network.joint_regressor.double().cpu()
     images = _Images(dataset, network.config, left)
     loader = torch.utils.data.DataLoader(images, batch_size, num_workers=workers)

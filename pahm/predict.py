@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from pahm.camera import Array, project_weakly, ray_rotation, solve_translation
 from pahm.crop import Box, Crop, ImageSource, Request, read_crop
 from pahm.data.augment import normalise
-from pahm.hand.left import mirror, mirror_faces, mirror_pixels
+from pahm.hand.left import checked_left, mirror, mirror_faces, mirror_pixels
 
+FARTHEST = 100  # metres
 READERS = 2  # threads that decode and crop
 
 
@@ -89,7 +90,7 @@ class Predictor:
         # On a CPU channels_last is faster than NCHW by an eighth at batch 8.
         module = network.to(self.device).eval().to(memory_format=torch.channels_last)
         self.network: HandNetwork = module  # type: ignore[assignment]
-        self.dtype = next(module.parameters()).dtype
+        self.dtype = next((p.dtype for p in module.parameters()), torch.float32)
         self.size = int(self.network.config.image_size)
         self.share = float(self.network.config.crop)
         self._regressor = self.network.joint_regressor.double().cpu().numpy()
@@ -162,14 +163,14 @@ class Predictor:
         """As `predict_many`, but an image's error takes the place of its prediction; the rest follows."""
         if isinstance(images, (str, os.PathLike, Image.Image)):
             raise TypeError(f"images: expected several images, got one {type(images).__name__}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size: expected a whole number of at least 1, got {batch_size!r}")
         cameras = repeat(intrinsics) if intrinsics is None or _is_matrix(intrinsics) else intrinsics
         each = {
             "images": iter(images),
             "bboxes": repeat(None) if bboxes is None else iter(bboxes),
             "intrinsics": iter(cameras),  # type: ignore[arg-type]
-            "left": repeat(left) if isinstance(left, (bool, np.bool_)) else iter(left),
+            "left": repeat(checked_left(left)) if _is_single(left) else iter(left),  # type: ignore[arg-type]
         }
         requests = (
             Request(image, bbox, camera, side, f"images[{i}]")
@@ -224,8 +225,14 @@ class Predictor:
         translation = solve_translation(relative[-1] @ turn.T, pixels, crop.seen_K)
         meshes = [mesh @ turn.T + translation for mesh in relative]
         joints = joints @ turn.T + translation
-        if meshes[-1][:, 2].min() <= 0:
+        nearest, farthest = meshes[-1][:, 2].min(), meshes[-1][:, 2].max()
+        if nearest <= 0:
             return FloatingPointError(f"{name}: the network found no hand that fits in front of the camera")
+        if not farthest <= FARTHEST:
+            return FloatingPointError(
+                f"{name}: the hand would be {farthest:.3g} m away, expected at most {FARTHEST}: are box and "
+                "intrinsics in this image's pixels?"
+            )
         faces = [self._faces[len(mesh)] for mesh in meshes]
         if left:
             meshes, relative = [mirror(mesh) for mesh in meshes], [mirror(mesh) for mesh in relative]
@@ -254,6 +261,11 @@ def _result(attempt: HandPrediction | Exception) -> HandPrediction:
     if isinstance(attempt, Exception):
         raise attempt
     return attempt
+
+
+def _is_single(left: Any) -> bool:
+    """Whether this is the side of all images, not an iterable of sides; a text is neither."""
+    return isinstance(left, str) or not hasattr(left, "__iter__") or getattr(left, "ndim", 1) == 0
 
 
 def _is_matrix(values: Any) -> bool:

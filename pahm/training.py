@@ -37,6 +37,7 @@ from pahm.training_module import HandTraining, WarmupCosine
 __all__ = ["EXPORT", "LAST", "HandTraining", "WarmupCosine", "train"]
 
 EXPORT = "model.safetensors"
+LOG = logging.getLogger("pahm")
 
 
 @contextmanager
@@ -122,6 +123,8 @@ def train(
         check_meshes(FreiHand(scored, "evaluation"), module.network.topology)
     module.network.mean_hand.copy_(mean_hand(hands))
     if trainer.is_global_zero:
+        if config.model.cues and config.loss.silhouette and not images.has_masks:
+            LOG.warning("data: %s has no masks: silhouettes are not trained", parts[0])
         where = None if eval_data is None else str(scored.resolve())
         describe_run(out, config, [str(part.resolve()) for part in parts], where)
     # What these say is either meant (a run goes on in its folder) or about Lightning's own code.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from operator import index
 
 import torch
 from torch import Tensor
@@ -190,7 +191,10 @@ def _check_image_size(
     if not isinstance(image_size, Sequence) or len(image_size) != 2:
         raise ValueError(f"image_size must be (height, width) in pixels, got {image_size!r}")
     least = 2 if align_corners else 1
-    height, width = int(image_size[0]), int(image_size[1])
+    try:
+        height, width = (value if isinstance(value, torch.SymInt) else index(value) for value in image_size)
+    except TypeError:
+        raise TypeError(f"image_size must be whole numbers of pixels, got {image_size!r}") from None
     if height < least or width < least:
         raise ValueError(
             f"image_size must be at least {least} x {least} pixels with align_corners={align_corners}, "

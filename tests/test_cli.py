@@ -21,6 +21,7 @@ import pahm_ops
 from pahm.cli import main
 from pahm.config import preset
 from pahm.data.freihand import FreiHand
+from pahm.data.shards import ShardImages, find_shards
 from pahm.metrics import load_submission
 from pahm.model import HandNet, read_metadata, save_checkpoint
 from pahm.training import HandTraining
@@ -74,6 +75,18 @@ def test_synth_then_train_then_eval(data, tmp_path, capsys, caplog, monkeypatch)
     assert np.shape(xyz) == (3, 21, 3) and np.shape(verts) == (3, 778, 3)
     printed = capsys.readouterr().out
     assert f"{scores['pa_mpjpe']:.2f}" in printed and f"{scores['mean_hand_pa_mpjpe']:.2f}" in printed
+
+
+def test_training_needs_no_masks(data, tmp_path, caplog):
+    folder = tmp_path / "set"
+    shutil.copytree(data, folder)
+    shutil.rmtree(folder / "training" / "mask")
+    train = ["train", "--data", str(folder), "--out", str(tmp_path / "run"), "--preset", "tiny"]
+    assert main([*train, "--accelerator", "cpu", *SMALL]) == 0
+    assert caplog.messages.count(f"data: {folder} has no masks: silhouettes are not trained") == 1
+    assert main(["shards", "--data", str(folder), "--out", str(tmp_path / "shards")]) == 0
+    images = ShardImages(find_shards(tmp_path / "shards"), 4, strict=True)
+    assert len(images) == 4 and "mask" not in images[0] and not images.has_masks
 
 
 def test_eval_without_annotations_writes_the_submission_only(data, checkpoint, tmp_path, capsys):

@@ -149,7 +149,7 @@ def test_batches_through_workers(folder):
 
 @pytest.mark.parametrize(
     "missing",
-    ["training/rgb", "training/mask", "training_K.json", "training_xyz.json", "training_verts.json"],
+    ["training/rgb", "training_K.json", "training_xyz.json", "training_verts.json"],
 )
 def test_a_missing_part_is_named(folder, missing):
     root, _, _ = folder

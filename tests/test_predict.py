@@ -195,13 +195,13 @@ def test_intrinsics_files(tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nonsense", "K.json: Expecting value"),
+        ("nonsense", "K.json is not JSON that can be read: Expecting value"),
         ('{"focal": 3}', 'K.json: intrinsics: expected a key "K"'),
         ("[[1, 2], [3, 4]]", r"expected shape \(3, 3\), got \(2, 2\)"),
         ('[[1, 2, "x"]]', "expected 3 x 3 numbers"),
         ("[[-50,0,9],[0,60,8],[0,0,1]]", "positive fx and fy"),
         ("[[50,0,9],[0,60,8],[0,0,2]]", r"\[0, 0, 1\]"),
-        ("[[50,0,NaN],[0,60,8],[0,0,1]]", "expected finite"),
+        ("[[50,0,NaN],[0,60,8],[0,0,1]]", "NaN is not a finite number"),
     ],
 )
 def test_bad_intrinsics_are_named(tmp_path, text, message):
@@ -372,7 +372,7 @@ def test_an_output_that_is_no_hand_spoils_no_other_of_its_batch():
 def test_bad_arguments_of_many_are_named():
     predictor = Predictor(KnownNetwork(known_hand(), [8.0, 0, 0]), "cpu")
     images = pictures(3)
-    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size: expected a whole number of at least 1, got 0"):
         predictor.predict_many(images, batch_size=0)
     with pytest.raises(TypeError, match="images: expected several images, got one str"):
         predictor.predict_many("hand.png")

@@ -286,4 +286,4 @@ def test_the_command_writes_what_is_asked_for(command, tmp_path, capsys):
     assert run("--write", "png") == 2
     assert "expected some of overlay, glb, ply, json, got 'png'" in capsys.readouterr().err
     assert run("--batch-size", "0") == 2
-    assert "batch_size: expected at least 1, got 0" in capsys.readouterr().err
+    assert "batch_size: expected a whole number of at least 1, got 0" in capsys.readouterr().err

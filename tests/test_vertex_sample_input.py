@@ -65,6 +65,8 @@ def arguments(**changes):
         (ValueError, r"image_size=\(height, width\).*needed", {"image_size": None}),
         (ValueError, r"image_size must be \(height, width\)", {"image_size": (1, 2, 3)}),
         (ValueError, r"image_size must be \(height, width\)", {"image_size": 224}),
+        (TypeError, "image_size must be whole numbers of pixels", {"image_size": (8.9, 8.9)}),
+        (TypeError, "image_size must be whole numbers of pixels", {"image_size": ("8", 8)}),
         (ValueError, "image_size must be at least 1 x 1", {"image_size": (0, 4)}),
         (ValueError, "image_size must be at least 2 x 2", {"image_size": (1, 4), "align_corners": True}),
         (ValueError, "image_size belongs to intrinsics", {"camera": torch.ones(2, 3)}),

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from pahm.data.freihand import read_image
+from pahm.open_image import read_image
 
 Float = NDArray[np.float32]
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from pahm.data.annotations import Table
+from pahm.open_image import read_image
 
 Split = Literal["training", "evaluation"]
 Sample = dict[str, Any]
@@ -21,38 +20,13 @@ _SHAPES: dict[str, tuple[int, ...]] = {"K": (3, 3), "scale": (), "xyz": (21, 3),
 _KEYS = {"K": "K", "scale": "scale", "xyz": "joints", "verts": "vertices"}
 
 
-def read_image(path: str | os.PathLike[str], mode: str = "RGB") -> Image.Image:
-    """Decode the image file at `path` into a PIL image of the given mode ("RGB" or "L").
-
-    Raises FileNotFoundError, or ValueError naming the file where it is not a complete image.
-    """
-    name = os.fspath(path)
-    try:
-        content = Path(path).read_bytes()  # in one piece: Pillow alone makes about thirty reads of a file
-    except FileNotFoundError:
-        raise FileNotFoundError(f"image: {name} does not exist") from None
-    except OSError as error:
-        raise ValueError(f"image: {name} is not a readable image ({error})") from error
-    return decode_image(content, f"image: {name}", mode)
-
-
-def decode_image(content: bytes, name: str, mode: str = "RGB") -> Image.Image:
-    """Decode an image file's bytes as `read_image`; raises ValueError that begins with `name`."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return image.convert(mode)
-    except UnidentifiedImageError as error:  # whose text is the buffer's address, another one each time
-        raise ValueError(f"{name} is not a readable image (its format is not known)") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} is not a readable image ({error})") from error
-
-
 class FreiHand(Dataset[Sample]):
     """Samples of one split of a folder in FreiHAND's layout.
 
     The folder has `training/rgb/%08d.jpg`, `training/mask/%08d.jpg` and `training_{K,scale,xyz,verts}.json`,
-    and the same with `evaluation`, where masks are optional (FreiHAND has none), and xyz and verts as well
-    (they came in 2022). A split needs nothing of the other one, and files besides these are left alone.
+    and the same with `evaluation`. Masks are optional (FreiHAND has none for evaluation), and so are
+    evaluation's xyz and verts (they came in 2022). A split needs nothing of the other one, and files besides
+    these are left alone.
     There may be several images an annotation, as in FreiHAND, which shows each of 32,560 poses before 4
     backgrounds: image i has annotation and mask i % 32560.
 
@@ -81,8 +55,7 @@ class FreiHand(Dataset[Sample]):
         if not self.root.is_dir():
             raise FileNotFoundError(f"root: {self.root} is not a folder")
         optional = split == "evaluation"
-        for kind in ("rgb",) if optional else ("rgb", "mask"):
-            self._require(folder := self.root / split / kind, folder.is_dir())
+        self._require(folder := self.root / split / "rgb", folder.is_dir())
         paths = {name: self.root / f"{split}_{name}.json" for name in _SHAPES}
         for name, path in paths.items():
             if path.exists() or not (optional and name in ("xyz", "verts")):

@@ -30,6 +30,8 @@ _MAX_UNREADABLE = 100
 class Images(Protocol):
     """Training images: `FreiHand`, or tar shards (`ShardImages`)."""
 
+    has_masks: bool
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
@@ -46,6 +48,7 @@ class FolderImages:
 
     def __init__(self, dataset: FreiHand) -> None:
         self.dataset = dataset
+        self.has_masks = dataset.has_masks
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -1,9 +1,10 @@
 """Training images in tar shards, in webdataset's layout: a few large files instead of many small ones.
 
-Each image is a run of files of one key: `.jpg`, `.mask.jpg`, `.json` (index, name, K, scale, and a checksum
-of it all), `.joints.npy` and `.vertices.npy`. Images lie in the shards in a random order that is fixed. They
-are read where they lie, each with one read, in the order that seed and epoch give, so that a resumed run
-reads nothing of what it has seen, and processes and workers share an epoch as they share a folder's.
+Each image is a run of files of one key: `.jpg`, `.mask.jpg` where there are masks, `.json` (index, name, K,
+scale, and a checksum of it all), `.joints.npy` and `.vertices.npy`. Images lie in the shards in a random
+order that is fixed. They are read where they lie, each with one read, in the order of seed and epoch. A
+resumed run reads nothing of what it has seen, and processes and workers share an epoch as they share a
+folder's.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pahm.data.freihand import FreiHand, Sample, decode_image
+from pahm.data.freihand import FreiHand, Sample
+from pahm.open_image import decode_image
 from pahm.text_files import parse_json, read_json
 from pahm.whole_file import whole_file
 
@@ -32,6 +34,7 @@ LOG = logging.getLogger("pahm")
 MANIFEST = "shards.json"
 _NAME = "train-{:06d}.tar"
 _PARTS = ("jpg", "mask.jpg", "json", "joints.npy", "vertices.npy")
+_NEEDED = frozenset(_PARTS) - {"mask.jpg"}
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _BLOCK = 512  # a tar file's unit
 # A tar file ends with two blocks of zeros, and more up to a whole record of 20 blocks.
@@ -86,14 +89,17 @@ def write_shards(data: str | os.PathLike[str], out: str | os.PathLike[str], size
 def _files(dataset: FreiHand, index: int) -> dict[str, bytes]:
     record = dataset.record(index)
     image = dataset.root / record["name"]
-    mask = dataset.root / "training" / "mask" / f"{index % dataset.annotations:08d}.jpg"
     values = {
         "index": index,
         "name": record["name"],
         "K": record["K"].tolist(),
         "scale": float(record["scale"]),
     }
-    files = {"jpg": image.read_bytes(), "mask.jpg": mask.read_bytes(), "json": b""}
+    files = {"jpg": image.read_bytes()}
+    if dataset.has_masks:
+        mask = dataset.root / "training" / "mask" / f"{index % dataset.annotations:08d}.jpg"
+        files["mask.jpg"] = mask.read_bytes()
+    files["json"] = b""
     for key in ("joints", "vertices"):
         stream = io.BytesIO()
         np.save(stream, record[key])
@@ -109,7 +115,7 @@ def _checksum(files: dict[str, bytes], values: dict[str, Any]) -> int:
         json.dumps({name: value for name, value in values.items() if name != "crc32"}).encode()
     )
     for part in _PARTS:
-        if part != "json":
+        if part != "json" and part in files:
             total = zlib.crc32(files[part], total)
     return total
 
@@ -202,9 +208,11 @@ class ShardImages:
         self.paths, self.buffer = paths, buffer
         self._descriptors: OrderedDict[int, int] = OrderedDict()
         self._keys: list[str] = []
+        self.has_masks = False
         places = []
         for number, path in enumerate(paths):
-            found, whole = _index(path)
+            found, whole, masks = _index(path)
+            self.has_masks = self.has_masks or masks
             if not whole or len(found) != _expected(path, len(found)):
                 sentence = f"data: {path} ends early or is damaged: {len(found)} whole images"
                 if strict:
@@ -224,13 +232,17 @@ class ShardImages:
         try:
             files = self._read(index)
             values = _values(files)
-            return values | {
-                "name": f"{path.name}/{values['name']}",
-                "image": decode_image(files["jpg"], "jpg"),
-                "mask": decode_image(files["mask.jpg"], "mask.jpg", "L"),
-                "joints": _array(files, "joints.npy", (21, 3)),
-                "vertices": _array(files, "vertices.npy", (778, 3)),
-            }
+            masks = {"mask": decode_image(files["mask.jpg"], "mask.jpg", "L")} if self.has_masks else {}
+            return (
+                values
+                | masks
+                | {
+                    "name": f"{path.name}/{values['name']}",
+                    "image": decode_image(files["jpg"], "jpg"),
+                    "joints": _array(files, "joints.npy", (21, 3)),
+                    "vertices": _array(files, "vertices.npy", (778, 3)),
+                }
+            )
         except ValueError as error:
             raise ValueError(f"image: {self._keys[index]} of {path} cannot be read: {error}") from error
 
@@ -268,7 +280,8 @@ class ShardImages:
             raise ValueError(f"the shard cannot be read ({error.strerror})") from error
         except (tarfile.TarError, IndexError, KeyError) as error:
             raise ValueError(f"the shard has changed since training began ({error})") from error
-        if missing := [part for part in _PARTS if part not in files]:
+        needed = _PARTS if self.has_masks else _NEEDED
+        if missing := [part for part in _PARTS if part in needed and part not in files]:
             raise ValueError(f"the shard has changed since training began ({missing[0]} is missing)")
         return files
 
@@ -309,10 +322,11 @@ def _array(files: dict[str, bytes], part: str, shape: tuple[int, ...]) -> npt.ND
     return array.astype(np.float32, copy=False)
 
 
-def _index(path: Path) -> tuple[list[tuple[str, int, int]], bool]:
-    """Key, first and last byte of every whole image in a shard, and whether the shard itself is whole."""
+def _index(path: Path) -> tuple[list[tuple[str, int, int]], bool, bool]:
+    """Key, first and last byte of every whole image in a shard; whether the shard is whole, and has masks."""
     length = path.stat().st_size
     found: list[tuple[str, int, int]] = []
+    masks = False
     key, start, parts = "", 0, set[str]()
     with path.open("rb") as stream:
         try:
@@ -320,16 +334,19 @@ def _index(path: Path) -> tuple[list[tuple[str, int, int]], bool]:
                 for member in tar:
                     end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
                     if end > length:
-                        return found, False
+                        return found, False, masks
                     name, _, part = member.name.partition(".")
                     if name != key:
                         key, start, parts = name, member.offset, set()
                     parts.add(part)
-                    if parts == set(_PARTS):
+                    if parts >= _NEEDED:
+                        if found and found[-1][1] == start:
+                            found.pop()
                         found.append((key, start, end))
+                        masks = masks or "mask.jpg" in parts
                 # tarfile stops at a damaged header as it does at the end.
                 stream.seek(tar.offset)
         except tarfile.TarError:
-            return found, False
+            return found, False, masks
         rest = stream.read(_END.stop)
-        return found, len(rest) in _END and not any(rest)
+        return found, len(rest) in _END and not any(rest), masks

@@ -12,6 +12,15 @@ Points = TypeVar("Points", Tensor, NDArray[np.float64], NDArray[np.floating])
 Faces = TypeVar("Faces", Tensor, NDArray[np.int64], NDArray[np.integer])
 
 
+def checked_left(value: object) -> bool:
+    """A bool out of one, 0 or 1, also numpy's or torch's; TypeError for anything else."""
+    if isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, (bool, np.bool_, int, np.integer)) and value in (0, 1):
+        return bool(value)
+    raise TypeError(f"left: expected True or False, got {value!r}")
+
+
 def mirror(points: Points) -> Points:
     """Points `(..., 3)` with x negated: a right hand's vertices or joints become a left hand's, and back.
 

@@ -145,7 +145,8 @@ def make_report(
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out, shared=True) as partial:
-        partial.write_text(_render(values), encoding="utf-8")
+        # Names of files may not be text.
+        partial.write_text(_render(values), encoding="utf-8", errors="backslashreplace")
     return out
 
 
