@@ -14,6 +14,9 @@ namespace pahm {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Kernels throw std::exceptions to libtorch. The stable ABI is made for that: what TORCH_BOX wraps around a
+// kernel throws by itself (STD_TORCH_CHECK in torch/csrc/stable/library.h), in every version that has it.
+
 // The Python side sees ValueError.
 inline void check(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
@@ -31,6 +34,13 @@ inline void check_range(const Tensor& indices, int64_t limit, const char* name) 
     throw std::out_of_range(std::string(name) + " must lie in [0, " + std::to_string(limit) + "), got " +
                             std::to_string(low < 0 ? low : high));
   }
+}
+
+// The product of sizes, which tensors whose elements share memory may have far too large.
+inline int64_t product(int64_t a, int64_t b) {
+  int64_t result = 0;
+  check(!__builtin_mul_overflow(a, b, &result), "sizes must have a product below 2^63");
+  return result;
 }
 
 inline void check_same_type(const Tensor& a, const Tensor& b, const char* name) {

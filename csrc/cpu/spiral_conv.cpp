@@ -101,7 +101,9 @@ Tensor spiral_conv(const Tensor& x_, const Tensor& indices_, const Tensor& weigh
   check_same_type(x_, weight_, "weight");
   const SpiralShape shape{x_.size(0),      x_.size(1), indices.size(0),
                           indices.size(1), x_.size(2), weight_.size(0)};
-  check(weight_.size(1) == shape.length * shape.channels, "weight must be (Cout, L * C)");
+  check(shape.length > 0, "indices must name at least one vertex a row");
+  check(weight_.size(1) == product(shape.length, shape.channels), "weight must be (Cout, L * C)");
+  product(product(shape.batch, shape.rows), product(shape.length, shape.channels));
   check_range(indices, shape.vertices, "indices");
   if (bias_.has_value()) {
     check_cpu(*bias_, "bias");
@@ -157,9 +159,9 @@ Tensor spiral_conv_input_grad(const Tensor& grad_, const Tensor& indices_, const
   check(grad_.dim() == 3 && weight_.dim() == 2, "grad must be (B, M, Cout) and weight (Cout, L * C)");
   check_same_type(grad_, weight_, "weight");
   const int64_t length = indices.size(1), width = weight_.size(1);
-  check(length > 0 ? width % length == 0 : width == 0, "weight must be (Cout, L * C)");
-  const SpiralShape shape{grad_.size(0),  vertices, indices.size(0), length, length > 0 ? width / length : 0,
-                          weight_.size(0)};
+  check(length > 0, "indices must name at least one vertex a row");
+  check(width % length == 0, "weight must be (Cout, L * C)");
+  const SpiralShape shape{grad_.size(0), vertices, indices.size(0), length, width / length, weight_.size(0)};
   check(vertices >= 0 && grad_.size(1) == shape.rows && grad_.size(2) == shape.out_channels,
         "grad must be (B, M, Cout)");
   check_range(indices, vertices, "indices");
@@ -198,6 +200,9 @@ Tensor spiral_conv_weight_grad(const Tensor& grad_, const Tensor& x_, const Tens
   check_same_type(grad_, x_, "x");
   const SpiralShape shape{x_.size(0),      x_.size(1), indices.size(0),
                           indices.size(1), x_.size(2), grad_.size(2)};
+  check(shape.length > 0, "indices must name at least one vertex a row");
+  product(product(shape.batch, shape.rows),
+          product(product(shape.length, shape.channels), shape.out_channels));
   check_range(indices, shape.vertices, "indices");
   const Isa isa = active_isa();
   const ScalarType type = compute_type(x_.scalar_type());

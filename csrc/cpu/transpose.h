@@ -32,7 +32,13 @@ void transpose(const In* in, int64_t in_stride, int64_t height, int64_t width, O
   constexpr int n = lanes<Compute<In>>;
   if (height < n || width < n) {
     for (int64_t j = 0; j < height; ++j) {
-      for (int64_t i = 0; i < width; ++i) out[i * out_stride + j] = static_cast<Out>(in[j * in_stride + i]);
+      for (int64_t i = 0; i < width; ++i) {
+        // Pairs of bfloat16 come as floats: their bytes are copied, as no float lies there.
+        In from;
+        std::memcpy(static_cast<void*>(&from), in + j * in_stride + i, sizeof from);
+        const Out to = static_cast<Out>(from);
+        std::memcpy(static_cast<void*>(out + i * out_stride + j), &to, sizeof to);
+      }
     }
     return;
   }

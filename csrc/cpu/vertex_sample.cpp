@@ -79,6 +79,7 @@ View check_arguments(const Maps& features, const Tensor& vertices, const std::op
     check(map.dim() == 4 && map.size(0) == features[0].size(0),
           "features must be (B, C, H, W) of one batch size");
     check(map.size(2) > 0 && map.size(3) > 0, "features must have a height and a width");
+    product(product(map.size(0), map.size(1)), product(map.size(2), map.size(3)));
     check_same_type(features[0], map, "features");
   }
   check_cpu(vertices, "vertices");

@@ -51,8 +51,9 @@ inline __attribute__((always_inline)) bool locate(const SampleJob& job, const Sa
     return false;
   }
   const T x0 = std::floor(x), y0 = std::floor(y);
-  c.x = static_cast<int64_t>(x0);
-  c.y = static_cast<int64_t>(y0);
+  // Beyond 2^24 floats skip pixels, and the map's end may have been rounded up.
+  c.x = std::min(static_cast<int64_t>(x0), map.width - 1);
+  c.y = std::min(static_cast<int64_t>(y0), map.height - 1);
   c.fx = x - x0;
   c.fy = y - y0;
   c.weight[0] = (1 - c.fx) * (1 - c.fy);

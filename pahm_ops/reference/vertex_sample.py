@@ -125,8 +125,9 @@ def _gather(feature: Tensor, points: Tensor, align_corners: bool, padding_mode: 
         pixels = torch.where(inside, pixels, pixels.detach().clamp(min=0).minimum(size - 1))
     cell = pixels.detach().floor()
     right, down = (pixels - cell).unbind(-1)
-    x, y = cell.long().unbind(-1)
     width, height = feature.shape[3], feature.shape[2]
+    # Beyond 2^24 floats skip pixels, and the map's end may have been rounded up.
+    x, y = (i.clamp(max=last - 1) for i, last in zip(cell.long().unbind(-1), (width, height), strict=True))
     flat = feature.flatten(2)
     total = flat.new_zeros(())
     for i, wy in ((y, 1 - down), (y + 1, down)):
