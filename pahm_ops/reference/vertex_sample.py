@@ -127,7 +127,8 @@ def _gather(feature: Tensor, points: Tensor, align_corners: bool, padding_mode: 
     right, down = (pixels - cell).unbind(-1)
     width, height = feature.shape[3], feature.shape[2]
     # Beyond 2^24 floats skip pixels, and the map's end may have been rounded up.
-    x, y = (i.clamp(max=last - 1) for i, last in zip(cell.long().unbind(-1), (width, height), strict=True))
+    last = torch.tensor([width - 1, height - 1], device=points.device)
+    x, y = torch.where(cell < size, torch.minimum(cell.long(), last), cell.long()).unbind(-1)
     flat = feature.flatten(2)
     total = flat.new_zeros(())
     for i, wy in ((y, 1 - down), (y + 1, down)):
