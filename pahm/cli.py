@@ -352,3 +352,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "ablate": _ablate,
     "export": _export,
 }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

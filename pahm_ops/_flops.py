@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from pahm_ops import _library  # noqa: F401  (which defines the ops)
+
 _COUNTER = "torch.utils.flop_counter"
 _CORNERS = 4  # pixels that a sample is read from
 Shape = Sequence[int]

@@ -58,6 +58,15 @@ def test_environment_forces_an_instruction_set(monkeypatch):
         pahm_ops.spiral_conv(torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1))
 
 
+def test_operations_are_counted_whichever_is_imported_first():
+    code = """
+import torch.utils.flop_counter as counter
+import pahm_ops, torch
+print(torch.ops.pahm_ops.spiral_conv in counter.flop_registry)
+"""
+    assert run(code) == (0, "True", "")
+
+
 def test_import_is_light():
     heavy = [
         "scipy",

@@ -131,7 +131,7 @@ def test_all_processes_name_the_image_that_one_of_them_cannot_read(double):
 
 def test_the_command_line_under_torchrun_gives_the_same_bits(data, double, tmp_path):
     out = tmp_path / "run"
-    command = ["-m", "pahm.cli", "train", "--data", data, "--out", out, "--accelerator", "cpu"]
+    command = ["-m", "pahm", "train", "--data", data, "--out", out, "--accelerator", "cpu"]
     printed = torchrun(*command, "--config", double / "config.json")
     assert printed.count("is ready for pahm eval") == 1, "one process speaks"
     one, two = (load_file(folder / "model.safetensors") for folder in (double, out))

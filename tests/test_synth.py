@@ -276,5 +276,16 @@ def test_backgrounds_must_be_a_folder_of_images(tmp_path):
         generate(tmp_path / "set", **OPTIONS, backgrounds=tmp_path)
     assert not (tmp_path / "set").exists()
     (tmp_path / "broken.jpg").write_text("no image")
-    with pytest.raises(ValueError, match=r"broken\.jpg is not a readable image"):
+    with pytest.raises(ValueError, match=r"none of 1 can be read: .*broken\.jpg is not a readable image"):
         generate(tmp_path / "set", **OPTIONS, backgrounds=tmp_path)
+
+
+def test_a_background_that_cannot_be_read_is_named_once_and_replaced(tmp_path, caplog):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "a.jpg").write_text("no image")
+    Image.new("RGB", (40, 40), (9, 200, 30)).save(folder / "b.png")
+    generate(tmp_path / "set", **{**OPTIONS, "train": 8, "eval": 0, "backgrounds": folder})
+    (sentence,) = caplog.messages
+    assert sentence.endswith("; the next background takes its place") and str(folder / "a.jpg") in sentence
+    assert len(FreiHand(tmp_path / "set")) == 8

@@ -402,7 +402,7 @@ def test_two_processes_share_the_work(data, tmp_path):
     ):
         options += ["--set", change]
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "pahm.cli", "train", "--data", str(data), "--out", str(out), *options]
+    command = [sys.executable, "-m", "pahm", "train", "--data", str(data), "--out", str(out), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=300

@@ -52,6 +52,19 @@ def crop_background(rng: np.random.Generator, path: Path, size: int) -> Float:
     return pixels[:, ::-1] if rng.random() < 0.5 else pixels
 
 
+def next_background(rng: np.random.Generator, paths: list[Path], size: int) -> tuple[Float, tuple[str, ...]]:
+    """`crop_background` of a random path, or of the next one that can be read, with a sentence for each that
+    cannot. Raises ValueError where none can.
+    """
+    first, sentences = int(rng.integers(len(paths))), list[str]()
+    for step in range(len(paths)):
+        try:
+            return crop_background(rng, paths[(first + step) % len(paths)], size), tuple(sentences)
+        except (ValueError, FileNotFoundError) as error:
+            sentences.append(str(error))
+    raise ValueError(f"backgrounds: none of {len(paths)} can be read: {sentences[0]}")
+
+
 def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> Float:
     """Uniform noise on a `cells` grid, interpolated to (size, size), about 0 to 1."""
     grid = rng.random((cells + 1, cells + 1), dtype=np.float32)

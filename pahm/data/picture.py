@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from pahm.data.backgrounds import crop_background, procedural_background
+from pahm.data.backgrounds import next_background, procedural_background
 from pahm.data.freihand import Split
 from pahm.data.props import hand_and_forearm, join, occluder
 from pahm.data.render import Light, Rendering, render_mesh
@@ -32,6 +32,8 @@ class Picture(NamedTuple):
     """L, 255 where the centre of a pixel sees the hand itself, not the forearm or an object."""
     quality: int
     """JPEG quality of the image."""
+    unreadable: tuple[str, ...] = ()
+    """A sentence for each background that was to be behind the hand and cannot be read."""
 
 
 def sample_light(rng: np.random.Generator) -> Light:
@@ -122,8 +124,8 @@ def draw(
     """Picture `index` of `split` of the data set of `seed`, `size` pixels wide and high.
 
     `backgrounds` are images to take backgrounds from, procedural ones if None; `annotation` saves sampling it
-    again. The annotations do not depend on either. Raises what `sample_annotation` raises, and ValueError
-    naming a background that is not an image.
+    again. The annotations do not depend on either. Where a background cannot be read, the next one is taken.
+    Raises what `sample_annotation` raises, and ValueError where no background can be read.
     """
     _, rng = generators(seed, split, index)
     if annotation is None:
@@ -136,10 +138,11 @@ def draw(
         vertices, faces, annotation.K, (size, size), colours=colours, light=sample_light(rng)
     )
     if backgrounds:
-        background = crop_background(rng, backgrounds[int(rng.integers(len(backgrounds)))], size)
+        background, unreadable = next_background(rng, backgrounds, size)
     else:
+        unreadable = ()
         background = procedural_background(rng, size)
     image = _degrade(rng, _compose(rng, rendering, background))
     seen = rendering.mask & (rendering.faces < hand_faces)
     mask = Image.fromarray(seen.astype(np.uint8) * np.uint8(255))
-    return Picture(image, mask, int(rng.integers(70, 96)))
+    return Picture(image, mask, int(rng.integers(70, 96)), unreadable)

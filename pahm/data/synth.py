@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ from pahm.data.synth_folder import (
 )
 from pahm.workers import start_worker
 
+LOG = logging.getLogger("pahm")
 VERSION = 1
 """Raised whenever the same seed would give other annotations or pictures."""
 _CHUNK = 16  # samples a task
@@ -58,10 +60,13 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Finished samples: for each its annotation fields as JSON text, and how many pictures were drawn."""
+    """Finished samples: for each its annotation fields as JSON text; how many pictures were drawn; and a
+    sentence for each background that cannot be read.
+    """
 
     records: list[dict[str, str]]
     drawn: int
+    unreadable: list[str]
 
 
 def _numbers(values: Any) -> str:
@@ -70,7 +75,7 @@ def _numbers(values: Any) -> str:
 
 def make_samples(job: _Job, split: Split, indices: range) -> _Chunk:
     """Draw those pictures that are not there yet, and return the annotations of all."""
-    records, drawn = [], 0
+    records, drawn, unreadable = [], 0, list[str]()
     for index in indices:
         annotation = sample_annotation(job.seed, split, index, job.size)
         records.append(
@@ -88,8 +93,9 @@ def make_samples(job: _Job, split: Split, indices: range) -> _Chunk:
         picture = draw(job.seed, split, index, job.size, job.backgrounds, annotation)
         save_image(picture.mask, mask, 95)
         save_image(picture.image, rgb, picture.quality)
+        unreadable += picture.unreadable
         drawn += 1
-    return _Chunk(records, drawn)
+    return _Chunk(records, drawn, unreadable)
 
 
 @contextmanager
@@ -222,10 +228,15 @@ def _make_split(job: _Job, split: Split, count: int, pool: Executor | None, bar:
         path.parent.mkdir(parents=True, exist_ok=True)
     task = bar.add_task(split, total=count, rate="", visible=count > 0)
     drawn, kept, start = 0, 0, perf_counter()
+    named = set[str]()
     with annotation_files(job.out, split) as append:
         for chunk in _run(job, split, count, pool):
             for record in chunk.records:
                 append(record)
+            for sentence in chunk.unreadable:
+                if sentence not in named:
+                    named.add(sentence)
+                    LOG.warning("%s; the next background takes its place", sentence)
             drawn += chunk.drawn
             kept += len(chunk.records) - chunk.drawn
             rate = f"{drawn / (perf_counter() - start):.0f} images/s" + (f", {kept} kept" if kept else "")
