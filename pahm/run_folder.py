@@ -111,8 +111,11 @@ class WholeFiles(TorchCheckpointIO):
             try:
                 torch.save(checkpoint, stream)
             except RuntimeError as error:
-                # torch closes its archive after a failed write, and that error hides the first one.
-                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+                # torch closes its archive after a failed write, and that error hides the first one: a full
+                # disk, or the signal that ends the run.
+                first = error.__context__
+                hidden = isinstance(first, OSError) or not isinstance(first, Exception | None)
+                raise first if first is not None and hidden else error from None
             stream.flush()
             os.fsync(stream.fileno())
 

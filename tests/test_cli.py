@@ -18,7 +18,7 @@ from PIL import Image
 
 import pahm
 import pahm_ops
-from pahm.cli import main
+from pahm.cli import Stopped, main
 from pahm.config import preset
 from pahm.data.freihand import FreiHand
 from pahm.data.shards import ShardImages, find_shards
@@ -235,20 +235,32 @@ def test_a_full_disk_is_one_sentence(command, function, more, monkeypatch, capsy
     assert said.endswith(f"run the same command again{more}\n") and said.count("\n") == 1
 
 
-def test_a_disk_that_is_full_within_a_checkpoint_is_the_same_sentence(data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("first", "code", "sentence"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk that holds {tmp} is full; what is"),
+        (KeyboardInterrupt(), 130, "stopped; the same command goes on from here"),
+        (Stopped(signal.SIGTERM), 143, "stopped; the same command goes on from here"),
+    ],
+)
+def test_what_ends_a_checkpoint_in_the_middle_is_told(
+    first, code, sentence, data, tmp_path, monkeypatch, capsys
+):
     def save(checkpoint, stream):  # torch.save ends a file that it cannot write with a RuntimeError
         try:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise first
         finally:
             raise RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 704 vs 598")
 
     monkeypatch.setattr("pahm.run_folder.torch.save", save)
     train = ["train", "--data", str(data), "--out", str(tmp_path), "--preset", "tiny", "--accelerator", "cpu"]
-    assert main([*train, *SMALL]) == 2
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert main([*train, *SMALL]) == code
+    finally:
+        signal.signal(signal.SIGINT, handler)
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"pahm train: the disk that holds {tmp_path} is full; ") and last.endswith(
-        "to go on"
-    )
+    assert last.startswith(f"pahm train: {sentence.format(tmp=tmp_path)}")
     assert not list(tmp_path.glob("last.ckpt*"))
 
 
