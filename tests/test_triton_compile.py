@@ -100,15 +100,18 @@ def lopsided(code: str) -> list[str]:
     ):
         registers = [int(number) for number in re.findall(r"\bR(\d+)\b", operands)]
         wide = operation.startswith("D")
-        sources = {r + half for r in registers[1:] for half in range(1 + wide)} & brought
+        # What goes to no register (RZ, a predicate, memory) has sources alone.
+        to = registers.pop(0) if re.match(r"R\d", operands) else None
+        sources = {r + half for r in registers for half in range(1 + wide)} & brought
         if re.match("[FDH]FMA", operation) and sources:
             found.append(f"{operation} {operands}")
         if operation.startswith("SHFL.BFLY"):
-            brought.add(registers[0])
-        elif operands.startswith("R"):
-            brought -= {registers[0], registers[0] + wide}
+            # SHFL has a predicate before the register that it writes.
+            brought.add(registers[0] if to is None else to)
+        elif to is not None:
+            brought -= {to, to + wide}
             if operation == "MOV" and sources:
-                brought.add(registers[0])
+                brought.add(to)
     return found
 
 

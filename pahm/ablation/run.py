@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from pahm.ablation.inputs import check_inputs
 from pahm.ablation.tables import RESULT, TABLES, VARIANTS, configuration
@@ -261,5 +261,5 @@ def _shipped_backbone(out: Path) -> Path:
     if not path.exists():
         weights = load_checkpoint().extractor.backbone.state_dict()
         with whole_file(path) as partial_file:
-            save_file({name: value.contiguous() for name, value in weights.items()}, partial_file)
+            partial_file.write_bytes(save({name: value.contiguous() for name, value in weights.items()}))
     return path
