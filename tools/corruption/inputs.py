@@ -366,6 +366,14 @@ def make_cached(folder: Path) -> None:
     samples(folder)
 
 
+def read_cached(folder: Path) -> Any:
+    for cache in folder.glob("*.npy"):  # a copy of the folder has other times, by which its caches are known
+        annotations = folder / f"{cache.name.partition('.')[0]}.json"
+        status = annotations.stat()
+        cache.rename(annotations.with_name(f"{annotations.stem}.{status.st_size}-{status.st_ctime_ns}.npy"))
+    return samples(folder)
+
+
 def samples(folder: Path) -> Any:
     from pahm.data.freihand import FreiHand
 
@@ -532,7 +540,7 @@ def kinds() -> Iterable[Kind]:
     yield Kind("configuration", 100, make_yaml, read_yaml, text=True)
     yield Kind("annotations", 100, make_folder, samples, pattern="*.json", text=True)
     yield Kind("images of a folder", 60, make_folder, samples, pattern="*.jpg")
-    yield Kind("annotation cache", 120, make_cached, samples, pattern="*.npy", exact=True)
+    yield Kind("annotation cache", 120, make_cached, read_cached, pattern="*.npy", exact=True)
     yield Kind("shards", 150, make_shards, read_shards, pattern="*.tar")
     yield Kind("shards' manifest", 60, make_shards, read_shards, pattern="*.json", text=True)
     yield Kind("weights", 150, make_weights, read_weights, exact=True)
