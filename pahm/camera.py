@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pahm.text_files import read_json
+from pahm.text_files import read_json, shown
 from pahm_ops.array_files import read_npy
 
 Array = npt.NDArray[np.float64]
@@ -32,8 +32,8 @@ def check_intrinsics(values: npt.ArrayLike) -> Array:
     """Intrinsics as a float64 array (3, 3); ValueError where they are not a camera matrix."""
     try:
         K = np.asarray(values, np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"intrinsics: expected 3 x 3 numbers, got {values!r}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"intrinsics: expected 3 x 3 numbers, got {shown(values)}") from error
     if K.shape == (1, 3, 3):
         K = K[0]
     if K.shape != (3, 3):

@@ -14,6 +14,7 @@ import math
 import os
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -300,7 +301,8 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
             return None
         return _convert(value, next(o for o in options if o is not type(None)), name)
     elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        with suppress(OverflowError):  # of whole numbers that no float holds
+            return float(value)
     elif type(value) is kind:
         return value
     raise ValueError(f"{name}: expected {_describe(kind)}, got {shown(value)}")

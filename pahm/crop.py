@@ -128,7 +128,7 @@ def hand_box(size: tuple[int, int], bbox: npt.ArrayLike | None, share: float = 1
         return ((width - side) / 2, (height - side) / 2, side, side)
     try:
         values = np.asarray(bbox, np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"bbox: expected four finite numbers X Y W H, got {shown(bbox)}") from error
     if values.shape not in ((4,), (1, 4)) or not np.isfinite(values).all():
         raise ValueError(f"bbox: expected four finite numbers X Y W H, got {shown(values.tolist())}")

@@ -133,6 +133,7 @@ def test_a_file_gives_what_it_says_and_the_defaults(tmp_path):
             r"train\.learning_rate: expected a number .*, got -0\.1",
         ),
         ("loss: {pose: .inf}", r"loss\.pose: expected a number from 0 to 1000000, got inf"),
+        ("train: {learning_rate: " + "9" * 400 + "}", r"train\.learning_rate: expected float, got 999"),
         ("train: {seed: 4294967296}", r"train\.seed: expected a number from 0 to 4294967295"),
         ("train: {epochs: " + "9" * 5000 + "}", r"Exceeds the limit"),
         ("train: &a {epochs: 3}\nmodel: *a\n", r"aliases such as \*a are not supported"),

@@ -198,6 +198,7 @@ def test_boxes_come_in_several_forms(predictor, box):
         ([1, 2, 3], "expected four finite numbers X Y W H"),
         (["a", 2, 3, 4], "expected four finite numbers X Y W H"),
         ([1, 2, [3], 4], "expected four finite numbers X Y W H"),
+        ([0, 0, 10**400, 3], "expected four finite numbers X Y W H"),
         ([0, 0, np.nan, 3], "expected four finite numbers X Y W H"),
     ],
 )

@@ -199,6 +199,7 @@ def test_intrinsics_files(tmp_path, text):
         ('{"focal": 3}', 'K.json: intrinsics: expected a key "K"'),
         ("[[1, 2], [3, 4]]", r"expected shape \(3, 3\), got \(2, 2\)"),
         ('[[1, 2, "x"]]', "expected 3 x 3 numbers"),
+        (f"[[{'9' * 400},0,9],[0,60,8],[0,0,1]]", "expected 3 x 3 numbers"),
         ("[[-50,0,9],[0,60,8],[0,0,1]]", "positive fx and fy"),
         ("[[50,0,9],[0,60,8],[0,0,2]]", r"\[0, 0, 1\]"),
         ("[[50,0,NaN],[0,60,8],[0,0,1]]", "NaN is not a finite number"),

@@ -34,7 +34,8 @@ import traceback
 from pathlib import Path
 
 from damage import damage
-from inputs import KINDS, Kind, Nonsense, prepare
+from inputs import KINDS
+from kind import Kind, Nonsense, prepare
 
 SECONDS = 30
 BYTES = 4 << 30
