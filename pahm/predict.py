@@ -19,6 +19,7 @@ from pahm.camera import Array, project_weakly, ray_rotation, solve_translation
 from pahm.crop import Box, Crop, ImageSource, Request, read_crop
 from pahm.data.augment import normalise
 from pahm.hand.left import checked_left, mirror, mirror_faces, mirror_pixels
+from pahm.open_image import MOST_PIXELS
 
 FARTHEST = 100  # metres
 READERS = 2  # threads that decode and crop
@@ -181,17 +182,18 @@ class Predictor:
     def _attempts(self, requests: Iterator[Request], batch_size: int) -> Iterator[HandPrediction | Exception]:
         pool = ThreadPoolExecutor(min(READERS, batch_size), thread_name_prefix="pahm-read")
 
-        def read_ahead() -> list[Future[Crop | Exception]]:
+        def read_ahead(count: int) -> list[Future[Crop | Exception]]:
             return [
-                pool.submit(read_crop, request, self.size, self.share)
-                for request in islice(requests, batch_size)
+                pool.submit(read_crop, request, self.size, self.share) for request in islice(requests, count)
             ]
 
         try:
-            ahead = read_ahead()
+            ahead = read_ahead(batch_size)
             while ahead:
                 crops = [future.result() for future in ahead]
-                ahead = read_ahead()
+                # Of very large photographs fewer are held.
+                pixels = [crop.image.width * crop.image.height for crop in crops if isinstance(crop, Crop)]
+                ahead = read_ahead(max(1, min(batch_size, 2 * MOST_PIXELS // max(pixels, default=1))))
                 outputs = iter(self._run([crop for crop in crops if isinstance(crop, Crop)]))
                 for crop in crops:
                     yield crop if isinstance(crop, Exception) else self._place(crop, *next(outputs))

@@ -323,6 +323,19 @@ def test_images_are_read_no_further_ahead_than_a_batch():
     assert counts == [4, 4, 6, 6, 8, 8, 9, 9, 9]
 
 
+def test_of_large_images_fewer_are_held(monkeypatch):
+    taken = []
+
+    def stream():
+        for image in pictures(5):
+            taken.append(image)
+            yield image
+
+    monkeypatch.setattr("pahm.predict.MOST_PIXELS", pictures(1)[0].width * pictures(1)[0].height // 2)
+    results = Predictor(KnownNetwork(known_hand(), [8.0, 0, 0]), "cpu").predict_many(stream(), batch_size=2)
+    assert [len(taken) for _ in results] == [3, 3, 4, 5, 5]
+
+
 def test_a_bad_image_is_named_at_its_turn_and_the_rest_goes_on(tmp_path):
     predictor = Predictor(KnownNetwork(known_hand(), [8.0, 0, 0], look=0.5), "cpu")
     (tmp_path / "b").write_text("not an image")
