@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 OPS = torch.ops.pahm_ops
 FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 INTEGERS = (0, 1, 2, 3, -1, 7, 2**31, -(2**31), 2**40, 2**62, -(2**63))
-ERRORS = (ValueError, IndexError, TypeError, RuntimeError, NotImplementedError)
+ERRORS = (ValueError, IndexError, TypeError, RuntimeError, NotImplementedError, MemoryError)
 
 
 @st.composite
