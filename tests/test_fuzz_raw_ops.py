@@ -135,6 +135,12 @@ def test_spirals_of_no_vertex_are_refused(dtype):
             call()
 
 
+def test_channels_that_share_memory_are_bounded():
+    maps, points = [torch.ones(1, 1, 2, 2).expand(1, 2**40, 2, 2)], torch.zeros(1, 0, 2)
+    with pytest.raises(ValueError, match="features must have at most 16777216 channels, got 1099511627776"):
+        OPS.vertex_sample(maps, points, None, 0, 0, False, True)
+
+
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("border", [False, True])
 def test_maps_longer_than_floats_count(border, turned):

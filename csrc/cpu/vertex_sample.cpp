@@ -71,6 +71,8 @@ namespace {
 
 using Maps = std::vector<Tensor>;
 
+constexpr int64_t most_channels = 1 << 24;  // of a map
+
 View check_arguments(const Maps& features, const Tensor& vertices, const std::optional<Tensor>& camera,
                      int64_t height, int64_t width, bool align_corners) {
   check(!features.empty(), "features must hold at least one map");
@@ -80,6 +82,9 @@ View check_arguments(const Maps& features, const Tensor& vertices, const std::op
           "features must be (B, C, H, W) of one batch size");
     check(map.size(2) > 0 && map.size(3) > 0, "features must have a height and a width");
     product(product(map.size(0), map.size(1)), product(map.size(2), map.size(3)));
+    // The work is divided by channels before any memory for them is asked for.
+    check(map.size(1) <= most_channels, "features must have at most " + std::to_string(most_channels) +
+                                            " channels, got " + std::to_string(map.size(1)));
     check_same_type(features[0], map, "features");
   }
   check_cpu(vertices, "vertices");
