@@ -14,6 +14,7 @@ MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
 """Pillow's own limit, beyond which it warns."""
 LONGEST_SIDE = 65_535
 MOST_BYTES = 1 << 30
+_ORIENTATION = 0x112  # EXIF
 
 
 def read_image(path: str | os.PathLike[str], mode: str = "RGB", *, upright: bool = False) -> Image.Image:
@@ -89,9 +90,6 @@ def _turned(image: Image.Image, converted: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(converted)
 
 
-_ORIENTATION = 0x112
-
-
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:
     """An image whose numbers are 8 bits a channel; others have no scale that `convert` knows."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
@@ -111,9 +109,8 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
 
 
 def _words(error: Exception) -> str:
+    """What a reader of Pillow's says; with the error's type where that is a programmer's."""
     text = " ".join(str(error).split())[:200]
-    return (
-        text
-        if isinstance(error, (OSError, ValueError, SyntaxError)) and text
-        else (f"{type(error).__name__}: {text}" if text else type(error).__name__)
-    )
+    if isinstance(error, (OSError, ValueError, SyntaxError)) and text:
+        return text
+    return f"{type(error).__name__}: {text}".removesuffix(": ")

@@ -75,8 +75,8 @@ def _check_sums(path: Path) -> None:
     """Raise ValueError where a file of torch.save is damaged, which torch.load would not notice."""
     try:
         with zipfile.ZipFile(path) as archive:
-            ends = [entry.header_offset + entry.compress_size for entry in archive.infolist()]
-            if any(entry.file_size != entry.compress_size for entry in archive.infolist()) or not ends:
+            parts = archive.infolist()
+            if not parts or any(part.file_size != part.compress_size for part in parts):  # compressed
                 raise ValueError("its parts do not have the sizes that torch writes")
             if (damaged := archive.testzip()) is not None:
                 raise ValueError(f"its part {damaged} is damaged")

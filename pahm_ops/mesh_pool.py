@@ -76,18 +76,17 @@ class MeshPool(ConstantBuffers):
         if not isinstance(transform, MeshTransform):
             transform = MeshTransform.prepare(transform)
         self.shape = transform.shape
-        for direction, rows in (("forward", transform.forward), ("backward", transform.backward)):
-            for part, tensor in zip(_PARTS, rows, strict=True):
-                self.register_constant(f"{direction}_{part}", tensor)
+        for name, tensor in zip(_PARTS, (*transform.forward, *transform.backward), strict=True):
+            self.register_constant(name, tensor)
 
     @property
     def transform(self) -> MeshTransform:
         """The transform, of the module's buffers."""
-        forward, backward = (
-            tuple(getattr(self, f"{direction}_{part}") for part in _PARTS)
-            for direction in ("forward", "backward")
+        buffers: Any = self._buffers  # six attributes would cost as much as the product of a small mesh
+        a, b, c, d, e, f = _PARTS
+        return MeshTransform(
+            self.shape, (buffers[a], buffers[b], buffers[c]), (buffers[d], buffers[e], buffers[f])
         )
-        return MeshTransform(self.shape, forward, backward)
 
     def forward(self, x: Tensor) -> Tensor:
         return mesh_pool(x, self.transform)
@@ -97,7 +96,9 @@ class MeshPool(ConstantBuffers):
         return f"{columns} -> {rows}"
 
 
-_PARTS = ("row_pointers", "columns", "values")
+_PARTS = tuple(
+    f"{way}_{part}" for way in ("forward", "backward") for part in ("row_pointers", "columns", "values")
+)
 Rows = tuple[Tensor, Tensor, Tensor]
 
 

@@ -58,9 +58,8 @@ def spiral_conv(
     batched = x if x.dim() == 3 else x.unsqueeze(0)
     if _paths.served(x.device):
         batched, weight, bias = _library.widened(batched, weight, bias)
-        if (
-            activation == "gelu" and not internals.EVERY_LEVEL
-        ):  # Its gradient does not follow from its result.
+        if activation == "gelu" and not internals.EVERY_LEVEL:
+            # Its gradient does not follow from its result.
             out = F.gelu(_ops.spiral_conv(batched, indices, weight, bias))
         else:
             out = _ops.spiral_conv(batched, indices, weight, bias, ACTIVATIONS.index(activation))

@@ -298,7 +298,8 @@ class ShardImages:
 
 def _values(files: dict[str, bytes]) -> Sample:
     values = parse_json(files["json"], "json")
-    if isinstance(values, dict) and values.get("crc32", _checksum(files, values)) != _checksum(files, values):
+    recorded = values.get("crc32") if isinstance(values, dict) else None
+    if recorded is not None and recorded != _checksum(files, values):
         raise ValueError("its content is not what was written")
     try:
         name, index, scale = values["name"], int(values["index"]), np.float32(float(values["scale"]))
