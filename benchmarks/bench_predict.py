@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pahm.data.picture import draw
+from pahm.infer.files import predict_files, write
+from pahm.infer.predictor import Predictor
 from pahm.model import load_checkpoint
-from pahm.predict import Predictor
-from pahm.predict_files import predict_files, write
+from pahm.synth.picture import draw
 
 IMAGES = 16
 

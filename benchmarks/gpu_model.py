@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 import simt_ops
 from paper_levels import CHANNELS, LENGTH, MAPS, Level, levels

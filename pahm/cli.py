@@ -127,7 +127,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _synth(options: argparse.Namespace) -> None:
-    from pahm.data.synth import generate
+    from pahm.synth.generate import generate
 
     generate(
         options.out,
@@ -144,7 +144,7 @@ def _train(options: argparse.Namespace) -> None:
 
     from pahm.hand import HandModel
     from pahm.hand.topology import HandTopology
-    from pahm.training import train
+    from pahm.train.trainer import train
 
     config = from_file(options.config) if options.config else preset(options.preset)
     devices, nodes = options.devices or "1", options.nodes or "1"
@@ -216,9 +216,9 @@ def _eval(options: argparse.Namespace) -> None:
     if options.freihand:
         _eval_freihand(options)
         return
-    from pahm.evaluation import evaluate, print_scores
-    from pahm.metrics import write_submission
     from pahm.model import load_checkpoint
+    from pahm.score.evaluation import evaluate, print_scores
+    from pahm.score.metrics import write_submission
 
     network = load_checkpoint(options.checkpoint)
     result = evaluate(
@@ -252,13 +252,13 @@ def _check_out(path: Path) -> None:
 
 
 def _eval_freihand(options: argparse.Namespace) -> None:
-    from pahm import scoring
+    from pahm.score import protocol as scoring
 
     submission = options.submission or options.out
     if not options.submission:
-        from pahm.evaluation import reconstruct
-        from pahm.metrics import write_submission
         from pahm.model import load_checkpoint
+        from pahm.score.evaluation import reconstruct
+        from pahm.score.metrics import write_submission
 
         network = load_checkpoint(options.checkpoint)
         if not options.joints_only:
@@ -286,10 +286,10 @@ def _eval_freihand(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from pahm.camera import read_intrinsics
+    from pahm.data.camera import read_intrinsics
+    from pahm.infer.files import predict_files
+    from pahm.infer.predictor import Predictor
     from pahm.model import load_checkpoint
-    from pahm.predict import Predictor
-    from pahm.predict_files import predict_files
 
     results = predict_files(
         Predictor(load_checkpoint(options.checkpoint), options.device),
@@ -314,7 +314,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from pahm.run_report import make_report
+    from pahm.report import make_report
 
     page = make_report(
         options.run_folder,
@@ -330,7 +330,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from pahm.export import INPUT, OUTPUTS, export_onnx
+    from pahm.infer.export import INPUT, OUTPUTS, export_onnx
     from pahm.model import load_checkpoint
 
     _check_out(options.out)

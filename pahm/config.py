@@ -98,11 +98,13 @@ class LossConfig:
     silhouette: float = 2.5
     pose: float = 10.0
     projection: float = 1.0
-    """Weight of the camera's supervision, see `pahm.losses.projection_loss`."""
+    """Weight of the camera's supervision, see `pahm.train.losses.projection_loss`."""
     position: float = 1.0
-    """Weight of the 2D positions that the first mesh is lifted from, see `pahm.losses.position_loss`."""
+    """Weight of the 2D positions that the first mesh is lifted from, see
+    `pahm.train.losses.position_loss`.
+    """
     joints: float = 1.0
-    """Weight of the joints that METRO's joint queries predict, see `pahm.losses.joint_loss`."""
+    """Weight of the joints that METRO's joint queries predict, see `pahm.train.losses.joint_loss`."""
     heatmap_sigma: float = 3.5
     """Standard deviation of a pose heatmap's Gaussian, in pixels of a 224-pixel image (CMR)."""
 

@@ -1,12 +1,12 @@
 """The examples run as they stand, on a mesh that they have not been written for."""
 
 import importlib.util
-from pathlib import Path
 
 import torch
 import trimesh
+from repository import ROOT
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def load(name):

@@ -1,14 +1,14 @@
 """The README's code runs as it stands, and its commands exist."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT
 
 from pahm.cli import main
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:

@@ -9,8 +9,8 @@ folder=$(mkdir -p "${1:?usage: tools/matrix.sh FOLDER [VERSION...]}" && cd "$1" 
 shift
 unset PYTHONPATH # The tests are the checkout's, the packages the wheel's.
 export PIP_NO_COMPILE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-tests=(tests/test_{library,torch_internals,paths,op_features,gradient_ops,spiral_conv,mesh_pool,sparse}.py
-  tests/test_{vertex_sample,vertex_sample_input,fuzz,triton}.py)
+tests=(tests/pahm_ops/test_{library,torch_internals,backends,op_features,gradient_ops,spiral_conv,mesh_pool}.py
+  tests/pahm_ops/test_{vertex_sample,vertex_sample_input,fuzz,triton}.py tests/pahm_ops/mesh/test_sparse.py)
 
 cd "$root"
 versions=("$@")

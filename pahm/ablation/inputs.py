@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pahm.config import Config
 from pahm.data.freihand import FreiHand
-from pahm.evaluation import check_meshes
 from pahm.hand.topology import HandTopology
+from pahm.score.evaluation import check_meshes
 from pahm.text_files import read_json
 from pahm.whole_file import whole_file
 

@@ -24,14 +24,14 @@ from pahm.ablation.tables import RESULT, TABLES, VARIANTS, configuration
 from pahm.ablation.write import write_table
 from pahm.config import Config, from_dict, preset
 from pahm.data.freihand import FreiHand
-from pahm.data.synth import generate
 from pahm.hand.topology import HandTopology
 from pahm.model.checkpoint import load_checkpoint
-from pahm.provenance import provenance
-from pahm.run_folder import LAST
+from pahm.synth.generate import generate
+from pahm.synth.workers import start_worker
 from pahm.text_files import read_json
+from pahm.train.provenance import provenance
+from pahm.train.run_folder import LAST
 from pahm.whole_file import whole_file
-from pahm.workers import start_worker
 
 DATA_SEED = 1
 """Of the images that are rendered; those of the shipped checkpoint have 0."""
@@ -89,8 +89,8 @@ def ablate(
 ) -> Path:
     """Train and score the rows of one of the paper's tables, and write it beside the paper's numbers.
 
-    `out` receives a run folder for each network and seed (`runs/`, see `pahm.training.train`), a small JSON
-    of its scores (`results/`), and `<table>.md`, `.csv` and `.png`, written anew after each run. Rows whose
+    `out` receives a run folder for each network and seed (`runs/`, see `pahm.train.trainer.train`), a small
+    JSON of its scores (`results/`), and `<table>.md`, `.csv` and `.png`, written anew after each run. Rows whose
     result is there are not run again, for whichever table they were run; a stopped run goes on.
 
     Args:
@@ -100,7 +100,7 @@ def ablate(
         seeds: of the weights, the order of the images and their augmentation; each row runs with each.
         changes: dotted names of the configuration and values, for all rows alike.
         jobs: runs at the same time, each with its share of the CPU's threads.
-        topology, accelerator: as `pahm.training.train`. A run has one device.
+        topology, accelerator: as `pahm.train.trainer.train`. A run has one device.
         report: takes a line of progress.
 
     Returns:
@@ -212,7 +212,7 @@ def _run(
     options: dict[str, Any],
 ) -> float:
     """Train and score one row; returns the seconds that this took."""
-    from pahm.training import train
+    from pahm.train.trainer import train
 
     torch.set_num_threads(threads)
     resumed = (folder / LAST).exists()

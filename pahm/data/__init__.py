@@ -1,1 +1,1 @@
-"""Images of hands: reading, rendering and augmenting them."""
+"""Images in, tensors out: readers, the crop, augmentation, loading, shards."""

@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from pahm.data.annotations import Table
-from pahm.open_image import read_image
+from pahm.data.open_image import read_image
 
 Split = Literal["training", "evaluation"]
 Sample = dict[str, Any]

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pahm.data.freihand import FreiHand, Sample
-from pahm.open_image import decode_image
+from pahm.data.open_image import decode_image
 from pahm.text_files import parse_json, read_json
 from pahm.whole_file import whole_file
 

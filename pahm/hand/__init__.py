@@ -1,9 +1,8 @@
-"""The hand itself: template, skeleton, shape space, joints, and poses within what a hand can do."""
+"""The hand itself: template, skeleton, shape space, joints, left and right."""
 
 from pahm.hand.joints import BONE_NAMES, FREIHAND_TIPS, JOINT_NAMES, JOINT_ORDER, MANO_TIPS, PARENTS
 from pahm.hand.left import mirror, mirror_faces, mirror_pose
 from pahm.hand.model import HandModel, HandOutput
-from pahm.hand.pose import sample_pose, sample_rotation, sample_shape
 from pahm.hand.rotation import axis_angle_to_matrix
 
 __all__ = [
@@ -19,7 +18,4 @@ __all__ = [
     "mirror",
     "mirror_faces",
     "mirror_pose",
-    "sample_pose",
-    "sample_rotation",
-    "sample_shape",
 ]

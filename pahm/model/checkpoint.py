@@ -42,7 +42,7 @@ def save_checkpoint(
             weights lay on this machine is not recorded.
         scores: the scores to record beside the weights, such as `HandMetrics` gives.
         dtype: floating-point weights are stored in this type (float16 halves the file).
-        provenance: versions, machine and revision to record, as `pahm.provenance` gives them.
+        provenance: versions, machine and revision to record, as `pahm.train.provenance` gives them.
     """
     tensors = {
         f"network.{name}": value.to(dtype if value.is_floating_point() else value.dtype).contiguous()
@@ -75,7 +75,7 @@ def read_metadata(path: str | os.PathLike[str]) -> tuple[Config, dict[str, float
 
 
 def read_provenance(path: str | os.PathLike[str]) -> dict[str, str | None]:
-    """What made a checkpoint, as `pahm.provenance` gives it; empty for files that do not say.
+    """What made a checkpoint, as `pahm.train.provenance` gives it; empty for files that do not say.
 
     Raises FileNotFoundError, ValueError as `read_metadata`.
     """

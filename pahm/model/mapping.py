@@ -19,8 +19,8 @@ class PixelAligned(nn.Module):
     The camera pi is weak perspective, predicted by the network itself: x_n = s * (X + tx) in normalised
     coordinates (-1 and 1 are the image's outer edges, `align_corners=False`). The paper leaves it open; this
     choice needs no intrinsics at inference, so any image can be reconstructed, and it is supervised by the
-    projections of the true vertices (`pahm.losses.projection_loss`). Vertices outside the image read the
-    nearest border pixel, as in MobRecon, so that a bad first guess still gets a gradient.
+    projections of the true vertices (`pahm.train.losses.projection_loss`). Vertices outside the image read
+    the nearest border pixel, as in MobRecon, so that a bad first guess still gets a gradient.
     """
 
     def forward(self, features: Tensor | Sequence[Tensor], vertices: Tensor, camera: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-// Arguments of every kind, and faults that only sanitizers see, for tests/test_simt_kernels.py.
+// Arguments of every kind, and faults that only sanitizers see, for tests/simt/test_simt_kernels.py.
 #include <array>
 #include <vector>
 

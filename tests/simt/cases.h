@@ -17,7 +17,7 @@ namespace simt {
 
 enum class Kind : int32_t { integer, real, tensor, tensors, integers, reals };
 
-// As tests/simt_kernels.py lays it out.
+// As tests/helpers/simt_kernels.py lays it out.
 struct Argument {
   Kind kind;
   int32_t item_bytes;  // of a tensor's element

@@ -103,7 +103,7 @@ S from_float(T x) {
   return FromFloat<S>::convert(x);
 }
 
-// tests/simt_kernels.py tells the compiler to fuse nothing.
+// tests/helpers/simt_kernels.py tells the compiler to fuse nothing.
 inline float rounded_product(float a, float b) { return a * b; }
 inline double rounded_product(double a, double b) { return a * b; }
 

@@ -1,4 +1,4 @@
-// Kernels with and without a planted fault each, for tests/test_simt.py.
+// Kernels with and without a planted fault each, for tests/simt/test_simt.py.
 #include "kernel_case.h"
 
 namespace {

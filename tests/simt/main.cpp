@@ -1,5 +1,5 @@
 // Runs one case in a process of its own, for sanitizers: main CASE RESULT, both files as
-// tests/simt_kernels.py has them. Each tensor lies in a heap block of its exact size.
+// tests/helpers/simt_kernels.py has them. Each tensor lies in a heap block of its exact size.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>

@@ -1,4 +1,4 @@
-// mesh_pool's kernel on the CPU, for tests/test_simt_mesh_pool.py.
+// mesh_pool's kernel on the CPU, for tests/simt/test_mesh_pool.py.
 #include "kernels/mesh_pool.cuh"
 
 #include "run.h"

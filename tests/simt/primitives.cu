@@ -1,5 +1,5 @@
 // Each primitive of csrc/kernels/device.cuh as nvcc compiles it, alone in a kernel, for
-// tests/test_cuda_primitives.py; and where a vertex lies on a map.
+// tests/csrc/test_cuda_primitives.py; and where a vertex lies on a map.
 #include "kernels/vertex_sample.cuh"
 
 using namespace pahm;

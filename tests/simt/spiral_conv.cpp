@@ -1,4 +1,4 @@
-// spiral_conv's kernels on the CPU, for tests/test_simt_spiral_conv.py. `partial` is memory for split sums.
+// spiral_conv's kernels on the CPU, for tests/simt/test_spiral_conv.py. `partial` is memory for split sums.
 #include "kernels/spiral_conv.cuh"
 
 #include "run.h"

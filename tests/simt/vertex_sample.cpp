@@ -1,4 +1,4 @@
-// vertex_sample's kernels on the CPU, for tests/test_simt_vertex_sample.py.
+// vertex_sample's kernels on the CPU, for tests/simt/test_vertex_sample.py.
 // sizes: batch, vertices, height and width of the image, align_corners, border; then for each map channels,
 // height, width, channels_last.
 #include "kernels/vertex_sample_backward.cuh"

@@ -54,7 +54,7 @@ def make_backgrounds(folder: Path) -> None:
 
 
 def read_backgrounds(folder: Path) -> Any:
-    from pahm.data.backgrounds import crop_background, list_images
+    from pahm.synth.backgrounds import crop_background, list_images
 
     crops = [crop_background(np.random.default_rng(0), path, 64) for path in list_images(folder)]
     finite(*crops, below=10)
@@ -220,7 +220,7 @@ def make_intrinsics(folder: Path) -> None:
 
 
 def read_intrinsics(folder: Path) -> Any:
-    from pahm.camera import read_intrinsics
+    from pahm.data.camera import read_intrinsics
 
     K = read_intrinsics(next(folder.glob("K.*")))
     (attempt,) = SHARED["predictor"].attempt_many([SHARED["picture"]], intrinsics=K)
@@ -333,8 +333,8 @@ def make_weights(folder: Path) -> None:
 
 
 def read_weights(folder: Path) -> Any:
+    from pahm.infer.predictor import Predictor
     from pahm.model import load_checkpoint
-    from pahm.predict import Predictor
 
     network = load_checkpoint(folder / "model.safetensors")
     hand = Predictor(network, "cpu").predict(SHARED["picture"])
@@ -345,7 +345,7 @@ def read_weights(folder: Path) -> Any:
 def make_run(folder: Path) -> None:
     """A run of two steps."""
     from pahm.config import preset
-    from pahm.training import train
+    from pahm.train.trainer import train
 
     changes = {"model.pretrained": False, "train.batch_size": 3, "train.epochs": 1, "train.workers": 0}
     train(preset("tiny").override(changes), SHARED["data"], folder / "run", accelerator="cpu", progress=False)
@@ -353,7 +353,7 @@ def make_run(folder: Path) -> None:
 
 def read_last(folder: Path) -> Any:
     from pahm.config import from_file
-    from pahm.run_folder import resume_place
+    from pahm.train.run_folder import resume_place
 
     run = folder / "run"
     place = resume_place(run, from_file(run / "config.json"))
@@ -363,7 +363,7 @@ def read_last(folder: Path) -> Any:
 
 
 def read_report(folder: Path) -> Any:
-    from pahm.run_report import make_report
+    from pahm.report import make_report
 
     page = make_report(
         folder / "run", SHARED["data"], count=1, failures=0, images=1, device="cpu", progress=False
@@ -372,7 +372,7 @@ def read_report(folder: Path) -> Any:
 
 
 def make_submission(folder: Path) -> None:
-    from pahm.metrics import write_submission
+    from pahm.score.metrics import write_submission
 
     for kind in ("xyz", "verts"):
         shutil.copy(SHARED["data"] / f"evaluation_{kind}.json", folder)
@@ -381,7 +381,7 @@ def make_submission(folder: Path) -> None:
 
 
 def read_submission(folder: Path) -> Any:
-    from pahm.scoring import score_submission
+    from pahm.score.protocol import score_submission
 
     scores = score_submission(folder / "pred.json", folder)
     finite(*scores.values())

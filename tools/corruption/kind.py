@@ -93,10 +93,10 @@ def finite(*arrays: Any, below: float = 1e30) -> None:
 def prepare() -> None:
     """Make what the kinds share; one thread, as processes are forked later."""
     from pahm.config import preset
-    from pahm.data.synth import generate
+    from pahm.infer.predictor import Predictor
     from pahm.model import load_checkpoint
     from pahm.model.checkpoint import save_checkpoint
-    from pahm.predict import Predictor
+    from pahm.synth.generate import generate
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -1,0 +1,146 @@
+"""Images of hands, read and cropped for a network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from pahm.data.augment import crop_matrix, warp
+from pahm.data.camera import Array, assumed_intrinsics, check_intrinsics
+from pahm.data.open_image import convert_image, read_image
+from pahm.hand.left import checked_left, mirror_intrinsics
+from pahm.text_files import shown
+
+Box = tuple[float, float, float, float]
+ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
+
+SMALLEST_BOX = 2  # pixels
+LARGEST_BOX = 10  # times the image's longer side
+HAND_SHARE = 0.6  # of the training images' sides that the hand's box takes, about
+
+
+class Request(NamedTuple):
+    """An image to reconstruct a hand in; the arguments of `pahm.infer.predictor.Predictor.predict`."""
+
+    image: ImageSource
+    bbox: npt.ArrayLike | None = None
+    intrinsics: npt.ArrayLike | None = None
+    left: bool = False
+    place: str = "image"
+    """What to call an image that is not a file."""
+
+    @property
+    def name(self) -> str:
+        """What errors call the image: its path as it was given, or `place`."""
+        return os.fspath(self.image) if isinstance(self.image, (str, os.PathLike)) else self.place
+
+
+class Crop(NamedTuple):
+    """A request made ready for the network, which sees right hands: for a left one the image is flipped."""
+
+    request: Request
+    image: Image.Image
+    """The whole image, RGB, not flipped."""
+    source: str | None
+    """Absolute path of the image, where it was a file."""
+    box: Box
+    """The square crop in `image`."""
+    K: Array
+    """`(3, 3)` intrinsics of `image`."""
+    pixels: Image.Image
+    """The crop, of the flipped image for a left hand."""
+    matrix: Array
+    """`(3, 3)`, pixels of the image that `pixels` was taken from to those of the crop."""
+    seen_K: Array
+    """`(3, 3)` intrinsics of the image that `pixels` was taken from."""
+
+
+def read_crop(request: Request, size: int, share: float) -> Crop | Exception:
+    """The crop of `size` x `size` pixels for a request, or the error that names the image.
+
+    share: the fraction of the training images' sides that the network sees, `ModelConfig.crop`.
+    """
+    try:
+        request = request._replace(left=checked_left(request.left))
+        image, source = load_image(request.image)
+        box = hand_box(image.size, request.bbox, share)
+        if request.intrinsics is None:
+            K = assumed_intrinsics(*image.size)
+        else:
+            K = check_intrinsics(request.intrinsics)
+    except (FileNotFoundError, TypeError, ValueError) as error:
+        return _named(error, request.name)
+    if not request.left:
+        matrix = crop_matrix(box, size)
+        return Crop(request, image, source, box, K, warp(image, matrix, size), matrix, K)
+    x, y, side, _ = box
+    matrix = crop_matrix((image.width - x - side, y, side, side), size)
+    pixels = warp(ImageOps.mirror(image), matrix, size)
+    return Crop(request, image, source, box, K, pixels, matrix, mirror_intrinsics(K, image.width))
+
+
+def _named(error: Exception, name: str) -> Exception:
+    """The error with the image's name at the beginning of its message, unless it has that already."""
+    if str(error).startswith((f"{name}: ", f"image: {name} ")):
+        return error
+    kind = next(kind for kind in (FileNotFoundError, TypeError, ValueError) if isinstance(error, kind))
+    named = kind(f"{name}: {error}")
+    named.__cause__ = error
+    return named
+
+
+def load_image(image: ImageSource) -> tuple[Image.Image, str | None]:
+    """An RGB image, upright by its EXIF tag, and the absolute path it came from, if any.
+
+    Raises FileNotFoundError or ValueError as `pahm.data.open_image.read_image`, TypeError or ValueError
+    for an array of another dtype or shape.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(image, upright=True), str(Path(image).resolve())
+    if isinstance(image, Image.Image):
+        return convert_image(image, "image", upright=True), None
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"image: expected a path, a PIL image or a numpy array, got {type(image).__name__}")
+    if image.dtype != np.uint8:
+        raise TypeError(f"image: expected an array of uint8, got {image.dtype}")
+    if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or image.size == 0:
+        raise ValueError(f"image: expected an array (H, W, 3) or (H, W), got shape {image.shape}")
+    return convert_image(Image.fromarray(np.ascontiguousarray(image)), "image"), None
+
+
+def hand_box(size: tuple[int, int], bbox: npt.ArrayLike | None, share: float = 1.0) -> Box:
+    """The square crop (x, y, side, side) for a hand's box in an image of `size` (width, height).
+
+    Without a box the image is taken for one like those of the training, of which the crop is the middle with
+    `share` of its side.
+
+    Raises ValueError for a box that is not four finite numbers with a positive size, that lies outside, or
+    that is far too small or too large to be one around a hand.
+    """
+    width, height = size
+    if bbox is None:
+        side = share * max(width, height)
+        return ((width - side) / 2, (height - side) / 2, side, side)
+    try:
+        values = np.asarray(bbox, np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"bbox: expected four finite numbers X Y W H, got {shown(bbox)}") from error
+    if values.shape not in ((4,), (1, 4)) or not np.isfinite(values).all():
+        raise ValueError(f"bbox: expected four finite numbers X Y W H, got {shown(values.tolist())}")
+    x, y, w, h = values.ravel().tolist()
+    if w <= 0 or h <= 0:
+        raise ValueError(f"bbox: expected a positive width and height, got {w:g} x {h:g}")
+    if x >= width or y >= height or x + w <= 0 or y + h <= 0:
+        raise ValueError(f"bbox: {x:g} {y:g} {w:g} {h:g} lies outside the image of {width} x {height} pixels")
+    if not SMALLEST_BOX <= max(w, h) <= LARGEST_BOX * max(width, height):
+        raise ValueError(
+            f"bbox: expected a longer side from {SMALLEST_BOX} pixels to {LARGEST_BOX} times the image's, "
+            f"got {w:g} x {h:g} in {width} x {height} pixels"
+        )
+    side = share * max(w, h) / HAND_SHARE
+    return (x + (w - side) / 2, y + (h - side) / 2, side, side)

@@ -1,0 +1,129 @@
+"""Scores of a network on evaluation images, image by image, and what makes each image hard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from pahm.data.augment import CropTransform
+from pahm.data.freihand import FreiHand, Sample
+from pahm.infer.predictor import pick_device
+from pahm.model.network import HandNet
+from pahm.score.failures import Reasons, find_reasons
+from pahm.score.metrics import HandMetrics, procrustes_errors
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A prediction's scores on N images."""
+
+    summary: dict[str, float]
+    """As `HandMetrics` gives them."""
+    joints: npt.NDArray[np.float64]
+    """`(N,)` PA-MPJPE of each image, mm."""
+    vertices: npt.NDArray[np.float64]
+    """`(N,)` PA-MPVPE of each image, mm."""
+
+
+class _Tally:
+    def __init__(self) -> None:
+        self.metrics = HandMetrics(sync_on_compute=False)
+        self.joints: list[Tensor] = []
+        self.vertices: list[Tensor] = []
+
+    def add(self, joints: Tensor, vertices: Tensor, batch: dict[str, Tensor]) -> None:
+        self.metrics.update(joints, batch["joints"], vertices, batch["vertices"])
+        self.joints.append(1000 * procrustes_errors(joints, batch["joints"]).mean(1))
+        self.vertices.append(1000 * procrustes_errors(vertices, batch["vertices"]).mean(1))
+
+    def result(self) -> Scored:
+        summary = {name: float(value) for name, value in self.metrics.compute().items()}
+        return Scored(summary, torch.cat(self.joints).numpy(), torch.cat(self.vertices).numpy())
+
+
+def annotated(data: str, transform: Callable[[Sample], Sample] | None = None) -> FreiHand:
+    """The evaluation images of a folder in FreiHAND's layout, each with its truth.
+
+    Raises ValueError where they have no annotations, and as `FreiHand`.
+    """
+    dataset = FreiHand(data, "evaluation", transform)
+    if not dataset.annotated:
+        raise ValueError(
+            f"--data: {data} has no evaluation_xyz.json and evaluation_verts.json, expected the truth of "
+            "its evaluation images to compare with"
+        )
+    return dataset
+
+
+def find_readable(data: str, images: int, *, progress: bool = True) -> tuple[list[int], dict[str, str]]:
+    """Which of the first `images` evaluation images of a folder can be read, each with its mask where there
+    are masks; and for each of the others, by its path inside the folder, a sentence that names the file.
+
+    Raises as `annotated`, and ValueError where none can be read.
+    """
+    dataset = annotated(data)
+    readable: list[int] = []
+    errors: dict[str, str] = {}
+    for i in _track(range(images), "reading", progress):
+        try:
+            dataset[i]
+            readable.append(i)
+        except (FileNotFoundError, ValueError) as error:
+            errors[dataset.record(i)["name"]] = str(error)
+    if not readable:
+        first = next(iter(errors.values()))
+        raise ValueError(f"--data: none of the {images} evaluation images of {data} can be read: {first}")
+    return readable, errors
+
+
+def score(
+    network: HandNet, data: str, images: Sequence[int], *, device: str = "auto", progress: bool = True
+) -> tuple[Scored, Scored]:
+    """Scores of a network, and of its mean hand, on the evaluation images of a folder with these indices.
+
+    Raises as `FreiHand` and `annotated`, and ValueError where the network gives numbers that are not finite.
+    """
+    transform = CropTransform(network.config.image_size, share=network.config.crop)
+    dataset = Subset(annotated(data, transform), images)
+    place = pick_device(device)
+    network = network.eval().to(place)
+    regressor, mean = network.joint_regressor.double().cpu(), network.mean_hand.double().cpu()
+    ours, constant = _Tally(), _Tally()
+    for batch in _track(DataLoader(dataset, 32), "reconstructing", progress):
+        with torch.inference_mode():
+            vertices = network(batch["image"].to(place)).meshes[-1].double().cpu()
+        ours.add(regressor @ vertices, vertices, batch)
+        same = mean.expand_as(vertices)
+        constant.add(regressor @ same, same, batch)
+    return ours.result(), constant.result()
+
+
+def reasons_of(
+    data: str, images: Sequence[int], faces: npt.ArrayLike, share: float = 1.0, *, progress: bool = True
+) -> list[Reasons]:
+    """`find_reasons` of the evaluation images of a folder with these indices.
+
+    faces: (F, 3) of the meshes. share: what the network sees, `ModelConfig.crop`.
+    """
+
+    def measure(sample: Sample) -> Sample:
+        return {"reasons": find_reasons(sample, faces, share)}
+
+    dataset = annotated(data, measure)
+    # No worker processes: Embree's threads do not outlive a fork.
+    return [dataset[i]["reasons"] for i in _track(images, "looking for reasons", progress)]
+
+
+def _track(items: Iterable[T], title: str, progress: bool) -> Iterable[T]:
+    return track(items, title, disable=not progress, console=Console(stderr=True))

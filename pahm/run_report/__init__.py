@@ -1,5 +1,0 @@
-"""The page of a training run: curves, scores, reconstructions and failures in one HTML file."""
-
-from pahm.run_report.page import make_report as make_report
-
-__all__ = ["make_report"]

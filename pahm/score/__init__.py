@@ -1,0 +1,1 @@
+"""Metrics, FreiHAND's protocol, evaluation, and reasons for failures."""

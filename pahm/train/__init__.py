@@ -1,0 +1,1 @@
+"""Training: losses, the module, the run folder, the trainer."""

@@ -1,0 +1,244 @@
+"""The network in training, as PyTorch Lightning takes it: targets, losses, logs, scores and optimisers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from pahm.config import Config
+from pahm.data.loading import Batch, seed_step
+from pahm.hand.topology import HandTopology
+from pahm.model.checkpoint import build_network
+from pahm.model.extractor import STRIDES, maps_needed
+from pahm.model.network import HandNet
+from pahm.score.metrics import HandMetrics
+from pahm.train.losses import Targets, total_loss
+from pahm.train.provenance import provenance
+
+LOG = logging.getLogger("pahm")
+
+
+class HandTraining(pl.LightningModule):
+    """The network, its losses and its optimiser; logs every loss, and the scores on the evaluation images.
+
+    load_backbone: see `build_network`. strict: an unreadable image ends the run, with ValueError.
+    images: what the training images are, kept in the checkpoint (see `pahm.train.run_folder.Place`).
+    """
+
+    faces: Tensor
+
+    def __init__(
+        self,
+        config: Config,
+        topology: HandTopology | None = None,
+        load_backbone: bool = True,
+        strict: bool = False,
+        images: str = "",
+    ) -> None:
+        super().__init__()
+        self.images = images
+        self.config = config
+        self.strict = strict
+        self.network = build_network(config, topology, load_backbone)
+        if maps_needed(config.model) < len(STRIDES):
+            _freeze_unreached(self.network)
+        if config.train.channels_last:
+            self.network = self.network.to(memory_format=torch.channels_last)
+        self.register_buffer("faces", torch.as_tensor(self.network.faces), persistent=False)
+        hierarchy = self.network.topology.hierarchy
+        for i, level in enumerate(reversed(range(len(hierarchy.vertices)))):
+            self.register_buffer(
+                f"selection_{i}", torch.as_tensor(hierarchy.selection(level)), persistent=False
+            )
+        self.levels = len(hierarchy.vertices)
+        self.metrics = HandMetrics()
+        self._unreadable: set[str] = set()
+        self._replaced = 0
+
+    def targets(self, batch: Batch) -> Targets:
+        """The truth of a batch of `CropTransform` samples, in the form that the losses take."""
+        vertices, joints = batch["vertices"], batch["joints"]
+        size = self.config.model.image_size
+        root = joints[:, self.config.model.root_joint, None]
+        projected = torch.einsum("bij,bnj->bni", batch["K"], vertices)
+        vertices_2d = _normalise(projected[..., :2] / projected[..., 2:], size)
+        selections = [self.get_buffer(f"selection_{i}") for i in range(self.levels)]
+        mask = batch.get("mask")
+        blank = torch.zeros(len(vertices), 1, size, size, device=vertices.device)
+        has_mask = torch.full((len(vertices),), mask is not None, device=vertices.device)
+        return Targets(
+            meshes=[(vertices - root).index_select(1, s) for s in selections],
+            vertices_2d=[vertices_2d.index_select(1, s) for s in selections],
+            joints=joints - root,
+            joints_2d=_normalise(batch["joints_2d"], size),
+            mask=blank if mask is None else mask,
+            has_mask=has_mask,
+        )
+
+    def on_train_batch_start(self, batch: Batch, index: int) -> None:
+        seed_step(self.config.train.seed, self.global_step, self.global_rank)
+        self._replaced += sum(batch["replaced"])
+        self._name_unreadable(batch, "the next image takes its place")
+
+    def _name_unreadable(self, batch: Batch, instead: str) -> None:
+        sentences = batch.get("unreadable", [])
+        if self.strict and self._in_any_process(bool(sentences)):
+            raise ValueError(self._of_all_processes(sentences)[0])
+        for sentence in sentences:
+            if sentence not in self._unreadable:
+                self._unreadable.add(sentence)
+                LOG.warning("%s; %s", sentence, instead)
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        images = batch["image"]
+        if self.config.train.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        prediction = self.network(images)
+        loss, parts = total_loss(prediction, self.targets(batch), self.faces, self.config.loss)
+        # One exchange for what is logged. A process whose loss is not finite makes it so for all, so that
+        # all of them stop.
+        values = torch.stack([loss, *parts.values()]).detach()
+        if self.trainer.world_size > 1:
+            values = self.trainer.strategy.reduce(values, reduce_op="mean")
+        if not torch.isfinite(values).all():
+            self._stop(batch, dict(zip(["loss", *parts], values.tolist(), strict=True)))
+        self.log("loss", values[0], prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in zip(parts, values[1:], strict=True)})
+        return loss
+
+    def _stop(self, batch: Batch, values: dict[str, float]) -> None:
+        raise FloatingPointError(
+            f"the loss is {values.pop('loss')} at step {self.global_step}, images "
+            f"{', '.join(self._of_all_processes(batch['name']))}: "
+            + ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+        )
+
+    def _of_all_processes(self, items: list[str]) -> list[str]:
+        """The first process's, then the second's, and so on."""
+        parts: list[Any] = [items]
+        if self.trainer.world_size > 1:
+            parts = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
+    def on_train_epoch_end(self) -> None:
+        replaced, self._replaced = self._replaced_everywhere(), 0
+        if replaced and self.trainer.is_global_zero:
+            LOG.warning("epoch %d: %d unreadable images were replaced", self.current_epoch, replaced)
+
+    def _replaced_everywhere(self) -> int:
+        """Images replaced so far in this epoch, by all processes."""
+        replaced = torch.tensor(float(self._replaced), device=self.device)
+        if self.trainer.world_size > 1:
+            replaced = self.trainer.strategy.reduce(replaced, reduce_op="sum")
+        return int(replaced)
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        self._name_unreadable(batch, "in the scores the mean hand stands for it")
+        vertices = self.network(batch["image"]).meshes[-1] if batch else torch.zeros(0)
+        if self._in_any_process(not bool(torch.isfinite(vertices).all())):
+            raise FloatingPointError(
+                f"evaluation after step {self.global_step - 1}: meshes are not finite in this process or "
+                f"another, images {', '.join(batch.get('name', []))}"
+            )
+        if not batch:
+            return
+        # As `pahm.score.evaluation` has it.
+        replaced = torch.tensor(batch["replaced"], device=vertices.device)
+        vertices = torch.where(replaced[:, None, None], self.network.mean_hand, vertices)
+        self.metrics.update(self.network.joints(vertices), batch["joints"], vertices, batch["vertices"])
+
+    def _in_any_process(self, found: bool) -> bool:
+        return bool(self.trainer.strategy.reduce_boolean_decision(found, all=False))
+
+    def on_validation_epoch_end(self) -> None:
+        scores = {name: float(value) for name, value in self.metrics.compute().items()}
+        self.metrics.reset()
+        # The metric has already added up over the processes; sync_dist says so to Lightning.
+        self.log_dict({f"eval/{name}": value for name, value in scores.items()}, sync_dist=True)
+        self.log("pa_mpjpe", scores["pa_mpjpe"], prog_bar=True, logger=False, sync_dist=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        fit: Any = self.trainer.fit_loop
+        step = fit.epoch_loop.batch_progress.current.processed
+        checkpoint["pahm_config"] = self.config.to_json()
+        checkpoint["pahm_images"] = self.images
+        checkpoint["pahm_provenance"] = json.dumps(provenance())
+        # The epoch, and the step within it, that a resumed run begins with.
+        checkpoint["pahm_place"] = [
+            fit.epoch_progress.current.processed,
+            step if step < self.trainer.num_training_batches else 0,
+        ]
+        checkpoint["pahm_replaced"] = self._replaced_everywhere()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._replaced = checkpoint["pahm_replaced"] if self.trainer.is_global_zero else 0
+
+    def configure_optimizers(self) -> Any:
+        train = self.config.train
+        # One pass over all parameters; Lightning cannot clip gradients for it under mixed precision.
+        options: dict[str, Any] = {"lr": train.learning_rate, "fused": train.precision == "32-true"}
+        if train.optimizer == "adam":
+            optimizer: torch.optim.Optimizer = torch.optim.Adam(
+                self.network.parameters(), weight_decay=train.weight_decay, **options
+            )
+        else:
+            # Vectors (biases, normalisations) and the vertex embedding are not decayed.
+            decayed = [p for n, p in self.network.named_parameters() if p.dim() > 1 and "embedding" not in n]
+            kept = [p for n, p in self.network.named_parameters() if p.dim() <= 1 or "embedding" in n]
+            groups: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
+            optimizer = torch.optim.AdamW(groups, weight_decay=train.weight_decay, **options)
+        steps = int(self.trainer.estimated_stepping_batches)
+        if train.schedule == "step":
+            scheduler: Any = torch.optim.lr_scheduler.MultiStepLR(
+                optimizer, list(train.milestones), train.decay
+            )
+            interval = "epoch"
+        else:
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, WarmupCosine(steps))
+            interval = "step"
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+
+
+def _freeze_unreached(network: HandNet) -> None:
+    """Leave out of the training what no output depends on.
+
+    A backbone like HRNet makes its maps together, and where a network reads only some of them, distributed
+    training would wait for gradients that never come.
+    """
+    size = network.config.image_size
+    prediction = network.eval()(torch.zeros(1, 3, size, size))
+    cues = [logits for pair in prediction.cues for logits in pair]
+    outputs = [*prediction.meshes, prediction.camera, *cues, *prediction.joints]
+    torch.stack([output.sum() for output in outputs]).sum().backward()
+    for parameter in network.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+    network.zero_grad()
+    network.train()
+
+
+class WarmupCosine:
+    """Factor of the learning rate: linear over the first 5 % of `steps`, then half a cosine down to 0."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = max(steps, 1)
+        self.warmup = max(1, self.steps // 20)
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def _normalise(pixels: Tensor, size: int) -> Tensor:
+    """Pixels of a crop, from the centre of its top-left pixel, to coordinates with -1 and 1 at its outer
+    edges.
+    """
+    return (2 * pixels + 1) / size - 1

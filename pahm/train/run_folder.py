@@ -1,0 +1,164 @@
+"""The folder of a training run: `last.ckpt`, written whole or not at all, and what says how it was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from pahm.config import Config, from_json
+from pahm.data.loading import Batch
+from pahm.model.checkpoint import check_same_network
+from pahm.train.provenance import provenance
+from pahm.whole_file import whole_file
+
+LAST = "last.ckpt"
+CONFIG = "config.json"
+RECORD = "run.json"
+
+_FREE = ("workers", "export", "save_minutes", "save_every")
+"""Values of `train` that a resumed run may change."""
+
+
+class Place(NamedTuple):
+    """Where a run stands: epoch, finished steps of that epoch, and finished steps of all epochs; and what its
+    training images are, wherever they lie.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    total: int = 0
+    images: str = ""
+
+
+def resume_place(folder: Path, config: Config) -> Place | None:
+    """Where the run in `folder` goes on; None where nothing was saved yet.
+
+    Raises ValueError where `last.ckpt` was made by another configuration (the first value that differs is
+    named) or is not a checkpoint of `pahm.train.trainer.train`.
+    """
+    last = folder / LAST
+    if not last.exists():
+        return None
+    try:
+        _check_sums(last)
+        stored = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+        found = from_json(stored["pahm_config"])
+        epoch, step = stored["pahm_place"]
+        place = Place(epoch, step, stored["global_step"], stored["pahm_images"])
+    except Exception as error:
+        raise ValueError(
+            f"resume: {last} is not a checkpoint of pahm train ({error}); remove it to begin the run anew"
+        ) from error
+    check_same_network(found, config, str(last))
+    for part in ("loss", "train", "augment"):
+        for name, value in vars(getattr(config, part)).items():
+            before = getattr(getattr(found, part), name)
+            if before != value and not (part == "train" and name in _FREE):
+                raise ValueError(
+                    f"resume: {last} was made with {part}.{name} = {before!r}, now {value!r}; "
+                    "use another output folder or the same configuration"
+                )
+    return place
+
+
+def _check_sums(path: Path) -> None:
+    """Raise ValueError where a file of torch.save is damaged, which torch.load would not notice."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            if not parts or any(part.file_size != part.compress_size for part in parts):  # compressed
+                raise ValueError("its parts do not have the sizes that torch writes")
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"its part {damaged} is damaged")
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error, RuntimeError) as error:
+        raise ValueError(f"it is damaged: {error}") from error
+
+
+def describe_run(folder: Path, config: Config, data: Sequence[str], eval_data: str | None) -> None:
+    """Write `config.json`, which `pahm train --config` takes, and `run.json`: where the data lies on this
+    machine, the configuration, and `provenance`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    values = json.loads(config.to_json())
+    record = {
+        "data": data[0] if len(data) == 1 else data,
+        "eval_data": eval_data,
+        "config": values,
+        "provenance": provenance(),
+    }
+    for name, content in ((CONFIG, values), (RECORD, record)):
+        with whole_file(folder / name) as partial:
+            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint beside its name, and gives it the name once all of it is on the disk."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        with whole_file(path) as partial, partial.open("wb") as stream:
+            try:
+                torch.save(checkpoint, stream)
+            except RuntimeError as error:
+                # torch closes its archive after a failed write, and that error hides the first one: a full
+                # disk, or the signal that ends the run.
+                first = error.__context__
+                hidden = isinstance(first, OSError) or not isinstance(first, Exception | None)
+                raise first if first is not None and hidden else error from None
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+class KeepLast(pl.callbacks.Checkpoint):
+    """Saves `last.ckpt` at the end of every epoch, and within it every `every` steps and every `minutes`
+    minutes (0: not). Weights that are not finite are not saved: FloatingPointError.
+    """
+
+    def __init__(self, path: Path, every: int, minutes: float) -> None:
+        self.path, self.every, self.minutes = path, every, minutes
+        self._time = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._time = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        images = f", images {', '.join(batch['name'])}"
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._check(trainer, pl_module, images)  # the epoch's end saves, after the evaluation
+            return
+        due = self.every > 0 and trainer.global_step % self.every == 0
+        if self.minutes > 0 and not due:
+            # Clocks differ, and all processes have to take part in saving.
+            due = time.monotonic() - self._time >= 60 * self.minutes
+            due = trainer.strategy.reduce_boolean_decision(due, all=False)
+        if due:
+            self._check(trainer, pl_module, images)
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer)
+
+    def _check(self, trainer: pl.Trainer, module: pl.LightningModule, images: str) -> None:
+        for name, value in module.named_parameters():
+            if not torch.isfinite(value).all():
+                raise FloatingPointError(
+                    f"weights of {name} are not finite after step {trainer.global_step - 1}{images}; "
+                    f"{self.path} stays as it was"
+                )
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        trainer.save_checkpoint(self.path, weights_only=False)
+        self._time = time.monotonic()

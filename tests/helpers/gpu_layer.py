@@ -1,0 +1,156 @@
+"""The program of test_gpu_layer.py: the public ops as on a GPU, by Triton's kernels, interpreted on the CPU.
+
+python tests/helpers/gpu_layer.py CHECK [ARGUMENT ...], with TRITON_INTERPRET=1
+"""
+
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from op_samples import Sample, samples
+from torch import Tensor
+
+import pahm_ops
+from pahm_ops import MeshTransform, _gpu, _library, _paths
+from pahm_ops.reference import spiral_conv as reference
+
+ops = torch.ops.pahm_ops
+
+
+def compare(sample: Sample, tolerance: float, run: Callable[..., Tensor] | None = None) -> None:
+    """The result and the first gradients with the definition's in float64."""
+    leaves = sample.leaves()
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    out, expected = (run or sample.function)(*leaves), sample.definition(*wide)
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    grad = torch.randn(out.shape).to(out.dtype)
+    found = torch.autograd.grad(out, leaves, grad)
+    for a, b in zip(found, torch.autograd.grad(expected, wide, grad.double()), strict=True):
+        scale = max(1.0, float(b.abs().max()) if b.numel() else 0.0)
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * scale)
+
+
+def values(op: str, dtype: str) -> int:
+    found = samples(op, getattr(torch, dtype))
+    for sample in found:
+        compare(sample, 1e-10 if dtype == "float64" else 2e-2)
+    assert f"pahm_ops.triton.{op}" in sys.modules
+    return len(found)
+
+
+def compiled(op: str) -> int:
+    """In a traced graph without a break."""
+    sample = samples(op)[0]
+    compare(sample, 1e-10, torch.compile(sample.function, fullgraph=True, backend="aot_eager"))
+    return 1
+
+
+def strided_bias() -> int:
+    x, indices, weight, bias, _ = samples("spiral_conv")[0].raw
+    whole = pahm_ops.spiral_conv(x, indices, weight, bias)
+    assert torch.equal(pahm_ops.spiral_conv(x, indices, weight, bias.repeat_interleave(2)[::2]), whole)
+    return 1
+
+
+def empties() -> int:
+    """Results that are empty, and sums of nothing."""
+    # batch, vertices, rows, spiral length, channels in and out
+    shapes = [
+        (0, 5, 5, 2, 3, 4),
+        (2, 5, 0, 2, 3, 4),
+        (2, 5, 5, 2, 0, 4),
+        (2, 5, 5, 2, 3, 0),
+        (2, 0, 0, 2, 3, 4),
+    ]
+    for batch, vertices, rows, length, channels, columns in shapes:
+        indices = torch.randint(0, max(1, vertices), (rows, length))
+        shaped = ((batch, vertices, channels), (columns, length * channels), (columns,))
+        compare(
+            Sample(
+                "empty",
+                lambda x, weight, bias, indices=indices: pahm_ops.spiral_conv(
+                    x, indices, weight, bias, "elu"
+                ),
+                lambda x, weight, bias, indices=indices: reference.spiral_conv(
+                    x, indices, weight, bias, "elu"
+                ),
+                tuple(torch.randn(s, dtype=torch.float64) for s in shaped),
+                (),
+            ),
+            1e-10,
+        )
+    for height, width, batch, channels in (
+        (5, 4, 0, 3),
+        (5, 4, 2, 0),
+        (0, 4, 2, 3),
+        (5, 0, 2, 3),
+        (5, 4, 2, 3),
+    ):
+        matrix = torch.zeros(height, width)
+        transform = MeshTransform.prepare(matrix.to_sparse())
+        x = torch.randn(batch, width, channels, requires_grad=True)
+        out = pahm_ops.mesh_pool(x, transform)
+        assert out.shape == (batch, height, channels) and not out.any()
+        assert not torch.autograd.grad(out, x, torch.ones_like(out))[0].any()
+    for batch, count, channels in ((0, 5, 3), (2, 0, 3), (2, 5, 0)):
+        feature = torch.randn(batch, channels, 4, 5, requires_grad=True)
+        vertices = torch.rand(batch, count, 2, requires_grad=True)
+        out = pahm_ops.vertex_sample(feature, vertices)
+        assert out.shape == (batch, count, channels)
+        grads = torch.autograd.grad(out, [feature, vertices], torch.ones_like(out))
+        assert not any(g.any() for g in grads)
+    return len(shapes)
+
+
+def refusals() -> int:
+    """Raw ops refuse what would read beyond a tensor."""
+    x, indices, weight, bias, _ = samples("spiral_conv")[0].raw
+    grad = torch.randn(x.shape[0], len(indices), len(weight), dtype=x.dtype)
+    maps, vertices, camera, *options = samples("vertex_sample")[-1].raw
+    sampled = torch.randn(*vertices.shape[:2], sum(m.shape[1] for m in maps), dtype=x.dtype)
+    needs = [True] * (len(maps) + 2)
+    features, *rows = samples("mesh_pool")[0].raw
+    calls = [
+        lambda: ops.spiral_conv(x, indices, weight[:, 1:], bias),
+        lambda: ops.spiral_conv(x, indices, weight, bias[1:]),
+        lambda: ops.spiral_conv(x, indices, weight, bias, 4),
+        lambda: ops.spiral_conv(x, indices, weight.float(), bias),
+        lambda: ops.spiral_conv(x, indices.int(), weight, bias),
+        lambda: ops.spiral_conv(x[0], indices, weight, bias),
+        lambda: ops.spiral_conv_input_grad(grad[:, 1:], indices, weight, x.shape[1]),
+        lambda: ops.spiral_conv_input_grad(grad[..., 1:], indices, weight, x.shape[1]),
+        lambda: ops.spiral_conv_input_grad(grad, indices, weight[:, 1:], x.shape[1]),
+        lambda: ops.spiral_conv_weight_grad(grad, x[:1], indices),
+        lambda: ops.spiral_conv_weight_grad(grad[:, 1:], x, indices),
+        lambda: ops.spiral_conv_weight_grad(grad, x.float(), indices),
+        lambda: ops.mesh_pool(features[0], *rows),
+        lambda: ops.mesh_pool(features, rows[0], rows[1].int(), *rows[2:]),
+        lambda: ops.mesh_pool(features, *rows[:2], rows[2][1:], *rows[3:]),
+        lambda: ops.vertex_sample([maps[0], maps[1].float()], vertices, camera, *options),
+        lambda: ops.vertex_sample([maps[0], maps[1][:1]], vertices, camera, *options),
+        lambda: ops.vertex_sample(maps, vertices[..., :2], camera, *options),
+        lambda: ops.vertex_sample(maps, vertices, camera[:1], *options),
+        lambda: ops.vertex_sample(maps[:1] * 17, vertices, camera, *options),
+        lambda: ops.vertex_sample_backward(sampled[:, 1:], maps, vertices, camera, *options, needs),
+        lambda: ops.vertex_sample_backward(sampled, maps, vertices, camera, *options, needs[1:]),
+    ]
+    with torch.no_grad():
+        for call in calls:
+            with pytest.raises(ValueError, match="must"):
+                call()
+    with pytest.raises(IndexError, match=r"indices must lie in \[0, "):
+        ops.spiral_conv(x, indices + x.shape[1], weight, bias)
+    with pytest.raises(IndexError, match=r"columns must lie in \[0, "):
+        ops.mesh_pool(features, rows[0], rows[1] + 7, *rows[2:])
+    return len(calls)
+
+
+if __name__ == "__main__":
+    override = torch.library.Library("pahm_ops", "IMPL")
+    for schema in _library.SCHEMAS:
+        name = schema.split("(")[0]
+        override.impl(name, getattr(_gpu, name), "CPU", allow_override=True)
+    _paths.choose = lambda *arguments: "triton"  # type: ignore[assignment]
+    torch.manual_seed(0)
+    print(globals()[sys.argv[1]](*sys.argv[2:]))

@@ -1,0 +1,40 @@
+"""From the public ops down to Triton's kernels, as on a GPU, but interpreted on the CPU."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+from repository import HELPERS
+
+from pahm_ops import _library
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here"),
+    pytest.mark.skipif(not _library.LOADED, reason="nothing was compiled"),
+]
+PROGRAM = HELPERS / "gpu_layer.py"
+
+
+@pytest.mark.parametrize(
+    ("check", "count"),
+    [
+        ("values spiral_conv float64", 10),
+        ("values mesh_pool float64", 3),
+        ("values mesh_pool bfloat16", 3),
+        ("values vertex_sample float64", 24),
+        ("compiled spiral_conv", 1),
+        ("compiled mesh_pool", 1),
+        ("compiled vertex_sample", 1),
+        ("strided_bias", 1),
+        ("empties", 5),
+        ("refusals", 22),
+    ],
+)
+def test_ops_as_on_a_gpu(check, count):
+    # In a process of its own: Triton reads the environment when it is imported, and ops are overridden.
+    command, environment = [sys.executable, PROGRAM, *check.split()], {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(count)
