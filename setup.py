@@ -47,7 +47,7 @@ def extensions() -> list[Extension]:
             Extension(
                 "pahm_ops.mesh._tables",
                 sources,
-                include_dirs=[pybind11.get_include()],
+                include_dirs=[pybind11.get_include(), str(Path("csrc").resolve())],
                 # Ties between collapses must break alike on every CPU.
                 extra_compile_args=[*COMPILE, "-ffp-contract=off"],
                 language="c++",

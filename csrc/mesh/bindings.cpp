@@ -13,35 +13,35 @@
 #include <optional>
 #include <stdexcept>
 
-#include "closest.h"
-#include "collapse.h"
-#include "spirals.h"
+#include "mesh/closest.h"
+#include "mesh/collapse.h"
+#include "mesh/spirals.h"
 
 namespace py = pybind11;
 
 namespace pahm::mesh {
 namespace {
 
-using IntArray = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
+using IntArray = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 using RealArray = py::array_t<double, py::array::c_style | py::array::forcecast>;
 
 // Row `row` of an array (N, 3); numpy's arrays need not be aligned.
 template <typename T, typename Array>
-std::array<T, 3> read_row(const Array& array, std::size_t row) {
+std::array<T, 3> read_row(const Array& array, size_t row) {
   std::array<T, 3> out;
   std::memcpy(out.data(), array.data(row), sizeof(out));
   return out;
 }
 
-std::vector<Face> read_faces(const IntArray& array, std::int64_t vertex_count) {
+std::vector<Face> read_faces(const IntArray& array, int64_t vertex_count) {
   if (array.ndim() != 2 || array.shape(1) != 3) throw std::invalid_argument("faces must have shape (F, 3)");
   if (vertex_count < 0 || vertex_count >= std::numeric_limits<Index>::max() ||
       array.shape(0) > std::numeric_limits<Index>::max() / 3) {
     throw std::invalid_argument("meshes must have fewer than 2^31 vertices and corners");
   }
   std::vector<Face> faces(array.shape(0));
-  for (std::size_t f = 0; f < faces.size(); ++f) {
-    const auto row = read_row<std::int64_t>(array, f);
+  for (size_t f = 0; f < faces.size(); ++f) {
+    const auto row = read_row<int64_t>(array, f);
     for (int k = 0; k < 3; ++k) {
       if (row[k] < 0 || row[k] >= vertex_count) throw std::out_of_range("faces must index the vertices");
       faces[f][k] = static_cast<Index>(row[k]);
@@ -53,7 +53,7 @@ std::vector<Face> read_faces(const IntArray& array, std::int64_t vertex_count) {
 std::vector<Vec3> read_points(const RealArray& array) {
   if (array.ndim() != 2 || array.shape(1) != 3) throw std::invalid_argument("points must have shape (N, 3)");
   std::vector<Vec3> points(array.shape(0));
-  for (std::size_t v = 0; v < points.size(); ++v) {
+  for (size_t v = 0; v < points.size(); ++v) {
     points[v] = read_row<double>(array, v);
     for (const double x : points[v]) {
       if (!std::isfinite(x)) {
@@ -65,17 +65,17 @@ std::vector<Vec3> read_points(const RealArray& array) {
   return points;
 }
 
-py::array_t<std::int64_t> spirals(const IntArray& faces, std::int64_t vertex_count, std::size_t length,
-                                  std::size_t dilation, const std::optional<RealArray>& vertices) {
+py::array_t<int64_t> spirals(const IntArray& faces, int64_t vertex_count, size_t length, size_t dilation,
+                             const std::optional<RealArray>& vertices) {
   const std::vector<Face> face_list = read_faces(faces, vertex_count);
   std::optional<std::vector<Vec3>> points;
   if (vertices) points = read_points(*vertices);
-  const auto rows = static_cast<std::size_t>(vertex_count);
+  const auto rows = static_cast<size_t>(vertex_count);
   if ((points && points->size() != rows) || length < 1 || dilation < 1 || length > rows / dilation) {
     throw std::invalid_argument("vertices, length and dilation must fit the number of vertices");
   }
-  py::array_t<std::int64_t> table({rows, length});
-  std::int64_t* out = table.mutable_data();
+  py::array_t<int64_t> table({rows, length});
+  int64_t* out = table.mutable_data();
   {
     py::gil_scoped_release release;
     spiral_table(build_adjacency(face_list, static_cast<Index>(vertex_count)), length, dilation,
@@ -86,12 +86,12 @@ py::array_t<std::int64_t> spirals(const IntArray& faces, std::int64_t vertex_cou
 
 py::list levels(const RealArray& vertices, const IntArray& faces, const std::vector<Index>& sizes) {
   const std::vector<Vec3> points = read_points(vertices);
-  const std::vector<Face> face_list = read_faces(faces, static_cast<std::int64_t>(points.size()));
+  const std::vector<Face> face_list = read_faces(faces, static_cast<int64_t>(points.size()));
   std::vector<Level> found;
   {
     py::gil_scoped_release release;
     const Adjacency mesh = build_adjacency(face_list, static_cast<Index>(points.size()));
-    for (std::size_t v = 0; v < points.size(); ++v) {
+    for (size_t v = 0; v < points.size(); ++v) {
       if (mesh.offsets[v] == mesh.offsets[v + 1]) {
         throw std::invalid_argument("vertices must all belong to a face, but vertex " + std::to_string(v) +
                                     " belongs to none");
@@ -101,10 +101,10 @@ py::list levels(const RealArray& vertices, const IntArray& faces, const std::vec
   }
   py::list out;
   for (const Level& level : found) {
-    py::array_t<std::int64_t> selection(static_cast<py::ssize_t>(level.selection.size()));
+    py::array_t<int64_t> selection(static_cast<py::ssize_t>(level.selection.size()));
     std::copy(level.selection.begin(), level.selection.end(), selection.mutable_data());
-    py::array_t<std::int64_t> level_faces({level.faces.size(), std::size_t{3}});
-    std::int64_t* to = level_faces.mutable_data();
+    py::array_t<int64_t> level_faces({level.faces.size(), size_t{3}});
+    int64_t* to = level_faces.mutable_data();
     for (const Face& face : level.faces) to = std::copy(face.begin(), face.end(), to);
     out.append(py::make_tuple(selection, level_faces));
   }
@@ -113,11 +113,11 @@ py::list levels(const RealArray& vertices, const IntArray& faces, const std::vec
 
 py::tuple closest(const RealArray& vertices, const IntArray& faces, const RealArray& queries) {
   const std::vector<Vec3> points = read_points(vertices), targets = read_points(queries);
-  const std::vector<Face> face_list = read_faces(faces, static_cast<std::int64_t>(points.size()));
+  const std::vector<Face> face_list = read_faces(faces, static_cast<int64_t>(points.size()));
   if (face_list.empty()) throw std::invalid_argument("faces must not be empty");
-  py::array_t<std::int64_t> corners({targets.size(), std::size_t{3}});
-  py::array_t<double> weights({targets.size(), std::size_t{3}});
-  std::int64_t* corner = corners.mutable_data();
+  py::array_t<int64_t> corners({targets.size(), size_t{3}});
+  py::array_t<double> weights({targets.size(), size_t{3}});
+  int64_t* corner = corners.mutable_data();
   double* weight = weights.mutable_data();
   {
     py::gil_scoped_release release;

@@ -1,10 +1,10 @@
-#include "closest.h"
+#include "mesh/closest.h"
 
 #include <algorithm>
 #include <limits>
 #include <numeric>
 
-#include "vec3.h"
+#include "mesh/vec3.h"
 
 namespace pahm::mesh {
 namespace {
@@ -12,9 +12,9 @@ namespace {
 using Weights = std::array<double, 3>;
 
 // Squared sine of the angle below which a triangle's normal is too uncertain to tell inside from outside.
-constexpr double kSliver = 1e-8;
+constexpr double sliver = 1e-8;
 // Squared area, in a mesh of size 1, below which products of coordinates may vanish.
-constexpr double kTiny = 1e-280;
+constexpr double tiny = 1e-280;
 
 double squared_distance_at(const Vec3& p, const Vec3& a, const Vec3& b, const Vec3& c, const Weights& w) {
   const Vec3 d = w[0] * (a - p) + w[1] * (b - p) + w[2] * (c - p);
@@ -52,7 +52,7 @@ SurfacePoint SurfaceTree::closest_on_face(Index face, const Vec3& p) const {
     if (wb >= 0 && wc >= 0 && wb + wc <= 1) {
       const Weights w{1 - (wb + wc), wb, wc};
       best = {face, w, squared_distance_at(p, a, b, c, w)};
-      if (area > std::max(kTiny, kSliver * dot(ab, ab) * dot(ac, ac))) return best;
+      if (area > std::max(tiny, sliver * dot(ab, ab) * dot(ac, ac))) return best;
     }
   }
   const Vec3* corner[] = {&a, &b, &c};
@@ -72,20 +72,19 @@ SurfaceTree::SurfaceTree(const std::vector<Vec3>& points, const std::vector<Face
     : scaling_(points), points_(scaling_(points)), faces_(faces), order_(faces.size()) {
   std::iota(order_.begin(), order_.end(), 0);
   std::vector<Vec3> centers(faces.size());
-  for (std::size_t f = 0; f < faces.size(); ++f) {
+  for (size_t f = 0; f < faces.size(); ++f) {
     centers[f] = points_[faces[f][0]] + points_[faces[f][1]] + points_[faces[f][2]];
   }
-  std::size_t nodes = 1;
-  for (std::size_t size = faces.size(); size > kLeaf; size = (size + 1) / 2) nodes = 2 * nodes + 1;
+  size_t nodes = 1;
+  for (size_t size = faces.size(); size > leaf_size; size = (size + 1) / 2) nodes = 2 * nodes + 1;
   boxes_.resize(nodes);
   build(0, 0, faces.size(), centers);
 }
 
-void SurfaceTree::build(std::size_t node, std::size_t first, std::size_t last,
-                        const std::vector<Vec3>& centers) {
+void SurfaceTree::build(size_t node, size_t first, size_t last, const std::vector<Vec3>& centers) {
   constexpr double inf = std::numeric_limits<double>::infinity();
   Box box{{inf, inf, inf}, {-inf, -inf, -inf}};
-  for (std::size_t i = first; i < last; ++i) {
+  for (size_t i = first; i < last; ++i) {
     for (Index v : faces_[order_[i]]) {
       for (int k = 0; k < 3; ++k) {
         box.low[k] = std::min(box.low[k], points_[v][k]);
@@ -94,12 +93,12 @@ void SurfaceTree::build(std::size_t node, std::size_t first, std::size_t last,
     }
   }
   boxes_[node] = box;
-  if (last - first <= kLeaf) return;
+  if (last - first <= leaf_size) return;
   int axis = 0;
   for (int k = 1; k < 3; ++k) {
     if (box.high[k] - box.low[k] > box.high[axis] - box.low[axis]) axis = k;
   }
-  const std::size_t middle = first + (last - first) / 2;
+  const size_t middle = first + (last - first) / 2;
   std::nth_element(
       order_.begin() + first, order_.begin() + middle, order_.begin() + last, [&](Index a, Index b) {
         return centers[a][axis] != centers[b][axis] ? centers[a][axis] < centers[b][axis] : a < b;
@@ -108,10 +107,9 @@ void SurfaceTree::build(std::size_t node, std::size_t first, std::size_t last,
   build(2 * node + 2, middle, last, centers);
 }
 
-void SurfaceTree::visit(std::size_t node, std::size_t first, std::size_t last, const Vec3& p,
-                        SurfacePoint& best) const {
-  if (last - first <= kLeaf) {
-    for (std::size_t i = first; i < last; ++i) {
+void SurfaceTree::visit(size_t node, size_t first, size_t last, const Vec3& p, SurfacePoint& best) const {
+  if (last - first <= leaf_size) {
+    for (size_t i = first; i < last; ++i) {
       const SurfacePoint found = closest_on_face(order_[i], p);
       if (found.squared_distance < best.squared_distance ||
           (found.squared_distance == best.squared_distance && found.face < best.face)) {
@@ -120,7 +118,7 @@ void SurfaceTree::visit(std::size_t node, std::size_t first, std::size_t last, c
     }
     return;
   }
-  const std::size_t middle = first + (last - first) / 2;
+  const size_t middle = first + (last - first) / 2;
   const Box &left = boxes_[2 * node + 1], &right = boxes_[2 * node + 2];
   const double to_left = squared_distance_to_box(p, left.low, left.high);
   const double to_right = squared_distance_to_box(p, right.low, right.high);

@@ -1,8 +1,8 @@
 // Nearest points on a triangle mesh: a tree of axis-aligned boxes.
 #pragma once
 
-#include "scaling.h"
-#include "topology.h"
+#include "mesh/scaling.h"
+#include "mesh/topology.h"
 
 namespace pahm::mesh {
 
@@ -21,14 +21,14 @@ class SurfaceTree {
   SurfacePoint closest(const Vec3& p) const;
 
  private:
-  static constexpr std::size_t kLeaf = 4;
+  static constexpr size_t leaf_size = 4;
 
   struct Box {
     Vec3 low, high;
   };
 
-  void build(std::size_t node, std::size_t first, std::size_t last, const std::vector<Vec3>& centers);
-  void visit(std::size_t node, std::size_t first, std::size_t last, const Vec3& p, SurfacePoint& best) const;
+  void build(size_t node, size_t first, size_t last, const std::vector<Vec3>& centers);
+  void visit(size_t node, size_t first, size_t last, const Vec3& p, SurfacePoint& best) const;
   SurfacePoint closest_on_face(Index face, const Vec3& p) const;
 
   const Scaling scaling_;

@@ -1,4 +1,4 @@
-#include "collapse.h"
+#include "mesh/collapse.h"
 
 #include <algorithm>
 #include <cmath>
@@ -7,8 +7,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "quadric.h"
-#include "scaling.h"
+#include "mesh/quadric.h"
+#include "mesh/scaling.h"
 
 namespace pahm::mesh {
 namespace {
@@ -16,18 +16,18 @@ namespace {
 // Weights relative to a face's own plane. The boundary's planes stand on its edges, at right angles to the
 // face. The pull towards the vertices that were merged spreads the remaining ones evenly where the surface is
 // flat.
-constexpr double kBoundaryWeight = 10;
-constexpr double kPointWeight = 1e-2;
-// A face may turn by at most acos(kMinTurn), and 2 * area / (sum of squared edges), 0.58 where equilateral,
-// stay above kMinShape.
-constexpr double kMinTurn = 0.2;
-constexpr double kMinShape = 0.05;
+constexpr double boundary_weight = 10;
+constexpr double point_weight = 1e-2;
+// A face may turn by at most acos(min_turn), and 2 * area / (sum of squared edges), 0.58 where equilateral,
+// stay above min_shape.
+constexpr double min_turn = 0.2;
+constexpr double min_shape = 0.05;
 
 struct Candidate {
   int tier;  // 0: keeps the shape of the faces; 1: keeps the topology only
   double cost;
   Index from, to;
-  std::uint32_t version;
+  uint32_t version;
 
   bool operator<(const Candidate& o) const {
     if (tier != o.tier) return tier < o.tier;
@@ -49,11 +49,11 @@ class Collapser {
         quadrics_(points.size()),
         version_(points.size(), 0),
         mark_(points.size(), 0) {
-    for (std::size_t f = 0; f < faces.size(); ++f) {
+    for (size_t f = 0; f < faces.size(); ++f) {
       for (Index v : faces[f]) around_[v].push_back(static_cast<Index>(f));
     }
     add_quadrics();
-    for (std::size_t v = 0; v < points.size(); ++v) push_best(static_cast<Index>(v), nullptr);
+    for (size_t v = 0; v < points.size(); ++v) push_best(static_cast<Index>(v), nullptr);
   }
 
   // False when no collapse is left that keeps the topology.
@@ -74,12 +74,12 @@ class Collapser {
   Level snapshot() const {
     Level level;
     std::vector<Index> renumbered(alive_.size(), -1);
-    for (std::size_t v = 0; v < alive_.size(); ++v) {
+    for (size_t v = 0; v < alive_.size(); ++v) {
       if (!alive_[v]) continue;
       renumbered[v] = static_cast<Index>(level.selection.size());
       level.selection.push_back(static_cast<Index>(v));
     }
-    for (std::size_t f = 0; f < faces_.size(); ++f) {
+    for (size_t f = 0; f < faces_.size(); ++f) {
       if (!face_alive_[f]) continue;
       level.faces.push_back({renumbered[faces_[f][0]], renumbered[faces_[f][1]], renumbered[faces_[f][2]]});
     }
@@ -114,14 +114,14 @@ class Collapser {
       for (int k = 0; k < 3; ++k) {
         const Index v = face[k], w = face[(k + 1) % 3];
         quadrics_[v].add_plane(points_[v], unit, doubled_area);
-        quadrics_[v].add_point(points_[v], kPointWeight * doubled_area);
+        quadrics_[v].add_point(points_[v], point_weight * doubled_area);
         if (!on_boundary_[v] || !on_boundary_[w] || shared_faces(v, w) != 1) continue;
         const Vec3 edge = points_[w] - points_[v];
         const Vec3 wall = cross(edge, unit);
         const double length = std::sqrt(dot(wall, wall));
         if (length == 0) continue;
         for (Index end : {v, w}) {
-          quadrics_[end].add_plane(points_[v], (1 / length) * wall, kBoundaryWeight * length * length);
+          quadrics_[end].add_plane(points_[v], (1 / length) * wall, boundary_weight * length * length);
         }
       }
     }
@@ -139,7 +139,7 @@ class Collapser {
 
   void gather_ring(Index v, std::vector<Index>& ring) {
     ring.clear();
-    const std::uint64_t id = ++mark_id_;
+    const uint64_t id = ++mark_id_;
     mark_[v] = id;
     for (Index f : around_[v]) {
       for (Index w : faces_[f]) {
@@ -177,7 +177,7 @@ class Collapser {
     if (shared == 2 && !on_boundary_[v] && around_[u].size() == 3 && around_[v].size() == 3) return false;
     if (shared == 1 && around_[u].size() == 1 && around_[v].size() == 1) return false;
     gather_ring(u, ring_);
-    const std::uint64_t of_u = mark_id_;
+    const uint64_t of_u = mark_id_;
     int common = 0;
     for (Index f : around_[v]) {
       for (Index w : faces_[f]) {
@@ -198,8 +198,8 @@ class Collapser {
       const Vec3 to_p = p - points_[v], to_q = q - points_[v], across = q - p;
       const Vec3 before = cross(p - points_[u], q - points_[u]), after = cross(to_p, to_q);
       const double area_before = std::sqrt(dot(before, before)), area_after = std::sqrt(dot(after, after));
-      if (area_after <= kMinShape * (dot(to_p, to_p) + dot(to_q, to_q) + dot(across, across))) return false;
-      if (dot(before, after) < kMinTurn * area_before * area_after) return false;
+      if (area_after <= min_shape * (dot(to_p, to_p) + dot(to_q, to_q) + dot(across, across))) return false;
+      if (dot(before, after) < min_turn * area_before * area_after) return false;
     }
     return true;
   }
@@ -229,13 +229,13 @@ class Collapser {
 
   const std::vector<Vec3> points_;
   std::vector<Face> faces_;
-  const std::vector<std::uint8_t> on_boundary_;
+  const std::vector<uint8_t> on_boundary_;
   std::vector<std::vector<Index>> around_;  // faces of each vertex
-  std::vector<std::uint8_t> face_alive_, alive_;
+  std::vector<uint8_t> face_alive_, alive_;
   std::vector<Quadric> quadrics_;
-  std::vector<std::uint32_t> version_;
-  std::vector<std::uint64_t> mark_;
-  std::uint64_t mark_id_ = 0;
+  std::vector<uint32_t> version_;
+  std::vector<uint64_t> mark_;
+  uint64_t mark_id_ = 0;
   std::vector<Index> ring_, touched_;
   std::priority_queue<Candidate, std::vector<Candidate>, std::greater<Candidate>> heap_;
 };

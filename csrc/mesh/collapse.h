@@ -1,7 +1,7 @@
 // Quadric edge collapse into end points.
 #pragma once
 
-#include "topology.h"
+#include "mesh/topology.h"
 
 namespace pahm::mesh {
 

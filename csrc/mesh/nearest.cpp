@@ -1,4 +1,4 @@
-#include "nearest.h"
+#include "mesh/nearest.h"
 
 #include <algorithm>
 #include <numeric>
@@ -19,10 +19,10 @@ NearestVertices::NearestVertices(const std::vector<Vec3>& points)
   split(0, order_.size());
 }
 
-void NearestVertices::split(std::size_t first, std::size_t last) {
-  if (last - first <= kLeaf) return;
+void NearestVertices::split(size_t first, size_t last) {
+  if (last - first <= leaf_size) return;
   Vec3 low = points_[order_[first]], high = low;
-  for (std::size_t i = first; i < last; ++i) {
+  for (size_t i = first; i < last; ++i) {
     for (int k = 0; k < 3; ++k) {
       low[k] = std::min(low[k], points_[order_[i]][k]);
       high[k] = std::max(high[k], points_[order_[i]][k]);
@@ -32,17 +32,17 @@ void NearestVertices::split(std::size_t first, std::size_t last) {
   for (int k = 1; k < 3; ++k) {
     if (high[k] - low[k] > high[axis] - low[axis]) axis = k;
   }
-  const std::size_t middle = first + (last - first) / 2;
+  const size_t middle = first + (last - first) / 2;
   std::nth_element(
       order_.begin() + first, order_.begin() + middle, order_.begin() + last, [&](Index a, Index b) {
         return points_[a][axis] != points_[b][axis] ? points_[a][axis] < points_[b][axis] : a < b;
       });
-  axis_[middle] = static_cast<std::uint8_t>(axis);
+  axis_[middle] = static_cast<uint8_t>(axis);
   split(first, middle);
   split(middle + 1, last);
 }
 
-void NearestVertices::visit(std::size_t first, std::size_t last, Index query, std::size_t count,
+void NearestVertices::visit(size_t first, size_t last, Index query, size_t count,
                             std::vector<Candidate>& heap) const {
   const auto offer = [&](Index index) {
     if (index == query) return;
@@ -56,11 +56,11 @@ void NearestVertices::visit(std::size_t first, std::size_t last, Index query, st
       std::push_heap(heap.begin(), heap.end());
     }
   };
-  if (last - first <= kLeaf) {
-    for (std::size_t i = first; i < last; ++i) offer(order_[i]);
+  if (last - first <= leaf_size) {
+    for (size_t i = first; i < last; ++i) offer(order_[i]);
     return;
   }
-  const std::size_t middle = first + (last - first) / 2;
+  const size_t middle = first + (last - first) / 2;
   const int axis = axis_[middle];
   const double offset = points_[query][axis] - points_[order_[middle]][axis];
   offer(order_[middle]);
@@ -71,7 +71,7 @@ void NearestVertices::visit(std::size_t first, std::size_t last, Index query, st
   }
 }
 
-void NearestVertices::query(Index query, std::size_t count, std::vector<Index>& out) const {
+void NearestVertices::query(Index query, size_t count, std::vector<Index>& out) const {
   out.assign(1, query);
   if (count <= 1) return;
   std::vector<Candidate> heap;

@@ -1,8 +1,8 @@
 // The k nearest vertices of a vertex: a k-d tree.
 #pragma once
 
-#include "scaling.h"
-#include "topology.h"
+#include "mesh/scaling.h"
+#include "mesh/topology.h"
 
 namespace pahm::mesh {
 
@@ -12,10 +12,10 @@ class NearestVertices {
   explicit NearestVertices(const std::vector<Vec3>& points);
 
   // The `count` points nearest to points[query]: itself first, then by distance, equal distances by index.
-  void query(Index query, std::size_t count, std::vector<Index>& out) const;
+  void query(Index query, size_t count, std::vector<Index>& out) const;
 
  private:
-  static constexpr std::size_t kLeaf = 12;
+  static constexpr size_t leaf_size = 12;
 
   struct Candidate {
     double distance;
@@ -25,13 +25,12 @@ class NearestVertices {
     }
   };
 
-  void split(std::size_t first, std::size_t last);
-  void visit(std::size_t first, std::size_t last, Index query, std::size_t count,
-             std::vector<Candidate>& heap) const;
+  void split(size_t first, size_t last);
+  void visit(size_t first, size_t last, Index query, size_t count, std::vector<Candidate>& heap) const;
 
   const std::vector<Vec3> points_;  // scaled
   std::vector<Index> order_;
-  std::vector<std::uint8_t> axis_;  // of the node whose median stands at this place of order_
+  std::vector<uint8_t> axis_;  // of the node whose median stands at this place of order_
 };
 
 }  // namespace pahm::mesh

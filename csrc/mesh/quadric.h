@@ -1,7 +1,7 @@
 // Squared distances to planes and points, summed.
 #pragma once
 
-#include "vec3.h"
+#include "mesh/vec3.h"
 
 namespace pahm::mesh {
 

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <limits>
 
-#include "topology.h"
+#include "mesh/topology.h"
 
 namespace pahm::mesh {
 
@@ -39,7 +39,7 @@ class Scaling {
       const double whole = p[k] - offset_[k];
       const double scaled = std::isfinite(whole) ? std::ldexp(whole, -exponent_)
                                                  : std::ldexp(0.5 * p[k] - 0.5 * offset_[k], 1 - exponent_);
-      out[k] = std::clamp(scaled, -kFar, kFar);
+      out[k] = std::clamp(scaled, -far, far);
     }
     return out;
   }
@@ -51,7 +51,7 @@ class Scaling {
   }
 
  private:
-  static constexpr double kFar = 0x1p100;
+  static constexpr double far = 0x1p100;
 
   Vec3 offset_{};
   int exponent_ = 0;

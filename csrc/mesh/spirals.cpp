@@ -1,10 +1,10 @@
-#include "spirals.h"
+#include "mesh/spirals.h"
 
 #include <memory>
 #include <stdexcept>
 #include <string>
 
-#include "nearest.h"
+#include "mesh/nearest.h"
 
 namespace pahm::mesh {
 namespace {
@@ -13,12 +13,12 @@ namespace {
 // cleared.
 class RingWalk {
  public:
-  RingWalk(const Adjacency& mesh, std::size_t vertex_count)
+  RingWalk(const Adjacency& mesh, size_t vertex_count)
       : mesh_(mesh), seen_(vertex_count), ring_(vertex_count) {}
 
   // False when the rings ran out. As in SpiralNet++ that is so as soon as the ring after the last one taken
   // is empty, even if the row is full by then.
-  bool row(Index vertex, std::size_t wanted, std::vector<Index>& out) {
+  bool row(Index vertex, size_t wanted, std::vector<Index>& out) {
     ++row_id_;
     out.assign(1, vertex);
     seen_[vertex] = row_id_;
@@ -29,7 +29,7 @@ class RingWalk {
       out.insert(out.end(), last_.begin(), last_.end());
       // Of the ring that fills the row only the used part is walked, but whether there is one is always
       // asked.
-      const std::size_t missing = out.size() < wanted ? wanted - out.size() : 1;
+      const size_t missing = out.size() < wanted ? wanted - out.size() : 1;
       next_ring(missing);
       if (next_.empty()) return false;
       if (next_.size() >= missing) break;
@@ -40,7 +40,7 @@ class RingWalk {
   }
 
  private:
-  void next_ring(std::size_t limit) {
+  void next_ring(size_t limit) {
     ++ring_id_;
     for (Index u : last_) ring_[u] = ring_id_;
     next_.clear();
@@ -62,21 +62,21 @@ class RingWalk {
   }
 
   const Adjacency& mesh_;
-  std::vector<std::int64_t> seen_, ring_;
+  std::vector<int64_t> seen_, ring_;
   std::vector<Index> last_, next_;
-  std::int64_t row_id_ = 0, ring_id_ = 0;
+  int64_t row_id_ = 0, ring_id_ = 0;
 };
 
 }  // namespace
 
-void spiral_table(const Adjacency& mesh, std::size_t length, std::size_t dilation,
-                  const std::vector<Vec3>* points, std::int64_t* out) {
-  const std::size_t vertex_count = mesh.on_boundary.size();
-  const std::size_t wanted = length * dilation;
+void spiral_table(const Adjacency& mesh, size_t length, size_t dilation, const std::vector<Vec3>* points,
+                  int64_t* out) {
+  const size_t vertex_count = mesh.on_boundary.size();
+  const size_t wanted = length * dilation;
   RingWalk walk(mesh, vertex_count);
   std::unique_ptr<NearestVertices> nearest;
   std::vector<Index> row;
-  for (std::size_t v = 0; v < vertex_count; ++v) {
+  for (size_t v = 0; v < vertex_count; ++v) {
     if (!walk.row(static_cast<Index>(v), wanted, row)) {
       if (points == nullptr) {
         throw std::invalid_argument("vertices are needed: the rings around vertex " + std::to_string(v) +
@@ -86,7 +86,7 @@ void spiral_table(const Adjacency& mesh, std::size_t length, std::size_t dilatio
       if (!nearest) nearest = std::make_unique<NearestVertices>(*points);
       nearest->query(static_cast<Index>(v), wanted, row);
     }
-    for (std::size_t l = 0; l < length; ++l) *out++ = row[l * dilation];
+    for (size_t l = 0; l < length; ++l) *out++ = row[l * dilation];
   }
 }
 

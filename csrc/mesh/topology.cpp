@@ -1,4 +1,4 @@
-#include "topology.h"
+#include "mesh/topology.h"
 
 #include <algorithm>
 #include <limits>
@@ -25,7 +25,7 @@ std::string edge_name(Index a, Index b) {
   std::sort(owners.begin(), owners.end());
   if (owners.size() > 2) {
     std::string list;
-    for (std::size_t i = 0; i < std::min<std::size_t>(owners.size(), 6); ++i) {
+    for (size_t i = 0; i < std::min<size_t>(owners.size(), 6); ++i) {
       list += (i ? ", " : "") + std::to_string(owners[i]);
     }
     throw std::invalid_argument("faces are not manifold: " + edge_name(v, w) + " belongs to " +
@@ -46,8 +46,8 @@ std::string edge_name(Index a, Index b) {
 }  // namespace
 
 Adjacency build_adjacency(const std::vector<Face>& faces, Index vertex_count) {
-  std::vector<std::size_t> starts(static_cast<std::size_t>(vertex_count) + 1, 0);
-  for (std::size_t f = 0; f < faces.size(); ++f) {
+  std::vector<size_t> starts(static_cast<size_t>(vertex_count) + 1, 0);
+  for (size_t f = 0; f < faces.size(); ++f) {
     const auto [a, b, c] = faces[f];
     if (a == b || b == c || c == a) {
       throw std::invalid_argument("faces must have three different vertices, got face " + std::to_string(f) +
@@ -60,8 +60,8 @@ Adjacency build_adjacency(const std::vector<Face>& faces, Index vertex_count) {
 
   std::vector<Corner> corners(faces.size() * 3);
   {
-    std::vector<std::size_t> fill(starts.begin(), starts.end() - 1);
-    for (std::size_t f = 0; f < faces.size(); ++f) {
+    std::vector<size_t> fill(starts.begin(), starts.end() - 1);
+    for (size_t f = 0; f < faces.size(); ++f) {
       for (int k = 0; k < 3; ++k) {
         corners[fill[faces[f][k]]++] = {faces[f][(k + 1) % 3], faces[f][(k + 2) % 3], static_cast<Index>(f)};
       }
@@ -78,7 +78,7 @@ Adjacency build_adjacency(const std::vector<Face>& faces, Index vertex_count) {
   for (Index v = 0; v < vertex_count; ++v) {
     Corner* first = corners.data() + starts[v];
     Corner* last = corners.data() + starts[v + 1];
-    const std::size_t count = last - first;
+    const size_t count = last - first;
     if (count == 0) {
       out.offsets.push_back(out.neighbors.size());
       continue;
@@ -99,7 +99,7 @@ Adjacency build_adjacency(const std::vector<Face>& faces, Index vertex_count) {
                   first, last);
     }
 
-    std::size_t open_ends = 0;
+    size_t open_ends = 0;
     for (const Corner* c = first; c != last; ++c) {
       if (!std::binary_search(nexts.begin(), nexts.end(), c->prev)) {
         start = c->prev;
@@ -108,7 +108,7 @@ Adjacency build_adjacency(const std::vector<Face>& faces, Index vertex_count) {
     }
     // Each corner leads clockwise from its prev to its next.
     Index at = start;
-    std::size_t steps = 0;
+    size_t steps = 0;
     do {
       out.neighbors.push_back(at);
       const Corner* c =

@@ -8,7 +8,7 @@
 
 namespace pahm::mesh {
 
-using Index = std::int32_t;
+using Index = int32_t;
 using Face = std::array<Index, 3>;
 using Vec3 = std::array<double, 3>;
 
@@ -17,9 +17,9 @@ using Vec3 = std::array<double, 3>;
 // boundary vertex at the neighbour w for which no face has the directed edge v -> w. A vertex of no face has
 // no neighbours.
 struct Adjacency {
-  std::vector<std::size_t> offsets;
+  std::vector<size_t> offsets;
   std::vector<Index> neighbors;
-  std::vector<std::uint8_t> on_boundary;
+  std::vector<uint8_t> on_boundary;
 
   const Index* begin(Index v) const { return neighbors.data() + offsets[v]; }
   const Index* end(Index v) const { return neighbors.data() + offsets[v + 1]; }

@@ -1,7 +1,7 @@
 // Arithmetic of three doubles.
 #pragma once
 
-#include "topology.h"
+#include "mesh/topology.h"
 
 namespace pahm::mesh {
 
