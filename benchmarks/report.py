@@ -53,7 +53,7 @@ def table(rows: list[Row]) -> list[str]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         other, ours = _fastest_other(row), next(iter(row["seconds"]))
-        times = " | ".join(f"{row['seconds'][name] * 1e3:.2f}" for name in (ours, other))
+        times = " | ".join(f"{row['seconds'][name] * 1e3:.3g}" for name in (ours, other))
         held = (row["result_bytes"], *(row["peak_bytes"][name] for name in (ours, other)))
         memory = " | ".join(map(_megabytes, held))
         part = _percent(efficiency(row))

@@ -2,9 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from pahm_ops import _flops, _gpu  # noqa: F401  (register the counts of operations and the kernels for GPUs)
-from pahm_ops._paths import backends
-from pahm_ops.mesh_pool import MeshPool, MeshTransform, mesh_pool
+from pahm_ops import _flops  # noqa: F401  (registers the counts of operations)
+from pahm_ops.backends import backends
+from pahm_ops.mesh_pool import MeshPool, mesh_pool
+from pahm_ops.prepared import MeshTransform, SpiralTable
 from pahm_ops.spiral_conv import SpiralConv, spiral_conv
 from pahm_ops.vertex_sample import vertex_sample
 
@@ -17,6 +18,7 @@ __all__ = [
     "MeshPool",
     "MeshTransform",
     "SpiralConv",
+    "SpiralTable",
     "backends",
     "mesh_pool",
     "spiral_conv",

@@ -11,19 +11,21 @@ from typing import Any
 
 import torch
 
-from pahm_ops import _library  # noqa: F401  (which defines the ops)
+from pahm_ops import _library
 
 _COUNTER = "torch.utils.flop_counter"
 _CORNERS = 4  # pixels that a sample is read from
 Shape = Sequence[int]
 
 
-def _spiral_conv(x: Shape, indices: Shape, weight: Shape, *rest: Any, **named: Any) -> int:
-    return 2 * x[0] * indices[0] * weight[0] * weight[1]
+def _spiral_conv(
+    x: Shape, table: Shape, t_pointers: Shape, t_rows: Shape, weight: Shape, *rest: Any, **named: Any
+) -> int:
+    return 2 * x[0] * table[1] * weight[0] * weight[1]
 
 
-def _spiral_conv_weight_grad(grad: Shape, x: Shape, indices: Shape, *rest: Any, **named: Any) -> int:
-    return 2 * grad[0] * indices[0] * grad[2] * indices[1] * x[2]
+def _spiral_conv_weight_grad(grad: Shape, x: Shape, table: Shape, *rest: Any, **named: Any) -> int:
+    return 2 * grad[0] * table[1] * grad[2] * table[0] * x[2]
 
 
 def _mesh_pool(x: Shape, row_pointers: Shape, columns: Shape, *rest: Any, **named: Any) -> int:
@@ -47,17 +49,18 @@ def _vertex_sample_backward(
 
 _FORMULAS = {
     "spiral_conv": _spiral_conv,
-    "spiral_conv_input_grad": _spiral_conv,  # the same product, of the gradient
-    "spiral_conv_weight_grad": _spiral_conv_weight_grad,
+    "_spiral_conv_input_grad": _spiral_conv,  # the same product, of the gradient
+    "_spiral_conv_weight_grad": _spiral_conv_weight_grad,
     "mesh_pool": _mesh_pool,
     "vertex_sample": _vertex_sample,
-    "vertex_sample_backward": _vertex_sample_backward,
+    "_vertex_sample_backward": _vertex_sample_backward,
 }
 
 
 def _register(counter: ModuleType) -> None:
     for name, formula in _FORMULAS.items():
-        counter.register_flop_formula(getattr(torch.ops.pahm_ops, name))(formula)
+        if _library.LOADED:
+            counter.register_flop_formula(getattr(torch.ops.pahm_ops, name))(formula)
 
 
 class _Finder:

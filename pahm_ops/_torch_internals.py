@@ -63,6 +63,7 @@ _ASKED_SLOWLY = "what they tell is found out by slower means"
 
 _functorch_active = _take("torch._C", "_are_functorch_transforms_active", _ASKED_SLOWLY)
 _any_requires_grad = _take("torch._C", "_any_requires_grad", _ASKED_SLOWLY)
+_any_autocast = _take("torch._C", "_is_any_autocast_enabled", _ASKED_SLOWLY)
 _HAS_LEVEL = _take("torch.autograd.forward_ad", "_current_level", _ASKED_SLOWLY) is not None
 _is_fake = _take("torch._subclasses.fake_tensor", "is_fake", _ASKED_SLOWLY)
 
@@ -75,15 +76,20 @@ class _Refused(torch.autograd.Function):
         return value
 
 
-def functorch_active() -> bool:
-    """Whether a transform of `torch.func` is being computed."""
-    if _functorch_active is not None:
-        return _functorch_active()
+def _functorch_refuses() -> bool:
     try:
         _Refused.apply(None)
     except RuntimeError:
         return True
     return False
+
+
+#: Whether a transform of `torch.func` is being computed.
+functorch_active: Callable[[], bool] = _functorch_active or _functorch_refuses
+
+
+#: Whether autocast may be on for some kind of device.
+any_autocast: Callable[[], bool] = _any_autocast or (lambda: True)
 
 
 def dual_level_open() -> bool:
@@ -121,10 +127,6 @@ def is_fake(tensor: Tensor) -> bool:
 
 _MADE_ANEW = "what is made from a tensor of indices or a sparse tensor is made anew at each call"
 
-#: A weak reference to a storage, with its number `cdata` and `expired()`.
-StorageWeakRef = _take("torch.multiprocessing.reductions", "StorageWeakRef", _MADE_ANEW)
-#: A dictionary whose keys are tensors by identity, which it does not keep alive.
-WeakIdKeyDictionary = _take("torch.utils.weak", "WeakIdKeyDictionary", _MADE_ANEW) or dict
 _take("torch", "Tensor._version", _MADE_ANEW)
 _take("torch", "Tensor._indices", _MADE_ANEW)
 _take("torch", "Tensor._values", _MADE_ANEW)
@@ -146,14 +148,10 @@ def coo_entries(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 # Others.
 
-_assert_async = _take("torch", "_assert_async", "tables cannot be made while a CUDA graph is captured")
 
-
-def assert_async(condition: Tensor, message: str) -> None:
-    """Lets the device stop where `condition` does not hold, once it comes to it."""
-    if _assert_async is None:
-        raise RuntimeError("this torch checks no values in a CUDA graph: call once before the capture")
-    _assert_async(condition, message)
+def builtin(overload: Any) -> Any:
+    """The function in C++ that an `OpOverload` calls, without its frame in Python."""
+    return getattr(overload, "_op", overload)
 
 
 def constant_of_a_graph(function: _F) -> _F:

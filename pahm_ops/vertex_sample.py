@@ -9,14 +9,9 @@ from operator import index
 import torch
 from torch import Tensor
 
-from pahm_ops import (
-    _library,
-    _paths,
-    _vertex_sample_autograd,  # noqa: F401  (registers the op's derivatives)
-)
+from pahm_ops.autograd import vertex_sample as autograd
+from pahm_ops.backends import autocast_dtype, served, widened
 from pahm_ops.reference import vertex_sample as reference
-
-_ops = torch.ops.pahm_ops
 
 PADDING_MODES = ("zeros", "border")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -74,27 +69,26 @@ def vertex_sample(
 
     Source: section 3.2 of "Pixel-aligned non-parametric hand mesh reconstruction".
     """
-    maps = _as_list(features)
-    if isinstance(vertices, Tensor) and _library.autocast_dtype(maps[0].device):
+    maps = [features] if isinstance(features, Tensor) else _as_list(features)
+    device = maps[0].device
+    if autocast_dtype(device) is not None and isinstance(vertices, Tensor):
         maps, vertices, camera = _promote(maps, vertices, camera)
     _check_features(maps)
     _check_geometry(maps[0], vertices, camera)
     size = _check_image_size(camera, image_size, align_corners)
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"padding_mode must be 'zeros' or 'border', got {padding_mode!r}")
-    if _paths.served(maps[0].device):
-        height, width = size or (0, 0)
-        border = padding_mode == "border"
-        wide = _library.widened(*maps)
-        vertices, camera = _library.widened(vertices, camera)
-        out = _ops.vertex_sample(wide, vertices, camera, height, width, bool(align_corners), border)
-        return out.to(maps[0].dtype)
-    return reference.vertex_sample(maps, vertices, camera, size, bool(align_corners), padding_mode)
+    dtype = maps[0].dtype
+    if not served(device):
+        return reference.vertex_sample(maps, vertices, camera, size, bool(align_corners), padding_mode)
+    options = (*(size or (0, 0)), bool(align_corners), padding_mode == "border")
+    if dtype != torch.float16:
+        return autograd.vertex_sample(vertices, camera, options, *maps)
+    vertices, camera = widened(vertices, camera)
+    return autograd.vertex_sample(vertices, camera, options, *widened(*maps)).to(dtype)
 
 
-def _as_list(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    if isinstance(features, Tensor):
-        return [features]
+def _as_list(features: Sequence[Tensor]) -> list[Tensor]:
     if not isinstance(features, (list, tuple)):
         raise TypeError(f"features must be a tensor or a list of tensors, got {type(features).__name__}")
     if not features:
@@ -118,12 +112,19 @@ def _promote(
 def _check_features(features: list[Tensor]) -> None:
     first = features[0]
     for i, feature in enumerate(features):
-        if feature.dim() != 4:
-            raise ValueError(f"features[{i}] must have shape (B, C, H, W), got {tuple(feature.shape)}")
+        shape = feature.shape
+        if len(shape) != 4:
+            raise ValueError(f"features[{i}] must have shape (B, C, H, W), got {tuple(shape)}")
+        if shape[2] == 0 or shape[3] == 0:
+            raise ValueError(
+                f"features[{i}] must have a height and a width of at least 1, got {tuple(shape)}"
+            )
         if feature.dtype not in DTYPES:
             raise TypeError(
                 f"features[{i}] must be float32, float64, bfloat16 or float16, got {feature.dtype}"
             )
+        if feature is first:
+            continue
         if feature.dtype != first.dtype:
             raise TypeError(
                 f"features must share one dtype, got {first.dtype} in features[0] and {feature.dtype} "
@@ -134,14 +135,10 @@ def _check_features(features: list[Tensor]) -> None:
                 f"features must be on one device, got {first.device} for features[0] and {feature.device} "
                 f"for features[{i}]"
             )
-        if feature.shape[0] != first.shape[0]:
+        if shape[0] != first.shape[0]:
             raise ValueError(
                 f"features must share one batch size, got {first.shape[0]} in features[0] and "
-                f"{feature.shape[0]} in features[{i}]"
-            )
-        if feature.shape[2] == 0 or feature.shape[3] == 0:
-            raise ValueError(
-                f"features[{i}] must have a height and a width of at least 1, got {tuple(feature.shape)}"
+                f"{shape[0]} in features[{i}]"
             )
 
 
@@ -150,24 +147,25 @@ def _check_geometry(feature: Tensor, vertices: Tensor, camera: Tensor | None) ->
         raise TypeError(f"vertices must be a tensor, got {type(vertices).__name__}")
     if camera is not None and not isinstance(camera, Tensor):
         raise TypeError(f"camera must be a tensor or None, got {type(camera).__name__}")
-    width = 2 if camera is None else 3
-    if vertices.dim() != 3 or vertices.shape[2] != width:
+    width, shape = 2 if camera is None else 3, vertices.shape
+    if len(shape) != 3 or shape[2] != width:
         given = "without a camera" if camera is None else "with a camera"
-        raise ValueError(f"vertices must have shape (B, N, {width}) {given}, got {tuple(vertices.shape)}")
-    if vertices.shape[0] != feature.shape[0]:
+        raise ValueError(f"vertices must have shape (B, N, {width}) {given}, got {tuple(shape)}")
+    if shape[0] != feature.shape[0]:
         raise ValueError(
-            f"vertices must have the maps' batch size {feature.shape[0]}, got {vertices.shape[0]} in shape "
-            f"{tuple(vertices.shape)}"
+            f"vertices must have the maps' batch size {feature.shape[0]}, got {shape[0]} in shape "
+            f"{tuple(shape)}"
         )
-    half = feature.dtype in (torch.bfloat16, torch.float16)
-    if vertices.dtype != feature.dtype and not (half and vertices.dtype == torch.float32):
-        wanted = f"{feature.dtype} or torch.float32" if half else f"{feature.dtype}"
-        raise TypeError(f"vertices must be {wanted} with maps of {feature.dtype}, got {vertices.dtype}")
+    if vertices.dtype != feature.dtype:
+        half = feature.dtype in (torch.bfloat16, torch.float16)
+        if not (half and vertices.dtype == torch.float32):
+            wanted = f"{feature.dtype} or torch.float32" if half else f"{feature.dtype}"
+            raise TypeError(f"vertices must be {wanted} with maps of {feature.dtype}, got {vertices.dtype}")
     if vertices.device != feature.device:
         raise ValueError(f"vertices must be on the maps' device {feature.device}, got {vertices.device}")
     if camera is None:
         return
-    batch = vertices.shape[0]
+    batch = shape[0]
     if tuple(camera.shape) not in ((batch, 3), (batch, 3, 3)):
         raise ValueError(
             f"camera must have shape ({batch}, 3) (weak perspective) or ({batch}, 3, 3) (intrinsics), "

@@ -1,38 +1,34 @@
-// What memory safety needs. Meaning is checked in Python, which also words it for people.
+// Tensors as the kernels of both kinds of device take them, and what memory safety needs. Meaning is checked
+// in Python, which also words it for people.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+
+#include "common/dispatch.h"
 
 namespace pahm {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Kernels throw std::exceptions to libtorch. The stable ABI is made for that: what TORCH_BOX wraps around a
 // kernel throws by itself (STD_TORCH_CHECK in torch/csrc/stable/library.h), in every version that has it.
 
-// The Python side sees ValueError.
-inline void check(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
-// The Python side sees IndexError.
-inline void check_range(const Tensor& indices, int64_t limit, const char* name) {
-  const int64_t* p = indices.const_data_ptr<int64_t>();
-  int64_t low = 0, high = -1;
-  for (int64_t i = 0, n = indices.numel(); i < n; ++i) {
-    low = std::min(low, p[i]);
-    high = std::max(high, p[i]);
-  }
-  if (low < 0 || high >= limit) {
-    throw std::out_of_range(std::string(name) + " must lie in [0, " + std::to_string(limit) + "), got " +
-                            std::to_string(low < 0 ? low : high));
+// Python sees a ValueError with the message: a text, or a function that makes it where it is needed.
+template <typename Message>
+void check(bool condition, const Message& message) {
+  if (condition) return;
+  if constexpr (std::is_invocable_v<Message>) {
+    throw std::invalid_argument(message());
+  } else {
+    throw std::invalid_argument(message);
   }
 }
 
@@ -43,26 +39,34 @@ inline int64_t product(int64_t a, int64_t b) {
   return result;
 }
 
-inline void check_same_type(const Tensor& a, const Tensor& b, const char* name) {
-  check(a.scalar_type() == b.scalar_type(), std::string(name) + " has another dtype than the first tensor");
-}
-
-inline void check_cpu(const Tensor& t, const char* name) {
-  check(t.is_cpu(), std::string(name) + " must be on the CPU");
-}
-
 // torch's own, without a call through its dispatcher where there is nothing to do.
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 inline Tensor of_type(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
-// An int64 table on the CPU, contiguous.
-inline Tensor index_table(const Tensor& t, int64_t dims, const char* name) {
-  check_cpu(t, name);
-  check(t.dim() == dims && t.scalar_type() == ScalarType::Long,
-        std::string(name) + " must be int64 of rank " + std::to_string(dims));
-  return as_contiguous(t);
+// An uninitialised contiguous tensor on the device of `like`. torch::stable::new_empty finds its op by name
+// at every call, which takes longer than a small kernel.
+template <size_t Rank>
+Tensor new_empty(const Tensor& like, const std::array<int64_t, Rank>& sizes, ScalarType type) {
+  std::array<int64_t, Rank> strides;
+  int64_t count = 1;
+  for (size_t d = Rank; d-- > 0;) {
+    strides[d] = count;
+    count = product(count, sizes[d] > 1 ? sizes[d] : 1);
+  }
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(Rank, sizes.data(), strides.data(), dtype,
+                                                         device_type, device_index, &handle));
+  return Tensor(handle);
+}
+template <size_t Rank>
+Tensor new_empty(const Tensor& like, const std::array<int64_t, Rank>& sizes) {
+  return new_empty(like, sizes, like.scalar_type());
 }
 
 }  // namespace pahm

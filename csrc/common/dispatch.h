@@ -1,16 +1,18 @@
-// From a tensor's dtype to a C++ type: float, double or bfloat16.
+// From a tensor's dtype to a C++ type.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <stdexcept>
-
-#include "common/checks.h"
+#include <type_traits>
 
 namespace pahm {
 
-// Calls f with a value-initialised float, double or c10::BFloat16.
-template <typename F>
+using torch::headeronly::ScalarType;
+
+// Calls f with a value-initialised float, double, BFloat16 or Half; void is a type that there are no kernels
+// for.
+template <typename BFloat16, typename Half = void, typename F>
 void dispatch_floating(ScalarType type, const F& f) {
   switch (type) {
     case ScalarType::Float:
@@ -18,15 +20,19 @@ void dispatch_floating(ScalarType type, const F& f) {
     case ScalarType::Double:
       return f(double{});
     case ScalarType::BFloat16:
-      return f(c10::BFloat16{});
+      return f(BFloat16{});
+    case ScalarType::Half:
+      if constexpr (!std::is_void_v<Half>) return f(Half{});
+      break;
     default:
-      throw std::invalid_argument("the CPU kernels take float32, float64 and bfloat16");
+      break;
   }
+  throw std::invalid_argument("expected a tensor of float32, float64 or bfloat16, or on a GPU of float16");
 }
 
-// What a dtype is computed in: bfloat16 in float32.
+// What tensors of a dtype are computed in: half precision in float32.
 inline ScalarType compute_type(ScalarType type) {
-  return type == ScalarType::BFloat16 ? ScalarType::Float : type;
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 }  // namespace pahm

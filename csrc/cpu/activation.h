@@ -1,4 +1,4 @@
-// Activations on vectors. Compiled once an instruction set (common/foreach_isa.h): no include, no guard.
+// Activations on vectors. Compiled once an instruction set (cpu/foreach_isa.h): no include, no guard.
 namespace pahm::PAHM_ISA {
 
 // exp(x), float: x = n ln 2 + r, a polynomial in r (Cephes' expf), and 2^n put together from its bits.

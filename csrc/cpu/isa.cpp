@@ -1,4 +1,4 @@
-#include "common/isa.h"
+#include "cpu/isa.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -119,5 +119,5 @@ Isa active_isa() {
 }  // namespace pahm
 
 STABLE_TORCH_LIBRARY_IMPL(pahm_ops, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&pahm::cpu_isa));
+  m.impl("_cpu_isa", TORCH_BOX(&pahm::cpu_isa));
 }

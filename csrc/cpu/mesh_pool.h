@@ -1,14 +1,14 @@
-// Kernel of mesh_pool. Compiled once an instruction set (common/foreach_isa.h): no include, no guard.
+// Kernel of mesh_pool. Compiled once an instruction set (cpu/foreach_isa.h): no include, no guard.
 namespace pahm::PAHM_ISA {
 
 // `Vectors` vectors of channels of one output row, x and out pointing at the first of them.
-template <int Vectors, typename S>
-inline __attribute__((always_inline)) void mesh_pool_channels(const MeshPoolArguments<S>& a, const S* x,
+template <int Vectors, typename S, typename V>
+inline __attribute__((always_inline)) void mesh_pool_channels(const MeshPoolArguments<S, V>& a, const S* x,
                                                               S* out, int64_t first, int64_t last) {
   using T = Compute<S>;
   Vec<T> sum[Vectors] = {};
   for (int64_t e = first; e < last; ++e) {
-    const Vec<T> value = broadcast(a.values[e]);
+    const Vec<T> value = broadcast(static_cast<T>(a.values[e]));
     const S* source = x + a.columns[e] * a.channels;
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) sum[v] += value * load(source + v * lanes<T>);
@@ -18,8 +18,8 @@ inline __attribute__((always_inline)) void mesh_pool_channels(const MeshPoolArgu
 }
 
 // Output rows begin to end of the flattened (B, M).
-template <typename S>
-void mesh_pool_rows(const MeshPoolArguments<S>& a, int64_t begin, int64_t end) {
+template <typename S, typename V>
+void mesh_pool_rows(const MeshPoolArguments<S, V>& a, int64_t begin, int64_t end) {
   using T = Compute<S>;
   constexpr int64_t width = lanes<T>;
   for (int64_t r = begin; r < end; ++r) {
@@ -33,7 +33,7 @@ void mesh_pool_rows(const MeshPoolArguments<S>& a, int64_t begin, int64_t end) {
     for (; c < a.channels; ++c) {
       T sum = 0;
       for (int64_t e = first; e < last; ++e) {
-        sum += a.values[e] * static_cast<T>(x[a.columns[e] * a.channels + c]);
+        sum += static_cast<T>(a.values[e]) * static_cast<T>(x[a.columns[e] * a.channels + c]);
       }
       out[c] = static_cast<S>(sum);
     }

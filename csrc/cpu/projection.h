@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "common/checks.h"
-#include "common/parallel.h"
+#include "cpu/parallel.h"
 
 namespace pahm {
 
@@ -112,7 +112,7 @@ template <typename T>
 std::vector<T> project(const View& view, bool strict) {
   const int64_t batch = view.vertices.size(0), count = view.vertices.size(1), width = view.vertices.size(2);
   std::vector<T> points(static_cast<size_t>(batch * count * 2));
-  std::vector<int64_t> behind(static_cast<size_t>(batch), -1);
+  std::vector<int64_t> behind(static_cast<size_t>(view.perspective() ? batch : 0), -1);
   const T* vertices = view.vertices.const_data_ptr<T>();
   parallel_for(batch, count * 16, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
@@ -123,7 +123,7 @@ std::vector<T> project(const View& view, bool strict) {
       }
     }
   });
-  for (int64_t b = 0; strict && b < batch; ++b) {
+  for (int64_t b = 0; strict && view.perspective() && b < batch; ++b) {
     if (behind[b] < 0) continue;
     const T depth = Projection<T>(view, b).ray(vertices + (b * count + behind[b]) * width, 2);
     check(false, "vertices must lie in front of the camera (depth > 0), but vertex " +

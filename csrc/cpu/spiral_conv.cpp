@@ -1,5 +1,5 @@
-// spiral_conv and its two gradients: x (B, N, C), indices (M, L), weight (Cout, L * C), bias (Cout,) -> (B,
-// M, Cout), through an activation.
+// spiral_conv and its two gradients: x (B, N, C), table (L, M), weight (Cout, L * C), bias (Cout,) -> (B, M,
+// Cout), through an activation. The lists of the transposed table are the GPU's.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -8,11 +8,10 @@
 #include <type_traits>
 #include <utility>
 
-#include "common/checks.h"
-#include "common/dispatch.h"
-#include "common/isa.h"
-#include "common/parallel.h"
-#include "common/scratch.h"
+#include "cpu/isa.h"
+#include "cpu/operands.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
 #include "cpu/spiral_conv_shared.h"
 
 namespace pahm {
@@ -23,30 +22,30 @@ using ComputeType = std::conditional_t<std::is_same_v<S, double>, double, float>
 template <typename S>
 struct SpiralForward {
   SpiralShape shape;
-  const ComputeType<S>* x;
-  const int64_t* indices;
-  const ComputeType<S>* weight;
-  const ComputeType<S>* bias;  // or null
-  S* out;
+  const ComputeType<S>* x;       // (B, N, C)
+  const int32_t* table;          // (L, M)
+  const ComputeType<S>* weight;  // (Cout, L * C)
+  const ComputeType<S>* bias;    // (Cout), or null
+  S* out;                        // (B, M, Cout)
   Activation activation;
 };
 
 template <typename S>
 struct SpiralInputGrad {
   SpiralShape shape;
-  const ComputeType<S>* grad;
-  const int64_t* indices;
-  const ComputeType<S>* weight;
-  S* out;
+  const ComputeType<S>* grad;    // (B, M, Cout)
+  const int32_t* table;          // (L, M)
+  const ComputeType<S>* weight;  // (Cout, L * C)
+  S* out;                        // (B, N, C)
 };
 
 template <typename T>
 struct SpiralWeightGrad {
   SpiralShape shape;
-  const T* grad;
-  const T* x;  // (B, N, stride)
-  T* out;      // (Cout, L, stride)
-  int64_t stride;
+  const T* grad;          // (B, M, Cout)
+  const T* x;             // (B, N, stride)
+  T* out;                 // (Cout, L, stride)
+  int64_t stride;         // input channels, padded to whole vectors
   int64_t meshes;         // in a group
   int64_t group;          // rows of one
   const int64_t* places;  // (L, group), where the spirals of a group point, counted in its vertices
@@ -54,13 +53,15 @@ struct SpiralWeightGrad {
 };
 
 struct SpiralTiling {
-  int64_t rows, panel, lanes;
+  int64_t rows;   // of a tile of results
+  int64_t panel;  // output channels of one
+  int64_t lanes;  // numbers in a vector
 };
 
 }  // namespace pahm
 
 #define PAHM_KERNEL_FILE "cpu/spiral_conv.h"
-#include "common/foreach_isa.h"
+#include "cpu/foreach_isa.h"
 
 namespace pahm {
 namespace {
@@ -72,13 +73,10 @@ using c10::BFloat16;
 constexpr int64_t block_rows = 1024, cache_bytes = 1 << 19;
 
 // Where the spirals of several meshes point, (L, rows of all), counted in the vertices of all.
-void list_places(const SpiralShape& shape, int64_t meshes, const int64_t* indices, int64_t* places) {
-  for (int64_t mesh = 0; mesh < meshes; ++mesh) {
-    for (int64_t row = 0; row < shape.rows; ++row) {
-      int64_t* place = places + mesh * shape.rows + row;
-      for (int64_t l = 0; l < shape.length; ++l, place += meshes * shape.rows) {
-        *place = mesh * shape.vertices + indices[row * shape.length + l];
-      }
+void list_places(const SpiralShape& shape, int64_t meshes, const int32_t* table, int64_t* places) {
+  for (int64_t l = 0; l < shape.length; ++l, table += shape.rows) {
+    for (int64_t mesh = 0; mesh < meshes; ++mesh, places += shape.rows) {
+      for (int64_t row = 0; row < shape.rows; ++row) places[row] = mesh * shape.vertices + table[row];
     }
   }
 }
@@ -92,19 +90,18 @@ SpiralTiling tiling_of(Isa isa) {
   return tiling;
 }
 
-Tensor spiral_conv(const Tensor& x_, const Tensor& indices_, const Tensor& weight_,
-                   const std::optional<Tensor>& bias_, int64_t activation) {
-  const Tensor indices = index_table(indices_, 2, "indices");
+Tensor spiral_conv(const Tensor& x_, const Tensor& table_, const Tensor&, const Tensor&,
+                   const Tensor& weight_, const std::optional<Tensor>& bias_, int64_t activation) {
+  const Tensor table = index_table(table_, 2, "table");
   check_cpu(x_, "x");
   check_cpu(weight_, "weight");
   check(x_.dim() == 3 && weight_.dim() == 2, "x must be (B, N, C) and weight (Cout, L * C)");
   check_same_type(x_, weight_, "weight");
-  const SpiralShape shape{x_.size(0),      x_.size(1), indices.size(0),
-                          indices.size(1), x_.size(2), weight_.size(0)};
-  check(shape.length > 0, "indices must name at least one vertex a row");
+  const SpiralShape shape{x_.size(0), x_.size(1), table.size(1), table.size(0), x_.size(2), weight_.size(0)};
+  check(shape.length > 0, "table must name at least one vertex a row");
   check(weight_.size(1) == product(shape.length, shape.channels), "weight must be (Cout, L * C)");
   product(product(shape.batch, shape.rows), product(shape.length, shape.channels));
-  check_range(indices, shape.vertices, "indices");
+  check_range(table, shape.vertices, "indices");
   if (bias_.has_value()) {
     check_cpu(*bias_, "bias");
     check(bias_->dim() == 1 && bias_->size(0) == shape.out_channels, "bias must be (Cout,)");
@@ -112,33 +109,33 @@ Tensor spiral_conv(const Tensor& x_, const Tensor& indices_, const Tensor& weigh
   }
   check(activation >= 0 && activation <= static_cast<int64_t>(Activation::gelu), "activation must be 0 to 3");
   const Isa isa = active_isa();
-  Tensor out = torch::stable::new_empty(x_, {shape.batch, shape.rows, shape.out_channels});
+  Tensor out = new_empty<3>(x_, {shape.batch, shape.rows, shape.out_channels});
   if (out.numel() == 0) return out;
   const Tensor bias = bias_.has_value() ? compute_copy(*bias_) : weight_;
   if (x_.scalar_type() == ScalarType::BFloat16 && multiplies_bf16(isa, shape)) {
     const Tensor x = as_contiguous(x_), weight = as_contiguous(weight_);
-    spiral_conv_bf16(isa, shape, x.const_data_ptr<BFloat16>(), indices.const_data_ptr<int64_t>(),
+    spiral_conv_bf16(isa, shape, x.const_data_ptr<BFloat16>(), table.const_data_ptr<int32_t>(),
                      weight.const_data_ptr<BFloat16>(),
                      bias_.has_value() ? bias.const_data_ptr<float>() : nullptr,
                      static_cast<Activation>(activation), out.mutable_data_ptr<BFloat16>());
     return out;
   }
   const Tensor x = compute_copy(x_), weight = compute_copy(weight_);
-  dispatch_floating(x_.scalar_type(), [&](auto zero) {
+  dispatch_floating<BFloat16>(x_.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     using T = ComputeType<S>;
     const SpiralTiling tiling = tiling_of<T>(isa);
     const int64_t K = shape.length * shape.channels, rows = shape.batch * shape.rows;
     const SpiralForward<S> arguments{shape,
                                      x.const_data_ptr<T>(),
-                                     indices.const_data_ptr<int64_t>(),
+                                     table.const_data_ptr<int32_t>(),
                                      weight.const_data_ptr<T>(),
                                      bias_.has_value() ? bias.const_data_ptr<T>() : nullptr,
                                      out.mutable_data_ptr<S>(),
                                      static_cast<Activation>(activation)};
     if (shape.out_channels <= 4 && shape.channels >= tiling.lanes) {
       parallel_for(rows, K * shape.out_channels, [&](int64_t begin, int64_t end) {
-        PAHM_ISA_CALL_AS(isa, spiral_forward_thin<S>, arguments, begin, end);
+        PAHM_ISA_CALL_AS(isa, spiral_forward_narrow<S>, arguments, begin, end);
       });
       return;
     }
@@ -151,37 +148,36 @@ Tensor spiral_conv(const Tensor& x_, const Tensor& indices_, const Tensor& weigh
   return out;
 }
 
-Tensor spiral_conv_input_grad(const Tensor& grad_, const Tensor& indices_, const Tensor& weight_,
-                              int64_t vertices) {
-  const Tensor indices = index_table(indices_, 2, "indices");
+Tensor spiral_conv_input_grad(const Tensor& grad_, const Tensor& table_, const Tensor&, const Tensor&,
+                              const Tensor& weight_, int64_t vertices) {
+  const Tensor table = index_table(table_, 2, "table");
   check_cpu(grad_, "grad");
   check_cpu(weight_, "weight");
   check(grad_.dim() == 3 && weight_.dim() == 2, "grad must be (B, M, Cout) and weight (Cout, L * C)");
   check_same_type(grad_, weight_, "weight");
-  const int64_t length = indices.size(1), width = weight_.size(1);
-  check(length > 0, "indices must name at least one vertex a row");
+  const int64_t length = table.size(0), width = weight_.size(1);
+  check(length > 0, "table must name at least one vertex a row");
   check(width % length == 0, "weight must be (Cout, L * C)");
-  const SpiralShape shape{grad_.size(0), vertices, indices.size(0), length, width / length, weight_.size(0)};
+  const SpiralShape shape{grad_.size(0), vertices, table.size(1), length, width / length, weight_.size(0)};
   check(vertices >= 0 && grad_.size(1) == shape.rows && grad_.size(2) == shape.out_channels,
         "grad must be (B, M, Cout)");
-  check_range(indices, vertices, "indices");
+  check_range(table, vertices, "indices");
   const Isa isa = active_isa();
-  Tensor out = torch::stable::new_empty(grad_, {shape.batch, vertices, shape.channels});
+  Tensor out = new_empty<3>(grad_, {shape.batch, vertices, shape.channels});
   if (out.numel() == 0) return out;
   if (grad_.scalar_type() == ScalarType::BFloat16 && multiplies_bf16(isa, shape)) {
     const Tensor grad = as_contiguous(grad_), weight = as_contiguous(weight_);
-    spiral_conv_input_grad_bf16(isa, shape, grad.const_data_ptr<BFloat16>(),
-                                indices.const_data_ptr<int64_t>(), weight.const_data_ptr<BFloat16>(),
-                                out.mutable_data_ptr<BFloat16>());
+    spiral_conv_input_grad_bf16(isa, shape, grad.const_data_ptr<BFloat16>(), table.const_data_ptr<int32_t>(),
+                                weight.const_data_ptr<BFloat16>(), out.mutable_data_ptr<BFloat16>());
     return out;
   }
   const Tensor grad = compute_copy(grad_), weight = compute_copy(weight_);
-  dispatch_floating(grad_.scalar_type(), [&](auto zero) {
+  dispatch_floating<BFloat16>(grad_.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     using T = ComputeType<S>;
     const SpiralTiling tiling = tiling_of<T>(isa);
     const int64_t panels = ceil_div(shape.channels, tiling.panel), K = shape.length * shape.out_channels;
-    const SpiralInputGrad<S> arguments{shape, grad.const_data_ptr<T>(), indices.const_data_ptr<int64_t>(),
+    const SpiralInputGrad<S> arguments{shape, grad.const_data_ptr<T>(), table.const_data_ptr<int32_t>(),
                                        weight.const_data_ptr<T>(), out.mutable_data_ptr<S>()};
     parallel_for(panels * shape.batch, shape.rows * K * tiling.panel, [&](int64_t begin, int64_t end) {
       const Scratch<T> panel(K * tiling.panel), sums(shape.vertices * tiling.panel);
@@ -191,19 +187,19 @@ Tensor spiral_conv_input_grad(const Tensor& grad_, const Tensor& indices_, const
   return out;
 }
 
-Tensor spiral_conv_weight_grad(const Tensor& grad_, const Tensor& x_, const Tensor& indices_) {
-  const Tensor indices = index_table(indices_, 2, "indices");
+Tensor spiral_conv_weight_grad(const Tensor& grad_, const Tensor& x_, const Tensor& table_, const Tensor&,
+                               const Tensor&) {
+  const Tensor table = index_table(table_, 2, "table");
   check_cpu(grad_, "grad");
   check_cpu(x_, "x");
-  check(grad_.dim() == 3 && x_.dim() == 3 && grad_.size(0) == x_.size(0) && grad_.size(1) == indices.size(0),
+  check(grad_.dim() == 3 && x_.dim() == 3 && grad_.size(0) == x_.size(0) && grad_.size(1) == table.size(1),
         "grad must be (B, M, Cout) and x (B, N, C)");
   check_same_type(grad_, x_, "x");
-  const SpiralShape shape{x_.size(0),      x_.size(1), indices.size(0),
-                          indices.size(1), x_.size(2), grad_.size(2)};
-  check(shape.length > 0, "indices must name at least one vertex a row");
+  const SpiralShape shape{x_.size(0), x_.size(1), table.size(1), table.size(0), x_.size(2), grad_.size(2)};
+  check(shape.length > 0, "table must name at least one vertex a row");
   product(product(shape.batch, shape.rows),
           product(product(shape.length, shape.channels), shape.out_channels));
-  check_range(indices, shape.vertices, "indices");
+  check_range(table, shape.vertices, "indices");
   const Isa isa = active_isa();
   const ScalarType type = compute_type(x_.scalar_type());
   if (shape.batch * shape.rows == 0) {
@@ -211,9 +207,9 @@ Tensor spiral_conv_weight_grad(const Tensor& grad_, const Tensor& x_, const Tens
   }
   if (x_.scalar_type() == ScalarType::BFloat16 && multiplies_bf16(isa, shape) && shape.out_channels > 0) {
     const Tensor grad = as_contiguous(grad_), x = as_contiguous(x_);
-    Tensor out = torch::stable::new_empty(x, {shape.out_channels, shape.length * shape.channels});
+    Tensor out = new_empty<2>(x, {shape.out_channels, shape.length * shape.channels});
     spiral_conv_weight_grad_bf16(isa, shape, grad.const_data_ptr<BFloat16>(), x.const_data_ptr<BFloat16>(),
-                                 indices.const_data_ptr<int64_t>(), out.mutable_data_ptr<BFloat16>());
+                                 table.const_data_ptr<int32_t>(), out.mutable_data_ptr<BFloat16>());
     return out;
   }
   // Channels are padded to whole vectors of any instruction set, so that no load runs over the end of a row.
@@ -222,13 +218,13 @@ Tensor spiral_conv_weight_grad(const Tensor& grad_, const Tensor& x_, const Tens
   const Tensor grad = compute_copy(grad_);
   Tensor x = compute_copy(x_);
   if (stride != shape.channels) x = torch::stable::pad(x, {0, stride - shape.channels});
-  Tensor sums = torch::stable::new_empty(x, {shape.out_channels, shape.length, stride});
+  Tensor sums = new_empty<3>(x, {shape.out_channels, shape.length, stride});
   if (sums.numel() > 0) {
     const int64_t meshes = std::clamp<int64_t>(block_rows / shape.rows, 1, shape.batch);
     const int64_t group = meshes * shape.rows;
     const Scratch<int64_t> places(shape.length * group);
-    list_places(shape, meshes, indices.const_data_ptr<int64_t>(), places.get());
-    dispatch_floating(type, [&](auto zero) {
+    list_places(shape, meshes, table.const_data_ptr<int32_t>(), places.get());
+    dispatch_floating<BFloat16>(type, [&](auto zero) {
       using T = ComputeType<decltype(zero)>;
       const SpiralTiling tiling = tiling_of<T>(isa);
       const int64_t row_bytes = (stride + shape.out_channels) * static_cast<int64_t>(sizeof(T));
@@ -260,6 +256,6 @@ Tensor spiral_conv_weight_grad(const Tensor& grad_, const Tensor& x_, const Tens
 
 STABLE_TORCH_LIBRARY_IMPL(pahm_ops, CPU, m) {
   m.impl("spiral_conv", TORCH_BOX(&pahm::spiral_conv));
-  m.impl("spiral_conv_input_grad", TORCH_BOX(&pahm::spiral_conv_input_grad));
-  m.impl("spiral_conv_weight_grad", TORCH_BOX(&pahm::spiral_conv_weight_grad));
+  m.impl("_spiral_conv_input_grad", TORCH_BOX(&pahm::spiral_conv_input_grad));
+  m.impl("_spiral_conv_weight_grad", TORCH_BOX(&pahm::spiral_conv_weight_grad));
 }

@@ -1,4 +1,4 @@
-// Kernels of spiral_conv. Compiled once an instruction set (common/foreach_isa.h): no guard.
+// Kernels of spiral_conv. Compiled once an instruction set (cpu/foreach_isa.h): no guard.
 //
 // All three products keep a tile of MR rows by NV vectors of their result in registers. The vectors come from
 // consecutive memory, the rows are broadcast one number at a time; at every step one of the two is read
@@ -49,17 +49,17 @@ void spiral_pack_forward(const SpiralShape& s, const T* weight, int64_t column, 
   transpose(weight + column * K, K, real, K, panel, width);
 }
 
-// Where the meshes and the spirals of Rows rows from `first_row` of the flattened (B, M) begin; rows past
-// `count` repeat the last.
+// Where the meshes of Rows rows from `first_row` of the flattened (B, M) begin, and these rows' places in the
+// first row of the table; rows past `count` repeat the last.
 template <int Rows, typename S>
 inline __attribute__((always_inline)) void locate_rows(const SpiralForward<S>& a, int64_t first_row,
                                                        int64_t count, const Compute<S>* (&base)[Rows],
-                                                       const int64_t* (&spiral)[Rows]) {
+                                                       const int32_t* (&place)[Rows]) {
   const SpiralShape& s = a.shape;
   for (int i = 0; i < Rows; ++i) {
     const int64_t r = first_row + (i < count ? i : count - 1);
     base[i] = a.x + r / s.rows * s.vertices * s.channels;
-    spiral[i] = a.indices + r % s.rows * s.length;
+    place[i] = a.table + r % s.rows;
   }
 }
 
@@ -69,8 +69,8 @@ void spiral_forward_tile(const SpiralForward<S>& a, const Compute<S>* panel, int
   using T = Compute<S>;
   const SpiralShape& s = a.shape;
   const T* base[MR];
-  const int64_t* spiral[MR];
-  locate_rows(a, first_row, count, base, spiral);
+  const int32_t* place[MR];
+  locate_rows(a, first_row, count, base, place);
   const int64_t columns = s.out_channels - column < NV * lanes<T> ? s.out_channels - column : NV * lanes<T>;
   Vec<T> acc[MR][NV] = {};
   if (a.bias != nullptr) {
@@ -85,7 +85,7 @@ void spiral_forward_tile(const SpiralForward<S>& a, const Compute<S>* panel, int
   for (int64_t l = 0; l < s.length; ++l) {
     const T* rows[MR];
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) rows[i] = base[i] + spiral[i][l] * s.channels;
+    for (int i = 0; i < MR; ++i) rows[i] = base[i] + place[i][l * s.rows] * s.channels;
     multiply<T, MR, NV>(acc, rows, panel + l * s.channels * NV * lanes<T>, s.channels);
   }
 #pragma GCC unroll 16
@@ -123,46 +123,46 @@ void spiral_forward(const SpiralForward<S>& a, Compute<S>* panel, int64_t begin,
   }
 }
 
-// Few output channels would waste a wide tile: here the vectors run along the input channels, `thin_rows`
+// Few output channels would waste a wide tile: here the vectors run along the input channels, `narrow_rows`
 // rows by `Outputs` channels at a time, and are summed at the end. The weight is not packed.
-inline constexpr int thin_rows = PAHM_VECTOR_REGISTERS == 32 ? 4 : 2;
+inline constexpr int narrow_rows = PAHM_VECTOR_REGISTERS == 32 ? 4 : 2;
 
 template <typename S, int Outputs>
-void spiral_forward_thin_tile(const SpiralForward<S>& a, int64_t first_row, int64_t count) {
+void spiral_forward_narrow_tile(const SpiralForward<S>& a, int64_t first_row, int64_t count) {
   using T = Compute<S>;
   const SpiralShape& s = a.shape;
   const int64_t K = s.length * s.channels, whole = s.channels / lanes<T> * lanes<T>;
-  Vec<T> acc[thin_rows][Outputs] = {};
-  T rest[thin_rows][Outputs] = {};
-  const T* base[thin_rows];
-  const int64_t* spiral[thin_rows];
-  locate_rows(a, first_row, count, base, spiral);
+  Vec<T> acc[narrow_rows][Outputs] = {};
+  T rest[narrow_rows][Outputs] = {};
+  const T* base[narrow_rows];
+  const int32_t* place[narrow_rows];
+  locate_rows(a, first_row, count, base, place);
   for (int64_t l = 0; l < s.length; ++l) {
-    const T* rows[thin_rows];
-    for (int i = 0; i < thin_rows; ++i) rows[i] = base[i] + spiral[i][l] * s.channels;
+    const T* rows[narrow_rows];
+    for (int i = 0; i < narrow_rows; ++i) rows[i] = base[i] + place[i][l * s.rows] * s.channels;
     const T* weight = a.weight + l * s.channels;
     for (int64_t c = 0; c < whole; c += lanes<T>) {
-      Vec<T> x[thin_rows];
+      Vec<T> x[narrow_rows];
 #pragma GCC unroll 4
-      for (int i = 0; i < thin_rows; ++i) x[i] = load(rows[i] + c);
+      for (int i = 0; i < narrow_rows; ++i) x[i] = load(rows[i] + c);
 #pragma GCC unroll 4
       for (int o = 0; o < Outputs; ++o) {
         const Vec<T> w = load(weight + o * K + c);
 #pragma GCC unroll 4
-        for (int i = 0; i < thin_rows; ++i) acc[i][o] += x[i] * w;
+        for (int i = 0; i < narrow_rows; ++i) acc[i][o] += x[i] * w;
       }
     }
     for (int64_t c = whole; c < s.channels; ++c) {
-      for (int i = 0; i < thin_rows; ++i) {
+      for (int i = 0; i < narrow_rows; ++i) {
         for (int o = 0; o < Outputs; ++o) rest[i][o] += rows[i][c] * weight[o * K + c];
       }
     }
   }
   // The rows' results follow each other in memory.
-  constexpr int results = thin_rows * Outputs, width = lanes<T>;
+  constexpr int results = narrow_rows * Outputs, width = lanes<T>;
   alignas(PAHM_VECTOR_BYTES) T sums[(results + width - 1) / width * width] = {};
 #pragma GCC unroll 4
-  for (int i = 0; i < thin_rows; ++i) {
+  for (int i = 0; i < narrow_rows; ++i) {
 #pragma GCC unroll 4
     for (int o = 0; o < Outputs; ++o) {
       sums[i * Outputs + o] = sum_lanes<T>(acc[i][o]) + rest[i][o] + (a.bias == nullptr ? T(0) : a.bias[o]);
@@ -175,21 +175,21 @@ void spiral_forward_thin_tile(const SpiralForward<S>& a, int64_t first_row, int6
 }
 
 template <typename S>
-void spiral_forward_thin(const SpiralForward<S>& a, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; row += thin_rows) {
-    const int64_t count = end - row < thin_rows ? end - row : thin_rows;
+void spiral_forward_narrow(const SpiralForward<S>& a, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; row += narrow_rows) {
+    const int64_t count = end - row < narrow_rows ? end - row : narrow_rows;
     switch (a.shape.out_channels) {
       case 1:
-        spiral_forward_thin_tile<S, 1>(a, row, count);
+        spiral_forward_narrow_tile<S, 1>(a, row, count);
         break;
       case 2:
-        spiral_forward_thin_tile<S, 2>(a, row, count);
+        spiral_forward_narrow_tile<S, 2>(a, row, count);
         break;
       case 3:
-        spiral_forward_thin_tile<S, 3>(a, row, count);
+        spiral_forward_narrow_tile<S, 3>(a, row, count);
         break;
       case 4:
-        spiral_forward_thin_tile<S, 4>(a, row, count);
+        spiral_forward_narrow_tile<S, 4>(a, row, count);
         break;
     }
   }
@@ -233,7 +233,7 @@ void spiral_input_grad_panel(const SpiralInputGrad<S>& a, const Compute<S>* pane
 #pragma GCC unroll 16
       for (int i = 0; i < tile_rows; ++i) {
         if (i >= count) break;
-        T* target = sums + a.indices[(m + i) * s.length + l] * width;
+        T* target = sums + a.table[l * s.rows + m + i] * width;
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v) store(target + v * lanes<T>, load(target + v * lanes<T>) + acc[i][v]);
       }
@@ -253,10 +253,10 @@ void spiral_input_grad(const SpiralInputGrad<S>& a, Compute<S>* panel, Compute<S
                        int64_t end) {
   using T = Compute<S>;
   const int64_t panels = (a.shape.channels + panel_width<T> - 1) / panel_width<T>;
-  const int64_t few = a.shape.rows < 512 ? 512 / (a.shape.rows + 1) + 1 : 1;
+  const int64_t meshes_at_once = a.shape.rows < 512 ? 512 / (a.shape.rows + 1) + 1 : 1;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t first = item / (few * panels) * few, i = item - first * panels;
-    const int64_t meshes = a.shape.batch - first < few ? a.shape.batch - first : few;
+    const int64_t first = item / (meshes_at_once * panels) * meshes_at_once, i = item - first * panels;
+    const int64_t meshes = std::min(a.shape.batch - first, meshes_at_once);
     const int64_t b = first + i % meshes, column = i / meshes * panel_width<T>;
     if (item == begin || b == first) spiral_pack_input_grad(a.shape, a.weight, column, panel);
     if (a.shape.channels - column > lanes<T>) {

@@ -6,8 +6,8 @@
 #include <type_traits>
 #include <utility>
 
-#include "common/parallel.h"
-#include "common/scratch.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
 #include "cpu/spiral_conv_shared.h"
 
 #if defined(__x86_64__)
@@ -18,11 +18,11 @@ namespace pahm {
 
 struct SpiralForwardBf16 {
   SpiralShape shape;
-  const c10::BFloat16* x;
-  const int64_t* indices;
+  const c10::BFloat16* x;       // (B, N, C)
+  const int32_t* table;         // (L, M)
   const c10::BFloat16* packed;  // (panels, L, depth / 2, 32, 2)
-  const float* bias;            // or null
-  c10::BFloat16* out;
+  const float* bias;            // (Cout), or null
+  c10::BFloat16* out;           // (B, M, Cout)
   Activation activation;
   int64_t depth;  // input channels, padded
   int64_t group;  // blocks of rows gathered at a time
@@ -30,19 +30,19 @@ struct SpiralForwardBf16 {
 
 struct SpiralInputGradBf16 {
   SpiralShape shape;
-  const c10::BFloat16* grad;
-  const int64_t* indices;
+  const c10::BFloat16* grad;    // (B, M, Cout)
+  const int32_t* table;         // (L, M)
   const c10::BFloat16* packed;  // (panels, L, depth / 2, 32, 2)
-  c10::BFloat16* out;
-  int64_t depth;  // output channels, padded
+  c10::BFloat16* out;           // (B, N, C)
+  int64_t depth;                // output channels, padded
 };
 
 struct SpiralWeightGradBf16 {
   SpiralShape shape;
-  const c10::BFloat16* grad;
-  const c10::BFloat16* x;
-  const int64_t* indices;
-  c10::BFloat16* out;
+  const c10::BFloat16* grad;  // (B, M, Cout)
+  const c10::BFloat16* x;     // (B, N, C)
+  const int32_t* table;       // (L, M)
+  c10::BFloat16* out;         // (Cout, L * C)
 };
 
 }  // namespace pahm
@@ -60,7 +60,7 @@ struct SpiralWeightGradBf16 {
     "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,prefer-vector-width=512")
 #endif
 // clang-format off
-#include "common/simd.h"
+#include "cpu/simd.h"
 #include "cpu/activation.h"
 #include "cpu/transpose.h"
 #include "cpu/bf16_product.h"
@@ -92,20 +92,13 @@ bool multiplies_bf16(Isa isa, const SpiralShape& shape) {
   return isa == Isa::amx || (isa == Isa::avx512_bf16 && shape.out_channels > 4);
 }
 
-int64_t multiply_bf16(Isa isa, int64_t rounds) {
-  const Scratch<float> result(block * block);
-  if (isa == Isa::amx) return isa_bf16::block_rounds<Unit::tiles>(rounds, result.get());
-  if (isa == Isa::avx512_bf16) return isa_bf16::block_rounds<Unit::vectors>(rounds, result.get());
-  return 0;
-}
-
-void spiral_conv_bf16(Isa isa, const SpiralShape& shape, const BFloat16* x, const int64_t* indices,
+void spiral_conv_bf16(Isa isa, const SpiralShape& shape, const BFloat16* x, const int32_t* table,
                       const BFloat16* weight, const float* bias, Activation activation, BFloat16* out) {
   const int64_t depth = padded(shape.channels), panels = ceil_div(shape.out_channels, block);
   const int64_t row_bytes = shape.length * depth * static_cast<int64_t>(sizeof(BFloat16));
   const Scratch<BFloat16> packed(panels * shape.length * depth * block);
   const SpiralForwardBf16 arguments{
-      shape,        x,     indices,
+      shape,        x,     table,
       packed.get(), bias,  out,
       activation,   depth, std::clamp<int64_t>(cache_bytes / (block * row_bytes), 1, 4)};
   parallel_for(panels * shape.length, depth * block, [&](int64_t begin, int64_t end) {
@@ -124,10 +117,10 @@ void spiral_conv_bf16(Isa isa, const SpiralShape& shape, const BFloat16* x, cons
 }
 
 void spiral_conv_input_grad_bf16(Isa isa, const SpiralShape& shape, const BFloat16* grad,
-                                 const int64_t* indices, const BFloat16* weight, BFloat16* out) {
+                                 const int32_t* table, const BFloat16* weight, BFloat16* out) {
   const int64_t depth = padded(shape.out_channels), panels = ceil_div(shape.channels, block);
   const Scratch<BFloat16> packed(panels * shape.length * depth * block);
-  const SpiralInputGradBf16 arguments{shape, grad, indices, packed.get(), out, depth};
+  const SpiralInputGradBf16 arguments{shape, grad, table, packed.get(), out, depth};
   parallel_for(panels * shape.length, depth * block, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       isa_bf16::pack_input_grad(arguments, weight, packed.get(), i / shape.length, i % shape.length);
@@ -143,8 +136,8 @@ void spiral_conv_input_grad_bf16(Isa isa, const SpiralShape& shape, const BFloat
 }
 
 void spiral_conv_weight_grad_bf16(Isa isa, const SpiralShape& shape, const BFloat16* grad, const BFloat16* x,
-                                  const int64_t* indices, BFloat16* out) {
-  const SpiralWeightGradBf16 arguments{shape, grad, x, indices, out};
+                                  const int32_t* table, BFloat16* out) {
+  const SpiralWeightGradBf16 arguments{shape, grad, x, table, out};
   const int64_t items = shape.length * ceil_div(shape.channels, block);
   parallel_for(items, shape.batch * shape.rows * shape.out_channels, [&](int64_t begin, int64_t end) {
     if (isa == Isa::amx) {
@@ -162,13 +155,12 @@ void spiral_conv_weight_grad_bf16(Isa isa, const SpiralShape& shape, const BFloa
 namespace pahm {
 
 bool multiplies_bf16(Isa, const SpiralShape&) { return false; }
-int64_t multiply_bf16(Isa, int64_t) { return 0; }
-void spiral_conv_bf16(Isa, const SpiralShape&, const c10::BFloat16*, const int64_t*, const c10::BFloat16*,
+void spiral_conv_bf16(Isa, const SpiralShape&, const c10::BFloat16*, const int32_t*, const c10::BFloat16*,
                       const float*, Activation, c10::BFloat16*) {}
-void spiral_conv_input_grad_bf16(Isa, const SpiralShape&, const c10::BFloat16*, const int64_t*,
+void spiral_conv_input_grad_bf16(Isa, const SpiralShape&, const c10::BFloat16*, const int32_t*,
                                  const c10::BFloat16*, c10::BFloat16*) {}
 void spiral_conv_weight_grad_bf16(Isa, const SpiralShape&, const c10::BFloat16*, const c10::BFloat16*,
-                                  const int64_t*, c10::BFloat16*) {}
+                                  const int32_t*, c10::BFloat16*) {}
 
 }  // namespace pahm
 

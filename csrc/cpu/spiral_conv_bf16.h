@@ -42,9 +42,9 @@ inline void gather_spirals(const SpiralForwardBf16& a, int64_t first_row, BFloat
   for (int64_t i = 0; i < block_rows; ++i) {
     const int64_t row = std::min(first_row + i, last);
     const BFloat16* const x = a.x + row / s.rows * s.vertices * s.channels;
-    const int64_t* const spiral = a.indices + row % s.rows * s.length;
+    const int32_t* const place = a.table + row % s.rows;
     for (int64_t l = 0; l < s.length; ++l, gathered += a.depth) {
-      const BFloat16* const source = x + spiral[l] * s.channels;
+      const BFloat16* const source = x + place[l * s.rows] * s.channels;
       int64_t c = 0;
       for (; c + 32 <= s.channels; c += 32) _mm512_storeu_si512(gathered + c, _mm512_loadu_si512(source + c));
       if (c < s.channels) {
@@ -146,7 +146,7 @@ void spiral_input_grad_bf16(const SpiralInputGradBf16& a, int64_t begin, int64_t
         const int64_t count = std::min(block_rows, s.rows - m);
         for (int64_t i = 0; i < count; ++i) {
           const float* const row = product.get() + i * block_columns;
-          float* const target = sums.get() + a.indices[(m + i) * s.length + l] * block_columns;
+          float* const target = sums.get() + a.table[l * s.rows + m + i] * block_columns;
           store(target, load(target) + load(row));
           store(target + 16, load(target + 16) + load(row + 16));
         }
@@ -207,7 +207,7 @@ void spiral_weight_grad_bf16(const SpiralWeightGradBf16& a, int64_t begin, int64
       const int64_t columns = std::min(block_columns, s.channels - column);
       const auto row = [&](int64_t r) -> const BFloat16* {
         if (r >= last) return nullptr;
-        const int64_t vertex = r / s.rows * s.vertices + a.indices[r % s.rows * s.length + l];
+        const int64_t vertex = r / s.rows * s.vertices + a.table[l * s.rows + r % s.rows];
         return a.x + vertex * s.channels + column;
       };
       for (int64_t r = 0; r < depth; r += 2) {

@@ -1,4 +1,4 @@
-// Transposing matrices. Compiled once an instruction set (common/foreach_isa.h): no include, no guard.
+// Transposing matrices. Compiled once an instruction set (cpu/foreach_isa.h): no include, no guard.
 namespace pahm::PAHM_ISA {
 
 // One tile of lanes by lanes.

@@ -17,12 +17,11 @@
 #include <utility>
 #include <vector>
 
-#include "common/checks.h"
-#include "common/dispatch.h"
-#include "common/isa.h"
-#include "common/parallel.h"
-#include "common/scratch.h"
+#include "cpu/isa.h"
+#include "cpu/operands.h"
+#include "cpu/parallel.h"
 #include "cpu/projection.h"
+#include "cpu/scratch.h"
 
 namespace pahm {
 
@@ -64,7 +63,7 @@ struct SampleJob {
 }  // namespace pahm
 
 #define PAHM_KERNEL_FILE "cpu/vertex_sample.h"
-#include "common/foreach_isa.h"
+#include "cpu/foreach_isa.h"
 
 namespace pahm {
 namespace {
@@ -83,8 +82,10 @@ View check_arguments(const Maps& features, const Tensor& vertices, const std::op
     check(map.size(2) > 0 && map.size(3) > 0, "features must have a height and a width");
     product(product(map.size(0), map.size(1)), product(map.size(2), map.size(3)));
     // The work is divided by channels before any memory for them is asked for.
-    check(map.size(1) <= most_channels, "features must have at most " + std::to_string(most_channels) +
-                                            " channels, got " + std::to_string(map.size(1)));
+    check(map.size(1) <= most_channels, [&] {
+      return "features must have at most " + std::to_string(most_channels) + " channels, got " +
+             std::to_string(map.size(1));
+    });
     check_same_type(features[0], map, "features");
   }
   check_cpu(vertices, "vertices");
@@ -94,7 +95,7 @@ View check_arguments(const Maps& features, const Tensor& vertices, const std::op
   const ScalarType type = compute_type(features[0].scalar_type());
   const auto prepare = [&](const Tensor& t, const char* name) {
     check(t.scalar_type() == type || t.scalar_type() == features[0].scalar_type(),
-          std::string(name) + " must have the maps' dtype, or float32 with bfloat16 maps");
+          [&] { return std::string(name) + " must have the maps' dtype, or float32 with bfloat16 maps"; });
     return as_contiguous(of_type(t, type));
   };
   View view{prepare(vertices, "vertices"), std::nullopt, height, width, align_corners};
@@ -128,6 +129,8 @@ struct Plan {
     job.border = border;
     const bool narrow = features[0].scalar_type() == ScalarType::BFloat16;
     int64_t widest = 0;
+    maps.reserve(features.size());
+    units.reserve(4 * features.size());
     for (const Tensor& f : features) {
       const int64_t channels = f.size(1), pixels = f.size(2) * f.size(3);
       const Layout layout = channels == 1 || f.stride(1) == 1 ? Layout::rows
@@ -170,8 +173,8 @@ Tensor vertex_sample(const Maps& features, const Tensor& vertices, const std::op
   const int64_t batch = vertices.size(0);
   Plan plan(features, view, border, true);
   SampleJob& job = plan.job;
-  Tensor output = torch::stable::new_empty(features[0], {batch, job.vertices, job.channels});
-  dispatch_floating(features[0].scalar_type(), [&](auto zero) {
+  Tensor output = new_empty<3>(features[0], {batch, job.vertices, job.channels});
+  dispatch_floating<c10::BFloat16>(features[0].scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
     const std::vector<T> points = project<T>(view, true);
@@ -244,7 +247,7 @@ std::tuple<Maps, Tensor, Tensor> vertex_sample_backward(const Tensor& grad, cons
   for (size_t i = 0; i < features.size(); ++i) {
     const Tensor& map = features[i];
     if (!needs[i]) {
-      map_grads.push_back(torch::stable::new_empty(map, {0}));
+      map_grads.push_back(new_empty<1>(map, {0}));
       continue;
     }
     map_grads.push_back(
@@ -254,11 +257,11 @@ std::tuple<Maps, Tensor, Tensor> vertex_sample_backward(const Tensor& grad, cons
     plan.maps[i].grad = map_grads.back().mutable_data_ptr();
   }
   const auto like = [&](const Tensor& t, bool needed) {
-    return needed ? torch::stable::new_empty(t, t.sizes()) : torch::stable::new_empty(t, {0});
+    return needed ? torch::stable::new_empty(t, t.sizes()) : new_empty<1>(t, {0});
   };
   Tensor vertex_grad = like(view.vertices, needs_points);
   Tensor camera_grad = needs_camera ? like(*view.camera, true) : like(view.vertices, false);
-  dispatch_floating(features[0].scalar_type(), [&](auto zero) {
+  dispatch_floating<c10::BFloat16>(features[0].scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
     const std::vector<T> points = project<T>(view, false);
@@ -287,5 +290,5 @@ std::tuple<Maps, Tensor, Tensor> vertex_sample_backward(const Tensor& grad, cons
 
 STABLE_TORCH_LIBRARY_IMPL(pahm_ops, CPU, m) {
   m.impl("vertex_sample", TORCH_BOX(&pahm::vertex_sample));
-  m.impl("vertex_sample_backward", TORCH_BOX(&pahm::vertex_sample_backward));
+  m.impl("_vertex_sample_backward", TORCH_BOX(&pahm::vertex_sample_backward));
 }

@@ -1,4 +1,4 @@
-// From tensors on a GPU to the launch plans of csrc/kernels: what is checked, the device and the stream.
+// From tensors on a GPU to the launches of csrc/kernels: what is checked, the device and the stream.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,7 +8,7 @@
 #include <string>
 
 #include "common/checks.h"
-#include "kernels/plan.cuh"
+#include "kernels/common.cuh"
 
 namespace pahm {
 
@@ -42,26 +42,27 @@ inline std::string dtype_name(ScalarType type) {
 
 // Sizes that kernels count in an int.
 inline void check_small(const char* name, int64_t size) {
-  check(size <= most_size, std::string(name) + " must be at most " + std::to_string(most_size) + ", got " +
-                               std::to_string(size));
-}
-
-// What tensors of this dtype are summed in, as Sum<S> has it.
-inline ScalarType sum_type(ScalarType type) {
-  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  check(size <= most_size, [&] {
+    return std::string(name) + " must be at most " + std::to_string(most_size) + ", got " +
+           std::to_string(size);
+  });
 }
 
 inline void check_rank(const Tensor& t, int64_t dims, const char* name) {
-  check(t.dim() == dims,
-        std::string(name) + " must have rank " + std::to_string(dims) + ", got " + std::to_string(t.dim()));
+  check(t.dim() == dims, [&] {
+    return std::string(name) + " must have rank " + std::to_string(dims) + ", got " + std::to_string(t.dim());
+  });
 }
 
 inline void check_floating(const Tensor& x, int64_t dims, const char* name) {
-  check(x.is_cuda(), std::string(name) + " must be on a CUDA device, got " + device_name(x));
+  check(x.is_cuda(), [&] { return std::string(name) + " must be on a CUDA device, got " + device_name(x); });
   const ScalarType type = x.scalar_type();
   check(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
             type == ScalarType::BFloat16,
-        std::string(name) + " must be float32, float64, float16 or bfloat16, got " + dtype_name(type));
+        [&] {
+          return std::string(name) + " must be float32, float64, float16 or bfloat16, got " +
+                 dtype_name(type);
+        });
   check_rank(x, dims, name);
 }
 
@@ -71,12 +72,17 @@ inline Tensor first_operand(const Tensor& x, int64_t dims, const char* name) {
   return as_contiguous(x);
 }
 
+inline void check_device(const Tensor& t, const Tensor& first, const char* name) {
+  check(t.is_cuda() && t.get_device_index() == first.get_device_index(),
+        [&] { return std::string(name) + " must be on " + device_name(first) + ", got " + device_name(t); });
+}
+
 // Another tensor, contiguous: on the device of the first, of this dtype and rank.
 inline Tensor operand(const Tensor& t, const Tensor& first, ScalarType type, int64_t dims, const char* name) {
-  check(t.is_cuda() && t.get_device_index() == first.get_device_index(),
-        std::string(name) + " must be on " + device_name(first) + ", got " + device_name(t));
-  check(t.scalar_type() == type,
-        std::string(name) + " must be " + dtype_name(type) + ", got " + dtype_name(t.scalar_type()));
+  check_device(t, first, name);
+  check(t.scalar_type() == type, [&] {
+    return std::string(name) + " must be " + dtype_name(type) + ", got " + dtype_name(t.scalar_type());
+  });
   check_rank(t, dims, name);
   return as_contiguous(t);
 }
@@ -89,22 +95,6 @@ const T* pointer(const Tensor& t) {
 template <typename T>
 T* mutable_pointer(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
-}
-
-// Calls f with a value-initialised float, double, half or bfloat16: the type of what `first_operand` let
-// pass.
-template <typename F>
-void dispatch_floating(ScalarType type, const F& f) {
-  switch (type) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::Half:
-      return f(half{});
-    default:
-      return f(bfloat16{});
-  }
 }
 
 // Makes the device of `x` the current one, until the end of the scope, and tells what launches need of it.

@@ -41,16 +41,16 @@ Tensor without_gaps(const Tensor& map) {
 
 Sampled check_arguments(const Maps& features, const Tensor& vertices, const std::optional<Tensor>& camera,
                         int64_t height, int64_t width, bool align_corners, bool border) {
-  check(
-      !features.empty() && features.size() <= most_maps,
-      "features must be 1 to " + std::to_string(most_maps) + " maps, got " + std::to_string(features.size()));
+  check(!features.empty() && features.size() <= most_maps, [&] {
+    return "features must be 1 to " + std::to_string(most_maps) + " maps, got " +
+           std::to_string(features.size());
+  });
   Sampled s;
   const Tensor& first = features[0];
   check_floating(first, 4, "features");
   const ScalarType type = first.scalar_type();
   for (const Tensor& map : features) {
-    check(map.is_cuda() && map.get_device_index() == first.get_device_index(),
-          "features must be on " + device_name(first) + ", got " + device_name(map));
+    check_device(map, first, "features");
     check(map.scalar_type() == type, "features must share one dtype");
     check_rank(map, 4, "features");
     check(map.size(0) == first.size(0), "features must share one batch size");
@@ -63,7 +63,7 @@ Sampled check_arguments(const Maps& features, const Tensor& vertices, const std:
     s.channels += map.size(1);
   }
   s.batch = first.size(0);
-  s.vertices = operand(of_type(vertices, sum_type(type)), first, sum_type(type), 3, "vertices");
+  s.vertices = operand(of_type(vertices, compute_type(type)), first, compute_type(type), 3, "vertices");
   s.count = vertices.size(1);
   check(vertices.size(0) == s.batch && vertices.size(2) == (camera ? 3 : 2),
         "vertices must be (B, N, 3) or (B, N, 2)");
@@ -71,7 +71,8 @@ Sampled check_arguments(const Maps& features, const Tensor& vertices, const std:
   check_small("the number of channels of all maps", s.channels);
   if (camera) {
     check(camera->dim() == 2 || camera->dim() == 3, "camera must be (B, 3) or (B, 3, 3)");
-    s.camera = operand(of_type(*camera, sum_type(type)), first, sum_type(type), camera->dim(), "camera");
+    s.camera =
+        operand(of_type(*camera, compute_type(type)), first, compute_type(type), camera->dim(), "camera");
     const bool perspective = camera->dim() == 3;
     check(camera->size(0) == s.batch && camera->size(1) == 3 && (!perspective || camera->size(2) == 3),
           "camera must be (B, 3) or (B, 3, 3)");
@@ -110,22 +111,24 @@ SampleArguments<S> arguments_of(const Sampled& s) {
   return a;
 }
 
-Tensor vertex_sample_cuda(const Maps& features, const Tensor& vertices, const std::optional<Tensor>& camera,
-                          int64_t height, int64_t width, bool align_corners, bool border) {
+Tensor vertex_sample(const Maps& features, const Tensor& vertices, const std::optional<Tensor>& camera,
+                     int64_t height, int64_t width, bool align_corners, bool border) {
   const Sampled s = check_arguments(features, vertices, camera, height, width, align_corners, border);
-  Tensor output = torch::stable::new_empty(s.maps[0], {s.batch, s.count, s.channels});
+  Tensor output = new_empty<3>(s.maps[0], {s.batch, s.count, s.channels});
   if (output.numel() == 0) return output;
   const OnDeviceOf on(s.maps[0]);
-  dispatch_floating(s.maps[0].scalar_type(), [&](auto zero) {
+  dispatch_floating<bfloat16, half>(s.maps[0].scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     vertex_sample_launch<S>(arguments_of<S>(s), mutable_pointer<S>(output), on.device());
   });
   return output;
 }
 
-std::tuple<Maps, Tensor, Tensor> vertex_sample_backward_cuda(
-    const Tensor& grad_, const Maps& features, const Tensor& vertices, const std::optional<Tensor>& camera,
-    int64_t height, int64_t width, bool align_corners, bool border, const std::vector<bool>& needs) {
+std::tuple<Maps, Tensor, Tensor> vertex_sample_backward(const Tensor& grad_, const Maps& features,
+                                                        const Tensor& vertices,
+                                                        const std::optional<Tensor>& camera, int64_t height,
+                                                        int64_t width, bool align_corners, bool border,
+                                                        const std::vector<bool>& needs) {
   const Sampled s = check_arguments(features, vertices, camera, height, width, align_corners, border);
   const ScalarType type = s.maps[0].scalar_type();
   const Tensor grad = operand(grad_, s.maps[0], type, 3, "grad");
@@ -138,15 +141,14 @@ std::tuple<Maps, Tensor, Tensor> vertex_sample_backward_cuda(
   const OnDeviceOf on(grad);
   Maps map_grads;
   for (size_t i = 0; i < features.size(); ++i) {
-    map_grads.push_back(needs[i] ? torch::stable::empty_like(s.maps[i])
-                                 : torch::stable::new_empty(grad, {0}));
+    map_grads.push_back(needs[i] ? torch::stable::empty_like(s.maps[i]) : new_empty<1>(grad, {0}));
   }
   const auto like = [&](const Tensor& t, bool needed) {
-    return needed ? torch::stable::new_empty(t, t.sizes()) : torch::stable::new_empty(t, {0});
+    return needed ? torch::stable::new_empty(t, t.sizes()) : new_empty<1>(t, {0});
   };
   Tensor vertex_grad = like(s.vertices, needs_points);
   Tensor camera_grad = needs_camera ? like(*s.camera, true) : like(s.vertices, false);
-  dispatch_floating(type, [&](auto zero) {
+  dispatch_floating<bfloat16, half>(type, [&](auto zero) {
     using S = decltype(zero);
     using T = Sum<S>;
     SampleBackwardArguments<S> arguments{arguments_of<S>(s), pointer<S>(grad),
@@ -154,8 +156,7 @@ std::tuple<Maps, Tensor, Tensor> vertex_sample_backward_cuda(
                                          needs_camera ? mutable_pointer<T>(camera_grad) : nullptr};
     for (size_t i = 0; i < features.size(); ++i)
       arguments.forward.maps[i].grad = needs[i] ? mutable_pointer<S>(map_grads[i]) : nullptr;
-    Tensor workspace =
-        torch::stable::new_empty(grad, {set_sample_workspace(arguments, nullptr)}, ScalarType::Byte);
+    Tensor workspace = new_empty<1>(grad, {set_sample_workspace(arguments, nullptr)}, ScalarType::Byte);
     set_sample_workspace(arguments, workspace.mutable_data_ptr());
     vertex_sample_backward_launch<S>(arguments, on.device());
   });
@@ -167,6 +168,6 @@ std::tuple<Maps, Tensor, Tensor> vertex_sample_backward_cuda(
 }  // namespace pahm
 
 STABLE_TORCH_LIBRARY_IMPL(pahm_ops, CUDA, m) {
-  m.impl("vertex_sample_cuda", TORCH_BOX(&pahm::vertex_sample_cuda));
-  m.impl("vertex_sample_backward_cuda", TORCH_BOX(&pahm::vertex_sample_backward_cuda));
+  m.impl("vertex_sample", TORCH_BOX(&pahm::vertex_sample));
+  m.impl("_vertex_sample_backward", TORCH_BOX(&pahm::vertex_sample_backward));
 }

@@ -1,17 +1,18 @@
 // mesh_pool: x (B, N, C), a CSR matrix (M, N) -> (B, M, C). The backward is the same with the transpose.
 #pragma once
 
-#include "kernels/plan.cuh"
+#include "kernels/common.cuh"
 
 namespace pahm {
 
-template <typename S>
+// V is float or double, whatever S is.
+template <typename S, typename V>
 struct MeshPoolArguments {
-  const S* x;
-  const int32_t* row_pointers;
-  const int32_t* columns;
-  const Sum<S>* values;
-  S* out;
+  const S* x;                   // (batch, vertices, channels)
+  const int32_t* row_pointers;  // (rows + 1): where a row's entries begin
+  const int32_t* columns;       // (entries): the vertex that an entry takes
+  const V* values;              // (entries)
+  S* out;                       // (batch, rows, channels)
   int64_t batch, rows, channels;
   int vertices, entries;
 };
@@ -22,9 +23,9 @@ struct MeshPoolPlan {
   int lane_bits, slabs, block_rows, row_blocks;
 };
 
-template <typename S, int Count>
+template <typename S, typename V, int Count>
 __global__ void __launch_bounds__(block_threads, 4)
-    mesh_pool_kernel(const __grid_constant__ MeshPoolArguments<S> a,
+    mesh_pool_kernel(const __grid_constant__ MeshPoolArguments<S, V> a,
                      const __grid_constant__ MeshPoolPlan plan) {
   const int64_t row_block = blockIdx.x % plan.row_blocks, slab = blockIdx.x / plan.row_blocks % plan.slabs;
   const int64_t mesh = blockIdx.x / plan.row_blocks / plan.slabs;
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(block_threads, 4)
     Sum<S> sum[Count] = {};
     const int32_t last = list_bound(load(a.row_pointers + row + 1), a.entries);
     for (int32_t e = list_bound(load(a.row_pointers + row), a.entries); e < last; ++e) {
-      const Sum<S> value = load(a.values + e);
+      const auto value = static_cast<Sum<S>>(load(a.values + e));
       const int32_t column = load(a.columns + e);
       if (!is_index(column, a.vertices)) continue;
       const auto pack = load_pack<Count>(source + column * a.channels);
@@ -50,26 +51,26 @@ __global__ void __launch_bounds__(block_threads, 4)
   }
 }
 
-template <typename S, int Count>
-void mesh_pool_launch(const MeshPoolArguments<S>& a, const Device& device) {
+template <int Count, typename S, typename V>
+void mesh_pool_launch(const MeshPoolArguments<S, V>& a, const Device& device) {
   const int64_t packs = a.channels / Count;
   const int lane_bits = bits_for(packs, 5);
-  const int64_t slabs = divide_up(packs, int64_t{1} << lane_bits), step = block_threads >> lane_bits;
+  const int64_t slabs = ceil_div(packs, int64_t{1} << lane_bits), step = block_threads >> lane_bits;
   // As many rows as leave four blocks a processor.
-  const int64_t blocks = a.batch * slabs, wanted = divide_up(4 * device.processors, blocks);
-  const int64_t block_rows = step * divide_up(a.rows, step * wanted),
-                row_blocks = divide_up(a.rows, block_rows);
+  const int64_t blocks = a.batch * slabs, wanted = ceil_div(4 * device.processors, blocks);
+  const int64_t block_rows = step * ceil_div(a.rows, step * wanted),
+                row_blocks = ceil_div(a.rows, block_rows);
   const MeshPoolPlan plan{lane_bits, static_cast<int>(slabs), static_cast<int>(block_rows),
                           static_cast<int>(row_blocks)};
-  launch(mesh_pool_kernel<S, Count>, blocks * row_blocks, block_threads, 0, device, a, plan);
+  launch(mesh_pool_kernel<S, V, Count>, blocks * row_blocks, block_threads, 0, device, a, plan);
 }
 
-template <typename S>
-void mesh_pool_launch(const MeshPoolArguments<S>& a, const Device& device) {
+template <typename S, typename V>
+void mesh_pool_launch(const MeshPoolArguments<S, V>& a, const Device& device) {
   if (a.batch * a.rows * a.channels == 0) return;
   constexpr int wide = 16 / sizeof(S);
-  if (a.channels % wide == 0 && aligned(a.x) && aligned(a.out)) return mesh_pool_launch<S, wide>(a, device);
-  mesh_pool_launch<S, 1>(a, device);
+  if (a.channels % wide == 0 && aligned(a.x) && aligned(a.out)) return mesh_pool_launch<wide>(a, device);
+  mesh_pool_launch<1>(a, device);
 }
 
 }  // namespace pahm

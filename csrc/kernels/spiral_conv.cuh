@@ -24,29 +24,29 @@ struct SpiralSizes {
 
 template <typename S>
 struct SpiralConvArguments : SpiralSizes {
-  const S* x;
+  const S* x;            // (B, N, C)
   const int32_t* table;  // (L, M): rows of a tile read neighbours
-  const S* weight;
-  const S* bias;  // null: none
-  int activation;
-  S* out;
+  const S* weight;       // (O, L * C)
+  const S* bias;         // (O), or null
+  int activation;        // as pahm_ops/spiral_conv.py numbers them: none, ReLU, ELU, GELU
+  S* out;                // (B, M, O)
 };
 
 template <typename S>
 struct SpiralInputGradArguments : SpiralSizes {
-  const S* grad;
-  const int32_t* t_pointers;  // (L * N + 1): where the list of (l, n) begins
-  const int32_t* t_rows;      // (L * M)
-  const S* weight;
-  S* out;
+  const S* grad;              // (B, M, O)
+  const int32_t* t_pointers;  // (L * N + 1): where the list of (l, n), number l * N + n, begins in t_rows
+  const int32_t* t_rows;      // (L * M): the m with table[l, m] == n, rising
+  const S* weight;            // (O, L * C)
+  S* out;                     // (B, N, C)
 };
 
 template <typename S>
 struct SpiralWeightGradArguments : SpiralSizes {
-  const S* grad;
-  const S* x;
+  const S* grad;         // (B, M, O)
+  const S* x;            // (B, N, C)
   const int32_t* table;  // (L, M)
-  S* out;
+  S* out;                // (O, L * C)
 };
 
 // ---- what a thread brings of each side ----
@@ -243,7 +243,7 @@ struct SpiralForward {
   using Left = ForwardLeft<S, Count, Shape>;
   template <int Count, typename Shape>
   using Right = ForwardRight<S, Count, Shape>;
-  static constexpr bool columns_together = true;  // in the result's memory
+  static constexpr bool columns_adjacent = true;  // in the result's memory
   static ProductSize size(const Arguments& a) {
     return {a.batch * a.rows, a.out_channels, static_cast<int64_t>(a.length) * a.channels};
   }
@@ -267,7 +267,7 @@ struct SpiralInputGrad {
   using Left = InputGradLeft<S, Count, Shape>;
   template <int Count, typename Shape>
   using Right = InputGradRight<S, Count, Shape>;
-  static constexpr bool columns_together = true;
+  static constexpr bool columns_adjacent = true;
   static ProductSize size(const Arguments& a) {
     return {a.batch * a.vertices, a.channels, static_cast<int64_t>(a.length) * a.out_channels};
   }
@@ -290,7 +290,7 @@ struct SpiralWeightGrad {
   using Left = WeightGradLeft<S, Count, Shape>;
   template <int Count, typename Shape>
   using Right = WeightGradRight<S, Count, Shape>;
-  static constexpr bool columns_together = false;
+  static constexpr bool columns_adjacent = false;
   static ProductSize size(const Arguments& a) {
     return {static_cast<int64_t>(a.length) * a.channels, a.out_channels, a.batch * a.rows};
   }

@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "kernels/plan.cuh"
+#include "kernels/common.cuh"
 
 namespace pahm {
 
@@ -41,7 +41,7 @@ struct AlongK {
   static constexpr bool along_k = true;
   static constexpr int lines = Lines;
   static constexpr int line_packs = Shape::depth / Count;
-  static constexpr int packs = static_cast<int>(divide_up(Lines * line_packs, Shape::threads));
+  static constexpr int packs = static_cast<int>(ceil_div(Lines * line_packs, Shape::threads));
   static constexpr int line_step = Shape::threads / line_packs;  // from one line of a thread to its next
   static_assert(Shape::depth % Count == 0 && Shape::threads % line_packs == 0);
   __device__ static int k() { return static_cast<int>(threadIdx.x) % line_packs * Count; }
@@ -54,8 +54,8 @@ template <int Count, int Lines, typename Shape>
 struct AlongLine {
   static constexpr bool along_k = false;
   static constexpr int lines = Lines;
-  static constexpr int row_packs = static_cast<int>(divide_up(Lines, Count));
-  static constexpr int packs = static_cast<int>(divide_up(Shape::depth * row_packs, Shape::threads));
+  static constexpr int row_packs = static_cast<int>(ceil_div(Lines, Count));
+  static constexpr int packs = static_cast<int>(ceil_div(Shape::depth * row_packs, Shape::threads));
   static_assert(Shape::threads % row_packs == 0);
   __device__ static int line() { return static_cast<int>(threadIdx.x) % row_packs * Count; }
   __device__ static int k(int i) { return (static_cast<int>(threadIdx.x) + i * Shape::threads) / row_packs; }
@@ -64,7 +64,7 @@ struct AlongLine {
 
 // Where a line lies in row k of a tile. The two packs of 8 of a line would meet in one bank.
 template <typename Side, int Count>
-__device__ __forceinline__ int placed(int k, int line) {
+__device__ __forceinline__ int line_position(int k, int line) {
   return Side::along_k && Count == 8 && Side::lines >= 32 ? line ^ (k / 8 % 2 * 16) : line;
 }
 
@@ -79,23 +79,23 @@ __device__ __forceinline__ void put(Shared& tile, int buffer,
     if constexpr (Side::along_k) {
 #pragma unroll
       for (int c = 0; c < Count; ++c)
-        tile[buffer + (Side::k() + c) * Pitch + placed<Side, Count>(Side::k() + c, Side::line(i))] =
+        tile[buffer + (Side::k() + c) * Pitch + line_position<Side, Count>(Side::k() + c, Side::line(i))] =
             packs[i].values[c];
     } else {
-      constexpr int together =
+      constexpr int vector =
           Count < 16 / static_cast<int>(sizeof(T)) ? Count : 16 / static_cast<int>(sizeof(T));
-      constexpr int parts = Count / together;
+      constexpr int parts = Count / vector;
       static_assert(parts <= 2);
       // Lanes whose first parts would meet in one bank begin with another.
       const int turn = static_cast<int>(threadIdx.x) / 4 % parts;
 #pragma unroll
       for (int part = 0; part < parts; ++part) {
-        const int begin = (part + turn) % parts * together;
-        Pack<T, together> values;
+        const int begin = (part + turn) % parts * vector;
+        Pack<T, vector> values;
 #pragma unroll
-        for (int j = 0; j < together; ++j) {
+        for (int j = 0; j < vector; ++j) {
           values.values[j] = packs[i].values[j];
-          if (begin > 0) values.values[j] = packs[i].values[Count - together + j];
+          if (begin > 0) values.values[j] = packs[i].values[Count - vector + j];
         }
         store_shared(tile, buffer + Side::k(i) * Pitch + Side::line() + begin, values);
       }
@@ -103,14 +103,16 @@ __device__ __forceinline__ void put(Shared& tile, int buffer,
   }
 }
 
+// Of the result, and of the sum over k.
 struct ProductSize {
   int64_t rows, columns, depth;
 };
 
-// A split has `split_depth` of k; with more than one, sums go to `partial` (splits, rows, columns).
 struct ProductPlan {
-  int64_t column_tiles, splits, split_depth;
-  void* partial;
+  int64_t column_tiles;  // tiles side by side in a row of the result
+  int64_t splits;        // of the sum over k, each by blocks of its own
+  int64_t split_depth;   // numbers of k in a split
+  void* partial;         // Sum<S> (splits, rows, columns), or null with one split
 };
 
 enum { no_activation, relu, elu, gelu };
@@ -126,14 +128,14 @@ __device__ __forceinline__ T activate(T x, int kind) {
 // A sum's place in the result or in one of its partial sums.
 template <typename Product>
 __device__ __forceinline__ int64_t result_index(const ProductSize& size, int64_t row, int64_t column) {
-  return Product::columns_together ? row * size.columns + column : column * size.rows + row;
+  return Product::columns_adjacent ? row * size.columns + column : column * size.rows + row;
 }
 
 // At once, or the first `rest` of them one by one.
 template <typename D, int Group>
-__device__ __forceinline__ void store_group(D* address, const Sum<D> (&values)[Group], bool together,
+__device__ __forceinline__ void store_group(D* address, const Sum<D> (&values)[Group], bool whole,
                                             int64_t rest) {
-  if (together) {
+  if (whole) {
     store_sums(address, values);
     return;
   }
@@ -192,13 +194,13 @@ __global__ void __launch_bounds__(Shape::threads, 2)
 #pragma unroll
       for (int g = 0; g < row_groups; ++g)
         l[g] = load_shared<row_group>(
-            left_tiles,
-            left_buffer + k * row_pitch + placed<Left, Count>(k, g * (Shape::rows / row_groups) + row));
+            left_tiles, left_buffer + k * row_pitch +
+                            line_position<Left, Count>(k, g * (Shape::rows / row_groups) + row));
 #pragma unroll
       for (int g = 0; g < column_groups; ++g)
         r[g] = load_shared<column_group>(
             right_tiles, right_buffer + k * column_pitch +
-                             placed<Right, Count>(k, g * (Shape::columns / column_groups) + column));
+                             line_position<Right, Count>(k, g * (Shape::columns / column_groups) + column));
 #pragma unroll
       for (int i = 0; i < Shape::thread_rows; ++i) {
 #pragma unroll
@@ -211,9 +213,9 @@ __global__ void __launch_bounds__(Shape::threads, 2)
   T* const partial =
       plan.splits == 1 ? nullptr : static_cast<T*>(plan.partial) + split * size.rows * size.columns;
   // Whatever lies side by side in the result is stored at once.
-  constexpr bool along_columns = Product::columns_together;
+  constexpr bool along_columns = Product::columns_adjacent;
   constexpr int group = along_columns ? column_group : row_group;
-  const bool together = Count > 1 && (along_columns ? size.columns : size.rows) % group == 0;
+  const bool whole = Count > 1 && (along_columns ? size.columns : size.rows) % group == 0;
 #pragma unroll
   for (int i = 0; i < Shape::thread_rows; i += along_columns ? 1 : row_group) {
 #pragma unroll
@@ -228,14 +230,14 @@ __global__ void __launch_bounds__(Shape::threads, 2)
       for (int e = 0; e < group; ++e) values[e] = along_columns ? sums[i][j + e] : sums[i + e][j];
       const int64_t rest = along_columns ? size.columns - c : size.rows - r;
       if (partial != nullptr) {
-        store_group<T>(partial + index, values, together, rest);
+        store_group<T>(partial + index, values, whole, rest);
         continue;
       }
 #pragma unroll
       for (int e = 0; e < group; ++e) {
         if (e < rest) values[e] = Product::finish(a, values[e], along_columns ? c + e : c);
       }
-      store_group<S>(a.out + index, values, together, rest);
+      store_group<S>(a.out + index, values, whole, rest);
     }
   }
 }
@@ -253,20 +255,20 @@ __global__ void __launch_bounds__(block_threads, 4)
   T sum = 0;
   for (int64_t split = 0; split < plan.splits; ++split)
     sum += load(static_cast<const T*>(plan.partial) + split * count + index);
-  const int64_t column = Product::columns_together ? index % size.columns : index / size.rows;
+  const int64_t column = Product::columns_adjacent ? index % size.columns : index / size.rows;
   store(a.out + index, from_float<S>(Product::finish(a, sum, column)));
 }
 
 // ---- plans ----
 
 // Results of few columns have a tile of their own.
-inline constexpr int thin_columns = 4;
+inline constexpr int narrow_columns = 4;
 template <typename S>
 inline constexpr int tile_depth = sizeof(S) == 2 ? 16 : 8;
 template <typename S>
 using WideTile = TileShape<Sum<S>, sizeof(S) == 8 ? 32 : 64, 8, sizeof(S) == 8 ? 4 : 8, tile_depth<S>>;
 template <typename S>
-using ThinTile = TileShape<Sum<S>, thin_columns, 4, 1, tile_depth<S>>;
+using NarrowTile = TileShape<Sum<S>, narrow_columns, 4, 1, tile_depth<S>>;
 
 // How often a sum over k is split: until the blocks fill the device twice, as long as what the splits write
 // and read again is at most half of what the product reads, and no split is short.
@@ -274,9 +276,9 @@ template <typename Product>
 ProductPlan plan_product(const typename Product::Arguments& a, int processors) {
   using S = typename Product::Scalar;
   const ProductSize size = Product::size(a);
-  const bool thin = size.columns <= thin_columns;
-  const int64_t column_tiles = divide_up(size.columns, thin ? ThinTile<S>::columns : WideTile<S>::columns);
-  const int64_t tiles = divide_up(size.rows, WideTile<S>::rows) * column_tiles;
+  const bool narrow = size.columns <= narrow_columns;
+  const int64_t column_tiles = ceil_div(size.columns, narrow ? NarrowTile<S>::columns : WideTile<S>::columns);
+  const int64_t tiles = ceil_div(size.rows, WideTile<S>::rows) * column_tiles;
   const int64_t partial_bytes = size.rows * size.columns * static_cast<int64_t>(sizeof(Sum<S>));
   if (tiles == 0) return {column_tiles, 1, size.depth, nullptr};  // an empty result: nothing is launched
   int64_t splits = 2 * processors / tiles;
@@ -284,8 +286,8 @@ ProductPlan plan_product(const typename Product::Arguments& a, int processors) {
   at_most(Product::input_bytes(a) / (4 * partial_bytes));
   at_most(size.depth / (16 * tile_depth<S>));
   if (splits < 1) splits = 1;  // also for a sum of nothing
-  const int64_t split_depth = divide_up(divide_up(size.depth, splits), tile_depth<S>) * tile_depth<S>;
-  return {column_tiles, splits == 1 ? 1 : divide_up(size.depth, split_depth), split_depth, nullptr};
+  const int64_t split_depth = ceil_div(ceil_div(size.depth, splits), tile_depth<S>) * tile_depth<S>;
+  return {column_tiles, splits == 1 ? 1 : ceil_div(size.depth, split_depth), split_depth, nullptr};
 }
 
 // Bytes of plan.partial.
@@ -301,16 +303,16 @@ template <typename Product, int Count>
 void product_launch(const typename Product::Arguments& a, const ProductPlan& plan, const Device& device) {
   using S = typename Product::Scalar;
   const ProductSize size = Product::size(a);
-  const int64_t blocks = divide_up(size.rows, WideTile<S>::rows) * plan.column_tiles * plan.splits;
-  if (size.columns <= thin_columns) {
-    launch(tile_product_kernel<Product, Count, ThinTile<S>>, blocks, ThinTile<S>::threads, 0, device, a, size,
-           plan);
+  const int64_t blocks = ceil_div(size.rows, WideTile<S>::rows) * plan.column_tiles * plan.splits;
+  if (size.columns <= narrow_columns) {
+    launch(tile_product_kernel<Product, Count, NarrowTile<S>>, blocks, NarrowTile<S>::threads, 0, device, a,
+           size, plan);
   } else {
     launch(tile_product_kernel<Product, Count, WideTile<S>>, blocks, WideTile<S>::threads, 0, device, a, size,
            plan);
   }
   if (plan.splits == 1) return;
-  launch(add_splits_kernel<Product>, divide_up(size.rows * size.columns, block_threads), block_threads, 0,
+  launch(add_splits_kernel<Product>, ceil_div(size.rows * size.columns, block_threads), block_threads, 0,
          device, a, size, plan);
 }
 

@@ -2,7 +2,7 @@
 // What both directions share: arguments, projection, and where a vertex lies on a map.
 #pragma once
 
-#include "kernels/plan.cuh"
+#include "kernels/common.cuh"
 
 namespace pahm {
 
@@ -11,11 +11,11 @@ inline constexpr int most_maps = 16;
 // Either planes (B, C, H, W) or channels_last (B, H, W, C), without gaps.
 template <typename S>
 struct SampleMap {
-  const S* data;
-  S* grad;  // null where it is not wanted
+  const S* data;  // (batch, channels, height, width), without gaps
+  S* grad;        // as data lies, or null if it is not wanted
   int channels, height, width;
-  int first_channel;  // in the output
-  bool channels_last;
+  int first_channel;   // in the output
+  bool channels_last;  // how both lie in memory; else NCHW
 };
 
 enum class Camera { none, weak, perspective };
@@ -26,9 +26,10 @@ struct SampleArguments {
   SampleMap<S> maps[most_maps];
   int map_count;
   int64_t batch;
-  int vertex_count, channels;
-  const T* vertices;
-  const T* camera;
+  int vertex_count;
+  int channels;       // of all maps
+  const T* vertices;  // (batch, vertex_count, 3), without a camera (.., 2) in normalised coordinates
+  const T* camera;    // (batch, 3) [s, tx, ty], (batch, 3, 3) in pixels, or null
   Camera camera_kind;
   T scale[2], shift[2];  // pixels of a perspective camera to normalised coordinates: multiply, then add
   bool align_corners, border;
@@ -51,6 +52,7 @@ struct MapBlocks {
   int64_t first_block;
   int x, y;
 };
+// How a launch is shared out between maps.
 struct MapPlan {
   MapBlocks maps[most_maps];
   int map_count;
@@ -77,8 +79,9 @@ __device__ __forceinline__ bool finite(T x) {
 // A vertex, the camera of its batch item, and what the projection makes of them.
 template <typename T>
 struct Projected {
-  T vertex[3], camera[9], ray[3];
-  T point[2];
+  T vertex[3], camera[9];
+  T ray[3];    // the camera matrix times the vertex
+  T point[2];  // normalised
   bool valid;  // false for what is not finite, and behind a perspective camera
 };
 

@@ -256,7 +256,7 @@ struct SampleBackwardPlan {
     for (int i = 0; i < b.forward.map_count; ++i) {
       slabs.first[i] = slab_count;
       slabs.count[i] =
-          static_cast<int>(divide_up(b.forward.maps[i].channels, slab_channels(b.forward.maps[i])));
+          static_cast<int>(ceil_div(b.forward.maps[i].channels, slab_channels(b.forward.maps[i])));
       slab_count += slabs.count[i];
     }
   }
@@ -278,7 +278,7 @@ int64_t set_sample_workspace(SampleBackwardArguments<S>& b, void* memory) {
   int64_t bytes = 0;
   const auto part = [&](int64_t size) {
     char* const begin = next == nullptr ? nullptr : next + bytes;
-    bytes += divide_up(size, 32) * 32;
+    bytes += ceil_div(size, 32) * 32;
     return begin;
   };
   b.work.cells = reinterpret_cast<int32_t*>(part(entries * 4));
@@ -300,10 +300,10 @@ void map_grads_launch(const SampleBackwardArguments<S>& b, const SampleBackwardP
   int64_t count = 0;
   for (int i = 0; i < a.map_count; ++i) {
     const SampleMap<S>& map = a.maps[i];
-    const int64_t tiles = divide_up(static_cast<int64_t>(map.height) * map.width, tile_pixels);
+    const int64_t tiles = ceil_div(static_cast<int64_t>(map.height) * map.width, tile_pixels);
     blocks.maps[i] = {count, plan.lane_bits(map), static_cast<int>(tiles)};
     if (map.channels_last != channels_last || (map.grad == nullptr && b.work.products == nullptr)) continue;
-    count += a.batch * tiles * (channels_last ? plan.slabs.count[i] : divide_up(plan.slabs.count[i], 4));
+    count += a.batch * tiles * (channels_last ? plan.slabs.count[i] : ceil_div(plan.slabs.count[i], 4));
   }
   if (channels_last) {
     launch(pixel_grads_kernel<S, Count>, count, block_threads, 0, device, b, blocks, plan.slabs);
@@ -317,7 +317,7 @@ void vertex_sample_backward_launch(const SampleBackwardArguments<S>& b, const De
   const SampleArguments<S>& a = b.forward;
   if (a.batch == 0) return;
   const SampleBackwardPlan<S> plan(b);
-  const int64_t tiles = divide_up(a.vertex_count, block_threads);
+  const int64_t tiles = ceil_div(a.vertex_count, block_threads);
   launch(sort_vertices_kernel<S>, a.batch * a.map_count * tiles, block_threads, 0, device, a, b.work,
          static_cast<int>(tiles));
   for (const bool channels_last : {false, true}) {

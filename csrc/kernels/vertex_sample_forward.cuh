@@ -54,7 +54,7 @@ inline constexpr int most_band_rows = 64;
 template <typename S>
 __host__ __device__ constexpr int64_t plane_pitch(int rows, int width) {
   constexpr int sector = 32 / sizeof(S), wave = 128 / sizeof(S), step = wave / plane_channels<S>;
-  return divide_up(int64_t{1} * rows * width + 2 * sector, wave) * wave + step;
+  return ceil_div(int64_t{1} * rows * width + 2 * sector, wave) * wave + step;
 }
 
 // A vertex whose cell begins in the band.
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(block_threads, 3)
   int block = plan.block_of(index, blockIdx.x);
   const int first_cell_row = block % bands * band_rows - 1;
   const int last_cell_row = first_cell_row + band_rows - 1;
-  const int slabs = static_cast<int>(divide_up(map.channels, channels));
+  const int slabs = static_cast<int>(ceil_div(map.channels, channels));
   block /= bands;
   const int first_channel = block % slabs * channels;
   const int64_t item = block / slabs, pixels = static_cast<int64_t>(map.height) * map.width;
@@ -120,13 +120,13 @@ __global__ void __launch_bounds__(block_threads, 3)
       const int r = run % rows, c = run / rows, row_begin = (first_row + r) * map.width;
       if (high[r] < 0) continue;
       const S* const plane = planes + c * pixels;
-      const int crooked = static_cast<int>(reinterpret_cast<uintptr_t>(plane) / sizeof(S) % sector);
-      int begin = (row_begin + low[r] + crooked) / sector * sector - crooked;
-      int end = (row_begin + high[r] + crooked) / sector * sector + sector - crooked;
+      const int misalignment = static_cast<int>(reinterpret_cast<uintptr_t>(plane) / sizeof(S) % sector);
+      int begin = (row_begin + low[r] + misalignment) / sector * sector - misalignment;
+      int end = (row_begin + high[r] + misalignment) / sector * sector + sector - misalignment;
       for (int q = r - 1; q >= 0 && (r - q - 1) * map.width < sector; --q) {
         if (high[q] < 0) continue;
         const int taken =
-            ((first_row + q) * map.width + high[q] + crooked) / sector * sector + sector - crooked;
+            ((first_row + q) * map.width + high[q] + misalignment) / sector * sector + sector - misalignment;
         begin = begin < taken ? taken : begin;
         break;
       }
@@ -185,7 +185,7 @@ void sample_pixels_launch(const SampleArguments<S>& a, S* output, const Device& 
   int64_t blocks = 0;
   for (int i = 0; i < a.map_count; ++i) {
     const int lane_bits = bits_for(a.maps[i].channels / Count, 5);
-    const int64_t tiles = divide_up(a.vertex_count, block_threads >> lane_bits);
+    const int64_t tiles = ceil_div(a.vertex_count, block_threads >> lane_bits);
     plan.maps[i] = {blocks, lane_bits, static_cast<int>(tiles)};
     if (a.maps[i].channels > 0) blocks += a.batch * tiles;
   }
@@ -209,10 +209,10 @@ void sample_planes_launch(const SampleArguments<S>& a, S* output, const Device& 
     while (rows < map.height + 1 && rows < most_band_rows && bytes(rows + 1) <= most_bytes) ++rows;
     if (rows == 0 && bytes(1) + static_bytes <= device.shared_limit) rows = 1;
     // Bands of one height.
-    const int64_t bands = rows == 0 ? 1 : divide_up(map.height + 1, rows);
-    if (rows > 0) rows = static_cast<int>(divide_up(map.height + 1, bands));
+    const int64_t bands = rows == 0 ? 1 : ceil_div(map.height + 1, rows);
+    if (rows > 0) rows = static_cast<int>(ceil_div(map.height + 1, bands));
     plan.maps[i] = {blocks, rows, static_cast<int>(bands)};
-    blocks += a.batch * bands * divide_up(map.channels, plane_channels<S>);
+    blocks += a.batch * bands * ceil_div(map.channels, plane_channels<S>);
     if (rows > 0 && bytes(rows) > shared_bytes) shared_bytes = bytes(rows);
   }
   launch(sample_planes_kernel<S>, blocks, block_threads, shared_bytes, device, a, output, plan);

@@ -12,9 +12,10 @@ def mesh_pool(x: Tensor, row_pointers: Tensor, columns: Tensor, values: Tensor) 
     Half-precision input is summed in float32.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    # The row of each entry: how many rows have begun. (repeat_interleave would say so, but not in ONNX.)
-    begun = row_pointers.new_zeros(columns.numel() + 1)
-    rows = begun.index_add(0, row_pointers[1:-1], torch.ones_like(row_pointers[1:-1])).cumsum(0)[:-1]
-    products = x.index_select(1, columns).to(dtype) * values.to(dtype)[:, None]
+    # The row of each entry: how many rows have begun. (repeat_interleave would say so, but not in ONNX, which
+    # has no indices of int32 either.)
+    begun, starts = row_pointers.new_zeros(columns.numel() + 1, dtype=torch.int64), row_pointers[1:-1].long()
+    rows = begun.index_add(0, starts, torch.ones_like(starts)).cumsum(0)[:-1]
+    products = x.index_select(1, columns.long()).to(dtype) * values.to(dtype)[:, None]
     out = products.new_zeros(x.shape[0], row_pointers.numel() - 1, x.shape[2])
     return out.index_add(1, rows, products).to(x.dtype)

@@ -27,6 +27,21 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def check(condition: bool, message: str) -> None:
+    """Raises ValueError unless `condition`: what memory safety needs, as in csrc."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_operand(
+    name: str, tensor: Tensor, device: torch.device, dims: int, dtype: torch.dtype | None = None
+) -> None:
+    """Raises ValueError for a tensor on another device, or of another rank or dtype."""
+    check(tensor.device == device, f"{name} must be on {device}, got {tensor.device}")
+    check(tensor.dim() == dims, f"{name} must be of rank {dims}, got shape {tuple(tensor.shape)}")
+    check(dtype in (None, tensor.dtype), f"{name} must be {dtype}, got {tensor.dtype}")
+
+
 def check_small(**sizes: int) -> None:
     """Raises ValueError for a size that kernels do not count in 32 bits, the last tile's rows included."""
     for name, size in sizes.items():
@@ -40,7 +55,7 @@ def check_small(**sizes: int) -> None:
 MOST = 2**31 - 2**16
 
 
-def together(*sizes: int) -> int:
+def vector_width(*sizes: int) -> int:
     """How many neighbouring elements a kernel may take as one vector, where `sizes` are multiples of it."""
     return math.gcd(16, *sizes)
 

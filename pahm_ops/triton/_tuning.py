@@ -76,7 +76,7 @@ def config(warps: int, stages: int, **blocks: int) -> triton.Config:
     return triton.Config(blocks, num_warps=warps, num_stages=stages, maxnreg=255)
 
 
-def unlike(candidates: Sequence[triton.Config]) -> tuple[triton.Config, ...]:
+def deduplicated(candidates: Sequence[triton.Config]) -> tuple[triton.Config, ...]:
     """The candidates without repetitions, which small tensors bring about."""
     return tuple({str(candidate): candidate for candidate in candidates}.values())
 

@@ -9,22 +9,51 @@ import torch
 import triton
 from torch import Tensor
 
+from pahm_ops.backends import define_triton, tf32_allowed
 from pahm_ops.triton import _spiral_conv_kernels as kernels
-from pahm_ops.triton._common import MOST, block, check_small, interpreted, processors, size_class, together
-from pahm_ops.triton._tuning import Kernel, config, unlike
+from pahm_ops.triton._common import (
+    MOST,
+    block,
+    check,
+    check_operand,
+    check_small,
+    interpreted,
+    processors,
+    size_class,
+    vector_width,
+)
+from pahm_ops.triton._tuning import Kernel, config, deduplicated
 
 
 def spiral_conv(
-    x: Tensor, table: Tensor, weight: Tensor, bias: Tensor | None, activation: int, *, tf32: bool = False
+    x: Tensor,
+    table: Tensor,
+    t_pointers: Tensor,
+    t_rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: int,
 ) -> Tensor:
     """Spiral convolution, the activation applied while a result is in registers.
 
     x (B, N, C), table (L, M) int32 in [0, N), weight (Cout, L * C), bias (Cout,) or None -> (B, M, Cout),
-    all contiguous and but for the table of one dtype: float32, float64, float16 or bfloat16. activation:
-    0 none, 1 ReLU, 2 ELU, 3 the exact GELU. Half precision is summed in float32; `tf32` lets tensor cores
-    round the factors of a float32 product to TF32.
+    but for the table of one dtype: float32, float64, float16 or bfloat16. activation: 0 none, 1 ReLU, 2 ELU,
+    3 the exact GELU. Half precision is summed in float32. Tensor cores round the factors of a float32 product
+    to TF32 if PyTorch's own products may.
     """
+    check_operand("x", x, x.device, 3)
+    check_operand("table", table, x.device, 2, torch.int32)
+    check_operand("weight", weight, x.device, 2, x.dtype)
+    if bias is not None:
+        check_operand("bias", bias, x.device, 1, x.dtype)
     (batch, vertices, channels), (length, rows), out_channels = x.shape, table.shape, weight.shape[0]
+    check(length > 0 and weight.shape[1] == length * channels, "weight must be (Cout, L * C)")
+    check(bias is None or len(bias) == out_channels, "bias must be (Cout,)")
+    check(0 <= activation < 4, f"activation must be 0, 1, 2 or 3, got {activation}")
+    if channels == 0:  # A sum of nothing: as if of one channel that is zero.
+        x, weight, channels = x.new_zeros(batch, vertices, 1), weight.new_zeros(out_channels, length), 1
+    x, table, weight = x.contiguous(), table.contiguous(), weight.contiguous()
+    bias, tf32 = None if bias is None else bias.contiguous(), _tf32(x.dtype)
     check_small(rows=rows, columns_of_weight=length * channels)
     out = x.new_empty(batch, rows, out_channels)
     if out.numel() == 0:
@@ -54,7 +83,7 @@ def spiral_conv(
 
 
 def spiral_conv_input_grad(
-    grad: Tensor, t_pointers: Tensor, t_rows: Tensor, weight: Tensor, vertices: int, *, tf32: bool = False
+    grad: Tensor, table: Tensor, t_pointers: Tensor, t_rows: Tensor, weight: Tensor, vertices: int
 ) -> Tensor:
     """Gradient of `spiral_conv` to x, by gathering: no atomics, the same bits each time.
 
@@ -62,12 +91,23 @@ def spiral_conv_input_grad(
     [t_pointers[i], t_pointers[i + 1]) of t_rows, both int32, are the m with table[l, m] == n, where i is
     l * N + n.
     """
-    (batch, rows, out_channels), length = grad.shape, (t_pointers.numel() - 1) // max(vertices, 1)
-    channels = weight.shape[1] // max(length, 1)
+    check_operand("grad", grad, grad.device, 3)
+    check_operand("table", table, grad.device, 2, torch.int32)
+    check_operand("t_pointers", t_pointers, grad.device, 1, torch.int32)
+    check_operand("t_rows", t_rows, grad.device, 1, torch.int32)
+    check_operand("weight", weight, grad.device, 2, grad.dtype)
+    (batch, rows, out_channels), length = grad.shape, table.shape[0]
+    check(length > 0 and table.shape[1] == rows, "table must be (L, M) for grad (B, M, Cout)")
+    check(len(weight) == out_channels and weight.shape[1] % length == 0, "weight must be (Cout, L * C)")
+    lists = vertices >= 0 and len(t_pointers) == vertices * length + 1 and len(t_rows) == length * rows
+    check(lists, "t_pointers must be (L * vertices + 1,) and t_rows (L * M,)")
+    channels = weight.shape[1] // length
     check_small(vertices=vertices, columns_of_weight=length * channels)
     out = grad.new_empty(batch, vertices, channels)
-    if out.numel() == 0:
-        return out
+    if out.numel() == 0 or grad.numel() == 0:
+        return out.zero_()
+    grad, weight, tf32 = grad.contiguous(), weight.contiguous(), _tf32(grad.dtype)
+    t_pointers, t_rows = t_pointers.contiguous(), t_rows.contiguous()
     _INPUT_GRAD.launch(
         [(batch * vertices, "BLOCK_R"), (channels, "BLOCK_C")],
         _candidates(
@@ -92,13 +132,21 @@ def spiral_conv_input_grad(
     return out
 
 
-def spiral_conv_weight_grad(grad: Tensor, x: Tensor, table: Tensor, *, tf32: bool = False) -> Tensor:
+def spiral_conv_weight_grad(
+    grad: Tensor, x: Tensor, table: Tensor, t_pointers: Tensor, t_rows: Tensor
+) -> Tensor:
     """Gradient of `spiral_conv` to weight: no atomics, the same bits each time.
 
     grad (B, M, Cout), x (B, N, C), table (L, M) int32 -> (Cout, L * C). Parts of the rows are summed apart,
     where that keeps more of the GPU busy, in a float32 (float64) workspace, then added in their order.
     """
+    check_operand("grad", grad, grad.device, 3)
+    check_operand("x", x, grad.device, 3, grad.dtype)
+    check_operand("table", table, grad.device, 2, torch.int32)
     (batch, rows, out_channels), (_, vertices, channels), length = grad.shape, x.shape, table.shape[0]
+    fits = x.shape[0] == batch and table.shape[1] == rows
+    check(fits, "grad must be (B, M, Cout) for x (B, N, C) and table (L, M)")
+    grad, x, table, tf32 = grad.contiguous(), x.contiguous(), table.contiguous(), _tf32(x.dtype)
     check_small(rows=rows, columns_of_weight=length * channels)
     out = x.new_empty(out_channels, length * channels)
     count = batch * rows
@@ -140,6 +188,10 @@ def spiral_conv_weight_grad(grad: Tensor, x: Tensor, table: Tensor, *, tf32: boo
     return out
 
 
+def _tf32(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and tf32_allowed()
+
+
 #: The default has tiles of no more rows than this share of all, so that each multiprocessor gets one.
 _SHARE = 128
 #: Rows are split in multiples of it, and it is what a tile has about.
@@ -174,7 +226,7 @@ def _candidates(
         sizes = ((rows[0], most_rows), columns, inner)
         blocks = {name: block(size, 16, most) for (name, size), most in zip(sizes, tile, strict=True)}
         found.append(config(warps, stages, **blocks, **constants))
-    return unlike(found)
+    return deduplicated(found)
 
 
 def _product(dtype: torch.dtype, tf32: bool, ragged: bool) -> str:
@@ -187,7 +239,7 @@ def _product(dtype: torch.dtype, tf32: bool, ragged: bool) -> str:
 
 def _shape(dtype: torch.dtype, tf32: bool, rows: int, channels: int, out_channels: int) -> dict[str, Any]:
     """The arguments that all three kernels have, and the tuner's key."""
-    vec, out_vec = together(channels), together(out_channels)
+    vec, out_vec = vector_width(channels), vector_width(out_channels)
     return {
         "packs": channels // vec,
         "out_packs": out_channels // out_vec,
@@ -205,3 +257,11 @@ _FORWARD = Kernel(kernels.forward_kernel, _KEY)
 _INPUT_GRAD = Kernel(kernels.input_grad_kernel, _KEY)
 _WEIGHT_GRAD = Kernel(kernels.weight_grad_kernel, _KEY)
 _SUM = Kernel(kernels.sum_kernel, ())
+
+OPS = define_triton(
+    {
+        "spiral_conv": spiral_conv,
+        "_spiral_conv_input_grad": spiral_conv_input_grad,
+        "_spiral_conv_weight_grad": spiral_conv_weight_grad,
+    }
+)

@@ -10,9 +10,10 @@ import torch
 import triton
 from torch import Tensor
 
+from pahm_ops.backends import define_triton
 from pahm_ops.triton import _vertex_sample_kernels as kernels
-from pahm_ops.triton._common import block, check_small, size_class, together
-from pahm_ops.triton._tuning import Kernel, config, unlike
+from pahm_ops.triton._common import block, check, check_operand, check_small, size_class, vector_width
+from pahm_ops.triton._tuning import Kernel, config, deduplicated
 
 Geometry = dict[str, Any]
 
@@ -34,6 +35,7 @@ def vertex_sample(
     each with the whole of projection and sampling. Nothing looks at values on the host: a vertex behind a
     perspective camera is not valid there, that is, has zero features and gradients.
     """
+    _check_operands(features, vertices, camera)
     batch, count = vertices.shape[:2]
     total = sum(feature.shape[1] for feature in features)
     _check_sizes(features, count, total)
@@ -74,6 +76,11 @@ def vertex_sample_backward(
     empty vector. That of a map has the map's memory format. No atomics: the same bits each time. For the
     maps the vertices are sorted by the cell of pixels that they lie in, so that one thread sums an element.
     """
+    _check_operands(features, vertices, camera)
+    check_operand("grad", grad, features[0].device, 3, features[0].dtype)
+    shape = (*vertices.shape[:2], sum(feature.shape[1] for feature in features))
+    check(tuple(grad.shape) == shape, "grad must have the output's shape")
+    check(len(needs) == len(features) + 2, "needs must have an entry a map and two more")
     _check_sizes(features, *grad.shape[1:])
     grad = grad.contiguous()
     *need_maps, need_vertices, need_camera = needs
@@ -85,6 +92,25 @@ def vertex_sample_backward(
     shares = _point_grads(grad, features, geometry, border)
     vertex_grad, camera_grad = _through_projection(shares, geometry, need_camera)
     return map_grads, vertex_grad, camera_grad
+
+
+def _check_operands(features: Sequence[Tensor], vertices: Tensor, camera: Tensor | None) -> None:
+    check(
+        1 <= len(features) <= 16, f"features must be 1 to 16 maps, got {len(features)}"
+    )  # as in csrc/kernels
+    first = features[0]
+    for feature in features:
+        check_operand("features", feature, first.device, 4, first.dtype)
+        whole = feature.shape[2] * feature.shape[3] > 0 and feature.shape[0] == first.shape[0]
+        check(whole, "features must be (B, C, H, W) of one batch")
+    check_operand("vertices", vertices, first.device, 3)
+    width = 2 if camera is None else 3
+    fits = (vertices.shape[0], vertices.shape[2]) == (first.shape[0], width)
+    check(fits, f"vertices must be (B, N, {width})")
+    if camera is not None:
+        check_operand("camera", camera, first.device, camera.dim(), vertices.dtype)
+        shapes = ((first.shape[0], 3), (first.shape[0], 3, 3))
+        check(tuple(camera.shape) in shapes, "camera must be (B, 3) or (B, 3, 3)")
 
 
 def _check_sizes(features: Sequence[Tensor], count: int, total: int) -> None:
@@ -233,8 +259,8 @@ def _map(feature: Tensor, first: int, total: int) -> dict[str, Any]:
     batch, channel, row, column = strides
     if channels == 1:
         channel = 1
-    vec, out_vec = together(channels), together(channels, first, total)
-    stride_vec = together(batch, row, column) if channel == 1 else 1
+    vec, out_vec = vector_width(channels), vector_width(channels, first, total)
+    stride_vec = vector_width(batch, row, column) if channel == 1 else 1
     return {
         "height": feature.shape[2],
         "width": feature.shape[3],
@@ -260,7 +286,7 @@ def _candidates(
     rows: str, channels: int, size: int, last: bool, **constants: int
 ) -> tuple[triton.Config, ...]:
     """The default gives a thread a vector of 16 bytes: its registers let many threads wait together."""
-    vec = min(together(channels), 16 // size) if last else 1
+    vec = min(vector_width(channels), 16 // size) if last else 1
     found = []
     for share, most, warps in (
         (1, 128 if last else 16, 4),
@@ -271,7 +297,7 @@ def _candidates(
         block_c = block(channels, 8, most)
         tile = share * 128 * max(2, vec)
         found.append(config(warps, 2, **{rows: max(1, tile // block_c), "BLOCK_C": block_c}, **constants))
-    return unlike(found)
+    return deduplicated(found)
 
 
 #: Vertices of a program where there are no channels.
@@ -283,3 +309,5 @@ _POINT_GRAD = Kernel(kernels.point_grad_kernel, _KEY)
 _MAP_GRAD = Kernel(kernels.map_grad_kernel, _KEY)
 _CELL = Kernel(kernels.cell_kernel, ())
 _PROJECTION_GRAD = Kernel(kernels.projection_grad_kernel, ())
+
+OPS = define_triton({"vertex_sample": vertex_sample, "_vertex_sample_backward": vertex_sample_backward})

@@ -321,5 +321,5 @@ def test_library_loads_without_a_driver():
     if torch.version.cuda is None:
         pytest.skip("this torch has no CUDA, and does not load the library")
     library()
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("pahm_ops::mesh_pool_cuda", "CUDA")
-    assert torch.ops.pahm_ops.cuda_runs(torch.cuda.device_count()) is False
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("pahm_ops::mesh_pool", "CUDA")
+    assert torch.ops.pahm_ops._cuda_runs(torch.cuda.device_count()) is False

@@ -22,10 +22,12 @@ def functions() -> dict[str, str]:
     """The functions of csrc/cuda that are registered as ops of tensors, and their bodies."""
     found = {}
     for name, text in SOURCES.items():
-        for function in re.findall(r"TORCH_BOX\(&pahm::(\w+_cuda)\)", text):
+        for op, function in re.findall(r'm\.impl\("(\w+)", TORCH_BOX\(&pahm::(\w+)\)', text):
+            if op == "_cuda_runs":
+                continue
             body = re.search(rf"^\S[^\n]* {function}\(.*?^\}}", text, re.DOTALL | re.MULTILINE)
             assert body is not None, (name, function)
-            found[function] = body[0]
+            found[op] = body[0]
     return found
 
 
@@ -44,7 +46,7 @@ def test_the_scope_sets_the_device_of_torch_and_of_the_librarys_own_runtime():
     places = [constructor[0].find(step) for step in steps]
     assert -1 not in places and places == sorted(places)
     # What is asked of a device names it, or comes after its scope has begun.
-    assert using("cudaSetDevice") == ["device.cu", "launch.h"]
+    assert using("cudaSetDevice") == ["cuda_runs.cu", "launch.h"]
 
 
 def test_every_op_launches_within_the_scope_of_its_device():
@@ -52,7 +54,7 @@ def test_every_op_launches_within_the_scope_of_its_device():
     for name, body in functions().items():
         begin = body.find("const OnDeviceOf on(")
         assert begin > 0, name
-        launches = [m.start() for m in re.finditer(r"\brun<|_launch<", body)]
+        launches = [m.start() for m in re.finditer(r"\brun<|_launch\b", body)]
         assert launches and min(launches) > begin, name
         assert body.count("OnDeviceOf") == 1, name
 
@@ -66,17 +68,17 @@ def test_what_a_kernel_of_the_library_throws_is_a_value_error():
     x, table, pointers = torch.zeros(1, 2, 3), torch.zeros(2, 2).int(), torch.zeros(3).int()
     maps, needs = [torch.zeros(1, 2, 4, 4)], [True, True, True]
     arguments = {
-        "mesh_pool": (x, pointers, pointers, torch.zeros(3)),
-        "spiral_conv": (x, table, torch.zeros(4, 6), None, 0),
-        "spiral_conv_input_grad": (x, pointers, pointers, torch.zeros(3, 3), 2),
-        "spiral_conv_weight_grad": (x, x, table),
+        "mesh_pool": (x, *(pointers, pointers, torch.zeros(3)) * 2),
+        "spiral_conv": (x, table, pointers, pointers, torch.zeros(4, 6), None, 0),
+        "_spiral_conv_input_grad": (x, table, pointers, pointers, torch.zeros(3, 3), 2),
+        "_spiral_conv_weight_grad": (x, x, table, pointers, pointers),
         "vertex_sample": (maps, x[..., :2], None, 0, 0, False, True),
-        "vertex_sample_backward": (x, maps, x[..., :2], None, 0, 0, False, True, needs),
+        "_vertex_sample_backward": (x, maps, x[..., :2], None, 0, 0, False, True, needs),
     }
-    assert {f"{name}_cuda" for name in arguments} == set(functions())
+    assert set(arguments) == set(functions())
     below = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     for name, given in arguments.items():
-        op = getattr(torch.ops.pahm_ops, f"{name}_cuda").default
+        op = getattr(torch.ops.pahm_ops, name).default
         with pytest.raises(ValueError, match="must be on a CUDA device, got cpu"):
             op.redispatch(below, *given)
 
@@ -84,4 +86,4 @@ def test_what_a_kernel_of_the_library_throws_is_a_value_error():
 @needs_library
 @pytest.mark.parametrize("device", [-1, -(2**62), 2**31, 2**62])
 def test_the_library_runs_on_no_device_that_is_not_there(device):
-    assert not torch.ops.pahm_ops.cuda_runs(device)
+    assert not torch.ops.pahm_ops._cuda_runs(device)

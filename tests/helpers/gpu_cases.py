@@ -9,7 +9,7 @@ import torch
 from op_samples import Sample
 from torch import Tensor
 
-from pahm_ops import MeshTransform, mesh_pool, spiral_conv, vertex_sample
+from pahm_ops import MeshTransform, SpiralTable, mesh_pool, spiral_conv, vertex_sample
 from pahm_ops.reference import mesh_pool as pool_reference
 from pahm_ops.reference import spiral_conv as conv_reference
 from pahm_ops.reference import vertex_sample as sample_reference
@@ -43,7 +43,7 @@ def spiral_sample(
         return conv_reference.spiral_conv(x, indices, weight, bias, activation)
 
     arguments = (x, weight) if offset is None else (x, weight, offset)
-    raw = (x, indices, weight, offset, ACTIVATIONS.index(activation))
+    raw = (x, *SpiralTable.prepare(indices, x.shape[1])[2:], weight, offset, ACTIVATIONS.index(activation))
     return Sample(f"{shape}", function, definition, arguments, raw)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from gpu_cases import DEVICE
 
-from pahm_ops import _paths
+from pahm_ops.backends import choose
 
 
 @pytest.fixture(params=("cuda", "triton"))
@@ -14,6 +14,6 @@ def path(request, monkeypatch) -> str:
     # Triton would time several configurations of each kernel for each shape.
     monkeypatch.setenv("PAHM_TRITON_TUNE", "0")
     try:
-        return _paths.choose("mesh_pool", torch.float32, DEVICE)
+        return choose("mesh_pool", torch.float32, DEVICE)
     except ValueError as error:
         pytest.skip(str(error))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pahm_ops import MeshTransform, mesh_pool, spiral_conv, vertex_sample
+from pahm_ops import MeshTransform, SpiralTable, mesh_pool, spiral_conv, vertex_sample
 from pahm_ops.reference import mesh_pool as reference_pool
 from pahm_ops.reference import spiral_conv as reference_conv
 from pahm_ops.reference import vertex_sample as reference_sample
@@ -62,7 +62,8 @@ def _spiral_conv(dtype: torch.dtype) -> list[Sample]:
 
             name = f"{n}-{m}-{length}-{cin}-{cout}-{activation}{'-bias' if with_bias else ''}"
             bias = arguments[2] if with_bias else None
-            raw = (x, indices, weight, bias, ACTIVATIONS.index(activation))
+            tables = SpiralTable.prepare(indices, n)[2:]
+            raw = (x, *tables, weight, bias, ACTIVATIONS.index(activation))
             found.append(Sample(name, function, definition, arguments, raw))
     return found
 

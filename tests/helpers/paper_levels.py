@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +40,7 @@ def levels() -> list[Level]:
         vertices = torch.from_numpy(hierarchy.vertices[i]).float()
         flat = vertices[:, vertices.std(0).argsort(descending=True)[:2]]
         centre, extent = (flat.amax(0) + flat.amin(0)) / 2, (flat.amax(0) - flat.amin(0)).max()
-        up = MeshTransform.prepare(hierarchy.up[i]) if i < 3 else None
+        up = MeshTransform.prepare(hierarchy.up[i].astype(np.float32)) if i < 3 else None
         indices = torch.from_numpy(spiral_indices(hierarchy.faces[i], LENGTH, vertices=hierarchy.vertices[i]))
         found.append(Level(len(vertices), indices, up, 1.5 * (flat - centre) / extent))
     return found

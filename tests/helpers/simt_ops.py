@@ -13,8 +13,7 @@ from paper_levels import Level
 from simt_kernels import Counts, Kernels
 from torch import Tensor
 
-from pahm_ops import MeshTransform
-from pahm_ops._tables import spirals
+from pahm_ops import MeshTransform, SpiralTable
 from pahm_ops.spiral_conv import ACTIVATIONS
 
 MESH_POOL = Kernels("mesh_pool.cpp")
@@ -37,7 +36,7 @@ def hostile(table: Tensor, limit: int, every: int = 3) -> Tensor:
 
 
 def list_bound(value: Tensor, count: int) -> int:
-    """As csrc/kernels/plan.cuh has it."""
+    """As csrc/kernels/common.cuh has it."""
     return int(value) if 0 <= value < count else count
 
 
@@ -71,18 +70,16 @@ def pool(
     rows = transform.backward if transposed else transform.forward
     height = transform.shape[1 if transposed else 0]
     out = torch.full((x.shape[0], height, x.shape[2]), torch.nan, dtype=x.dtype)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    tables = rows[0].int(), rows[1].int(), rows[2].to(wide)
-    sizes = x.shape[0], x.shape[1], height, x.shape[2], len(tables[1])
-    return out, MESH_POOL.call("mesh_pool", x.dtype, x, *tables, out, *sizes, processors, **options)
+    sizes = x.shape[0], x.shape[1], height, x.shape[2], len(rows[1])
+    wide = int(rows[2].dtype == torch.float64)
+    return out, MESH_POOL.call("mesh_pool", x.dtype, wide, x, *rows, out, *sizes, processors, **options)
 
 
 def pool_least_bytes(x: Tensor, transform: MeshTransform, transposed: bool = False) -> int:
     pointers, columns, values = transform.backward if transposed else transform.forward
     out = x.shape[0] * (len(pointers) - 1) * x.shape[2] * x.element_size()
-    wide = 8 if x.dtype == torch.float64 else 4
     touched = x.shape[0] * columns.unique().numel() * x.shape[2] * x.element_size()
-    return _sectors(touched, out, 4 * pointers.numel(), 4 * columns.numel(), wide * values.numel())
+    return _sectors(touched, out, 4 * pointers.numel(), 4 * columns.numel(), values.nbytes)
 
 
 # ---- spiral_conv ----
@@ -108,7 +105,7 @@ def spiral_product(
 ) -> tuple[Tensor, Counts]:
     x, indices, weight, offset, grad = tensors
     (batch, vertices, channels), (rows, length), out_channels = x.shape, indices.shape, weight.shape[0]
-    table, t_pointers, t_rows = spirals(indices, vertices)
+    _, _, table, t_pointers, t_rows = SpiralTable.prepare(indices, vertices)
     shapes = {
         "forward": grad.shape,
         "input_grad": x.shape,

@@ -20,7 +20,7 @@ import triton_sample_cases
 from torch import Tensor
 from triton_checks import DTYPES, check, name_of, on_device, random
 
-from pahm_ops._tables import spirals
+from pahm_ops.prepared import SpiralTable
 from pahm_ops.reference import mesh_pool as pool_reference
 from pahm_ops.reference import spiral_conv as conv_reference
 
@@ -43,10 +43,9 @@ CONVOLUTIONS = (
 )
 
 
-def transposed(indices: Tensor, vertices: int) -> tuple[Tensor, Tensor]:
-    """(pointers, rows) of spiral_conv_input_grad."""
-    _, pointers, rows = spirals(indices, vertices)
-    return on_device(pointers), on_device(rows)
+def tables(indices: Tensor, vertices: int) -> tuple[Tensor, ...]:
+    """(table, t_pointers, t_rows) of spiral_conv_input_grad."""
+    return tuple(on_device(tensor) for tensor in SpiralTable.prepare(indices, vertices)[2:])
 
 
 def convolve(
@@ -67,14 +66,14 @@ def convolve(
     expected = conv_reference.spiral_conv(wide[0], table, wide[1], wide_bias, activation)
     linear = conv_reference.spiral_conv(wide[0], table, wide[1])
     expected_grads = torch.autograd.grad(linear, wide, grad.double())
-    lists = transposed(table, vertices)
-    x, weight, bias, grad, table = map(on_device, (x, weight, bias, grad, table.t().int().contiguous()))
-    out = ours.spiral_conv(x, table, weight, bias, ACTIVATIONS.index(activation))
+    lists = tables(table, vertices)
+    x, weight, bias, grad = map(on_device, (x, weight, bias, grad))
+    out = ours.spiral_conv(x, *lists, weight, bias, ACTIVATIONS.index(activation))
     check("out", out, expected.detach(), dtype)
 
     def gradients() -> tuple[Tensor, Tensor]:
         x_grad = ours.spiral_conv_input_grad(grad, *lists, weight, vertices)
-        return x_grad, ours.spiral_conv_weight_grad(grad, x, table)
+        return x_grad, ours.spiral_conv_weight_grad(grad, x, *lists)
 
     found = gradients()
     for name, a, b in zip(("x", "weight"), found, expected_grads, strict=True):
@@ -89,7 +88,7 @@ def sums_of_many_rows_lose_nothing() -> None:
 
     grad = torch.tensor([[[2048.0, 2048.0], [1.0, 0.0]]], dtype=torch.float16)
     weight = torch.tensor([[1.0], [-1.0]], dtype=torch.float16)
-    lists = transposed(torch.zeros(2, 1, dtype=torch.int64), 1)
+    lists = tables(torch.zeros(2, 1, dtype=torch.int64), 1)
     found = ours.spiral_conv_input_grad(on_device(grad), *lists, on_device(weight), 1)
     assert found.item() == 1
 
@@ -98,18 +97,18 @@ def elu_near_zero() -> None:
     from pahm_ops.triton import spiral_conv as ours
 
     x = -torch.logspace(-12, 2, 200, dtype=torch.float64).float().view(1, -1, 1)
-    table, weight = torch.arange(200, dtype=torch.int32).view(1, -1), torch.ones(1, 1)
-    found = ours.spiral_conv(on_device(x), on_device(table), on_device(weight), None, 2)
+    lists = tables(torch.arange(200).view(-1, 1), 200)
+    found = ours.spiral_conv(on_device(x), *lists, on_device(torch.ones(1, 1)), None, 2)
     assert ((found.cpu().double() / x.double().expm1() - 1).abs() < 2e-6).all()
 
 
 def nan_passes_activations() -> None:
     from pahm_ops.triton import spiral_conv as ours
 
-    table, weight = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)
+    lists, weight = tables(torch.zeros(1, 1, dtype=torch.int64), 1), on_device(torch.ones(1, 1))
+    x = on_device(torch.full((1, 1, 1), torch.nan))
     for activation in range(4):
-        x = torch.full((1, 1, 1), torch.nan)
-        assert ours.spiral_conv(*map(on_device, (x, table, weight)), None, activation).isnan().all()
+        assert ours.spiral_conv(x, *lists, weight, None, activation).isnan().all()
 
 
 def convolution_beyond_32_bits() -> None:
@@ -120,10 +119,10 @@ def convolution_beyond_32_bits() -> None:
     x[0, -1], x[1, -1] = 1.0, 2.0
     table = torch.full((1, 1), vertices - 1, dtype=torch.int32, device=checks.device)
     weight = torch.ones(1, channels, dtype=torch.bfloat16, device=checks.device)
-    out = ours.spiral_conv(x, table, weight, None, 0)
+    out = ours.spiral_conv(x, table, table, table, weight, None, 0)
     assert out.view(-1).tolist() == [channels, 2 * channels]
     weight_grad = ours.spiral_conv_weight_grad(
-        torch.ones(2, 1, 1, dtype=x.dtype, device=checks.device), x, table
+        torch.ones(2, 1, 1, dtype=x.dtype, device=checks.device), x, table, table, table
     )
     assert (weight_grad == 3).all()
 
@@ -155,7 +154,7 @@ def pool(dtype: torch.dtype, sizes: Sequence[int]) -> None:
     x = random(batch, vertices, channels).to(dtype)
     expected = pool_reference.mesh_pool(x.double(), pointers, columns, values.double())
     arguments = (x, pointers.int(), columns.int(), values)
-    check("out", ours.mesh_pool(*map(on_device, arguments)), expected, dtype)
+    check("out", ours.mesh_pool(*map(on_device, (*arguments, *arguments[1:]))), expected, dtype)
 
 
 def pool_of_an_empty_matrix() -> None:
@@ -163,7 +162,7 @@ def pool_of_an_empty_matrix() -> None:
 
     none = torch.zeros(0, dtype=torch.int32)
     arguments = torch.randn(2, 4, 5), torch.zeros(8, dtype=torch.int32), none, none.float()
-    out = ours.mesh_pool(*map(on_device, arguments))
+    out = ours.mesh_pool(*map(on_device, (*arguments, *arguments[1:])))
     assert out.shape == (2, 7, 5) and (out == 0).all()
 
 
@@ -174,7 +173,8 @@ def pool_beyond_32_bits() -> None:
     x = torch.empty(2, vertices, channels, dtype=torch.bfloat16, device=checks.device)
     x[0, -1], x[1, -1] = 1.0, 2.0
     matrix = torch.tensor([0, 1]), torch.tensor([vertices - 1]), torch.tensor([3.0])
-    out = ours.mesh_pool(x, *(on_device(t.int()) for t in matrix[:2]), on_device(matrix[2]))
+    rows = [on_device(matrix[0].int()), on_device(matrix[1].int()), on_device(matrix[2])]
+    out = ours.mesh_pool(x, *rows, *rows)
     assert (out[0] == 3).all() and (out[1] == 6).all()
 
 

@@ -102,7 +102,7 @@ def test_asking_whether_the_kernels_run_changes_no_device():
     if not _library.CUDA_LOADED:
         pytest.skip("no compiled CUDA library here")
     for device in (1, 0, 1):
-        torch.ops.pahm_ops.cuda_runs(device)
+        torch.ops.pahm_ops._cuda_runs(device)
         assert torch.cuda.current_device() == 0
-    assert not torch.ops.pahm_ops.cuda_runs(-1)
-    assert not torch.ops.pahm_ops.cuda_runs(torch.cuda.device_count())
+    assert not torch.ops.pahm_ops._cuda_runs(-1)
+    assert not torch.ops.pahm_ops._cuda_runs(torch.cuda.device_count())

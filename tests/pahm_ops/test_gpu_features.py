@@ -26,7 +26,7 @@ from op_samples import OPS, Sample, samples
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from pahm_ops import MeshTransform, _tables, mesh_pool, spiral_conv, vertex_sample
+from pahm_ops import MeshTransform, SpiralTable, mesh_pool, spiral_conv, vertex_sample
 
 pytest_plugins = ["gpu_fixtures"]
 pytestmark = pytest.mark.gpu
@@ -300,8 +300,8 @@ def test_indices_are_checked_when_their_table_is_made_and_again_when_they_change
 
 def test_a_table_is_made_once(path, monkeypatch):
     made = []
-    make = _tables._make_spirals
-    monkeypatch.setattr(_tables, "_make_spirals", lambda *given: made.append(given) or make(*given))
+    make = SpiralTable.prepare
+    monkeypatch.setattr(SpiralTable, "prepare", lambda *given: made.append(given) or make(*given))
     with DEVICE:
         run = with_gradients(spiral_sample((2, 20, 20, 3, 8, 8), torch.float32))
         for _ in range(3):
@@ -313,5 +313,5 @@ def test_more_maps_than_the_kernels_take(path):
     with DEVICE:
         maps, points = feature_maps([(2, 3, 3)] * 17, torch.float32), image_points(2, 9).float()
     compare(map_sample(maps[:16], points))
-    with pytest.raises(ValueError, match="features must be at most 16 maps on a GPU, got 17"):
+    with pytest.raises(ValueError, match="features must be 1 to 16 maps, got 17"):
         vertex_sample(maps, points)

@@ -8,7 +8,8 @@ from gpu_cases import DEVICE, all_close, close, expected, op_sample, with_gradie
 from op_samples import OPS
 from torch import Tensor
 
-from pahm_ops import MeshTransform, _tables, mesh_pool, spiral_conv, vertex_sample
+from pahm_ops import MeshTransform, mesh_pool, spiral_conv, vertex_sample
+from pahm_ops.prepared import spiral_table
 from pahm_ops.reference import vertex_sample as sample_reference
 
 pytest_plugins = ["gpu_fixtures"]
@@ -74,15 +75,15 @@ def test_a_side_stream_does_not_wait_for_the_default_one(path, op):
 def test_a_table_made_on_one_stream_serves_another():
     with DEVICE:
         indices = torch.randint(0, 2**16, (2**20, 16))
-    _tables.spirals(indices.clone(), 2**16)
+    spiral_table(indices.clone(), 2**16)
     torch.cuda.synchronize(DEVICE)
     first, second = torch.cuda.Stream(DEVICE), torch.cuda.Stream(DEVICE)
     with torch.cuda.stream(first):
-        _tables.spirals(indices, 2**16)
+        spiral_table(indices, 2**16)
     with torch.cuda.stream(second):
-        seen = [t.clone() for t in _tables.spirals(indices, 2**16)]
+        seen = [t.clone() for t in spiral_table(indices, 2**16)[1:]]
     torch.cuda.synchronize(DEVICE)
-    assert all(torch.equal(a, b) for a, b in zip(seen, _tables.spirals(indices, 2**16), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(seen, spiral_table(indices, 2**16)[1:], strict=True))
 
 
 @each_op
@@ -98,38 +99,12 @@ def test_a_graph_replays_with_other_inputs(path, op):
         all_close(results, expected(sample, grad))
 
 
-@each_op
-def test_a_graph_of_tables_that_were_not_made_before(path, op):
-    """They are made at every replay, of the values of then; and those of the capture serve nothing else."""
-    warm_up(with_gradients(op_sample(op)))
-    sample = op_sample(op)
-    run = with_gradients(sample)
-    replay, results = capture(run)
-    for _ in range(2):
-        renew(sample.arguments)
-        if op == "spiral_conv":
-            sample.raw[1].copy_(sample.raw[1].flip(0))
-        replay()
-        wanted = expected(sample)
-        all_close(results, wanted)
-        all_close(run(), wanted)
-
-
-@pytest.mark.parametrize("op", ["spiral_conv", "mesh_pool"])
-def test_tables_of_a_graph_outlive_a_change_of_their_source(path, op):
-    sample = op_sample(op)
-    run = with_gradients(sample)
-    warm_up(run)
-    replay, results = capture(run)
-    wanted = expected(sample)
-    for tensor in sample.raw[1:]:
-        if isinstance(tensor, Tensor):
-            tensor.detach().mul_(1)  # the same values, but told as a change
-    run()  # Makes new tables; zeros take the memory of those that were dropped.
-    junk = [torch.zeros(size, device=DEVICE) for size in (10, 100, 500, 1000) for _ in range(500)]
-    replay()
-    all_close(results, wanted)
-    assert len(junk)
+def test_a_table_is_not_prepared_within_a_capture(path):
+    sample = op_sample("spiral_conv")
+    warm_up(with_gradients(sample))
+    indices = sample.raw[1].t().long()
+    with pytest.raises(RuntimeError, match="cannot be prepared while a CUDA graph is captured"):
+        capture(lambda: [spiral_conv(sample.raw[0], indices, *sample.raw[2:4])])
 
 
 def needs_memory(size: int) -> None:

@@ -1,4 +1,4 @@
-"""The ops that compute gradients are ops too: derivatives in both modes, batching rules, fake kernels."""
+"""The functions that compute gradients: derivatives in both modes, batching rules, fake kernels."""
 
 import pytest
 import torch
@@ -6,11 +6,13 @@ from op_samples import samples
 from torch.func import jvp, vjp, vmap
 
 import pahm_ops
+from pahm_ops import SpiralTable
+from pahm_ops.autograd.spiral_conv import input_grad, weight_grad
+from pahm_ops.autograd.vertex_sample import vertex_sample_backward
 
 pytestmark = pytest.mark.skipif(
     pahm_ops.backends()["spiral_conv"]["cpu"] == "reference", reason="no compiled kernels here"
 )
-OPS = torch.ops.pahm_ops
 NEEDS = (
     [True, True, True, True],
     [True, False, True, False],
@@ -22,11 +24,11 @@ NEEDS = (
 def spiral(op):
     torch.manual_seed(0)
     x, grad = (torch.randn(2, n, c, dtype=torch.float64) for n, c in ((7, 4), (6, 5)))
-    indices = torch.randint(0, 7, (6, 3))
+    _, _, *tables = SpiralTable.prepare(torch.randint(0, 7, (6, 3)), 7)
     weight = torch.randn(5, 12, dtype=torch.float64)
     if op == "input":
-        return lambda grad, weight: OPS.spiral_conv_input_grad(grad, indices, weight, 7), (grad, weight)
-    return lambda grad, x: OPS.spiral_conv_weight_grad(grad, x, indices), (grad, x)
+        return lambda grad, weight: input_grad(grad, *tables, weight, 7), (grad, weight)
+    return lambda grad, x: weight_grad(grad, x, *tables), (grad, x)
 
 
 def sampling(needs):
@@ -36,10 +38,9 @@ def sampling(needs):
     grad = torch.randn(2, 6, 5, dtype=torch.float64)
 
     def function(grad, vertices, camera, *maps):
-        map_grads, *others = OPS.vertex_sample_backward(
-            grad, list(maps), vertices, camera, 0, 0, False, False, needs
-        )
-        return tuple(g for g in (*map_grads, *others) if g.dim() > 1)
+        options = (0, 0, False, False)
+        found = vertex_sample_backward(grad, vertices, camera, options, tuple(needs), *maps)
+        return tuple(g for g in found if g.dim() > 1)
 
     return function, (grad, vertices, camera, *maps)
 

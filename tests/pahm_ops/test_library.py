@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import pahm_ops
-from pahm_ops import _library, _paths
+from pahm_ops import _library
+from pahm_ops.backends import FUNCTIONS, choose
 
 
 def run(code, **environment):
@@ -42,7 +43,7 @@ def test_backends_names_every_op_and_what_serves_it():
 
 def test_every_op_has_a_cpu_kernel_a_fake_and_derivatives():
     library()
-    for name in ("spiral_conv", "spiral_conv_input_grad", "spiral_conv_weight_grad", "mesh_pool"):
+    for name in (name for names in FUNCTIONS.values() for name in names):
         for key in ("CPU", "Meta", "Autograd"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pahm_ops::{name}", key), (name, key)
 
@@ -154,12 +155,11 @@ def test_a_cuda_library_that_cannot_be_loaded_is_one_warning(monkeypatch, tmp_pa
     assert str(pahm_ops.backends()).endswith(notes[0]) and pahm_ops.backends().notes[:1] == (notes[0],)
     monkeypatch.setenv("PAHM_GPU_PATH", "cuda")
     with pytest.raises(ValueError, match=r"no compiled CUDA library was loaded; .* cannot be loaded"):
-        _paths.choose("mesh_pool", torch.float32, torch.device("cuda", 0))
+        choose("mesh_pool", torch.float32, torch.device("cuda", 0))
 
 
 def test_a_library_that_is_missing_is_one_warning(monkeypatch, notes):
     monkeypatch.setattr(_library, "_find", lambda name: None)
-    monkeypatch.setattr(_library, "SCHEMAS", ())
     with pytest.warns(UserWarning, match="no compiled kernels in .*: the CPU runs plain PyTorch") as warned:
         assert not _library._load() and not _library._load_cuda()
     assert len(warned) == len(notes) == 1

@@ -218,7 +218,7 @@ def test_raw_op_refuses_what_would_read_beyond_a_tensor():
         pytest.skip("nothing was compiled")
     transform = MeshTransform.prepare(matrix(9, 6))
     x = torch.randn(2, 6, 5)
-    (pointers, columns, values), back = transform.forward, transform.backward
+    pointers, columns, values = transform.forward
     bad = columns.clone()
     bad[3] = 6
     falling = pointers.clone()
@@ -230,12 +230,13 @@ def test_raw_op_refuses_what_would_read_beyond_a_tensor():
         (ValueError, (x, pointers[1:], columns, values)),
         (ValueError, (x, pointers[:0], columns, values)),
         (ValueError, (x, pointers, columns, values[1:])),
-        (ValueError, (x, pointers, columns.int(), values)),
+        (ValueError, (x, pointers, columns.long(), values)),
+        (ValueError, (x, pointers, columns, values.half())),
         (ValueError, (x[0], pointers, columns, values)),
     ]
     for error, call in cases:
         with pytest.raises(error, match=r"must"):
-            torch.ops.pahm_ops.mesh_pool(*call, *back)
+            torch.ops.pahm_ops.mesh_pool(*call, *transform.backward)
 
 
 def test_more_than_two_to_the_31_elements():
@@ -248,8 +249,6 @@ def test_more_than_two_to_the_31_elements():
     except RuntimeError:
         pytest.skip("not enough address space")
     x[0, -8:] = torch.randn(8, channels)
-    (pointers, columns, values), _ = (t := MeshTransform.prepare(matrix(9, 8))).forward, t.backward
-    far = columns + vertices - 8
-    empty = torch.zeros(1, dtype=torch.int64).expand(vertices + 1)
-    actual = torch.ops.pahm_ops.mesh_pool(x, pointers, far, values, empty, columns, values)
+    pointers, columns, values = (t := MeshTransform.prepare(matrix(9, 8))).forward
+    actual = torch.ops.pahm_ops.mesh_pool(x, pointers, columns + vertices - 8, values, *t.backward)
     torch.testing.assert_close(actual, mesh_pool(x[:, -8:].clone(), t))

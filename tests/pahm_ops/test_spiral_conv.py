@@ -3,8 +3,10 @@ import torch
 import torch.nn.functional as F
 
 import pahm_ops
-from pahm_ops import SpiralConv, spiral_conv
+from pahm_ops import SpiralConv, SpiralTable, spiral_conv
 from pahm_ops.reference import spiral_conv as reference
+
+OPS = torch.ops.pahm_ops
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}
@@ -115,11 +117,10 @@ def test_bfloat16_sums_in_float32(isa):
     assert (spiral_conv(x, indices, weight) == 4096).all()
     assert (spiral_conv(x, indices, weight[:2]) == 4096).all()
     grad = torch.ones(1, 1000, 16, dtype=torch.bfloat16)
-    sums = torch.ops.pahm_ops.spiral_conv_weight_grad(grad, x, torch.zeros(1000, 1, dtype=torch.int64))
+    _, _, *tables = SpiralTable.prepare(torch.zeros(1000, 1, dtype=torch.int64), 4)
+    sums = OPS._spiral_conv_weight_grad(grad, x, *tables)
     assert (sums == 1000).all()
-    sums = torch.ops.pahm_ops.spiral_conv_input_grad(
-        grad, torch.zeros(1000, 1, dtype=torch.int64), torch.ones(16, 8, dtype=torch.bfloat16), 4
-    )
+    sums = OPS._spiral_conv_input_grad(grad, *tables, torch.ones(16, 8, dtype=torch.bfloat16), 4)
     assert (sums[0, 0] == 16000).all()
     assert (sums[0, 1:] == 0).all()
 
@@ -206,13 +207,13 @@ def test_ops_pass_opcheck():
         pytest.skip("nothing was compiled")
     x, indices, weight, bias = arguments((2, 9, 8, 3, 5, 4))
     grad = torch.randn(2, 8, 4)
-    ops = torch.ops.pahm_ops
+    _, _, *tables = SpiralTable.prepare(indices, 9)
     for leaf in (x, weight, bias, grad):
         leaf.requires_grad_()
-    torch.library.opcheck(ops.spiral_conv, (x, indices, weight, bias))
-    torch.library.opcheck(ops.spiral_conv, (x, indices, weight, None))
-    torch.library.opcheck(ops.spiral_conv_input_grad, (grad, indices, weight, 9))
-    torch.library.opcheck(ops.spiral_conv_weight_grad, (grad, x, indices))
+    torch.library.opcheck(OPS.spiral_conv, (x, *tables, weight, bias, 1))
+    torch.library.opcheck(OPS.spiral_conv, (x, *tables, weight, None, 0))
+    torch.library.opcheck(OPS._spiral_conv_input_grad, (grad, *tables, weight, 9))
+    torch.library.opcheck(OPS._spiral_conv_weight_grad, (grad, x, *tables))
 
 
 def test_compiles_without_a_graph_break(backend):
@@ -259,14 +260,14 @@ def test_index_out_of_range_in_the_raw_ops_and_in_a_graph(value):
     if pahm_ops.backends()["spiral_conv"]["cpu"] == "reference":
         pytest.skip("nothing was compiled")
     x, indices, weight, bias = arguments((2, 9, 8, 3, 5, 4))
-    indices[5, 1] = value
+    _, _, table, *lists = SpiralTable.prepare(indices, 9)
+    indices[5, 1] = table[1, 5] = value
     grad = torch.randn(2, 8, 4)
-    ops = torch.ops.pahm_ops
     torch._dynamo.reset()
     calls = [
-        lambda: ops.spiral_conv(x, indices, weight, bias),
-        lambda: ops.spiral_conv_input_grad(grad, indices, weight, 9),
-        lambda: ops.spiral_conv_weight_grad(grad, x, indices),
+        lambda: OPS.spiral_conv(x, table, *lists, weight, bias, 0),
+        lambda: OPS._spiral_conv_input_grad(grad, table, *lists, weight, 9),
+        lambda: OPS._spiral_conv_weight_grad(grad, x, table, *lists),
         lambda: torch.compile(spiral_conv, fullgraph=True, backend="aot_eager")(x, indices, weight, bias),
     ]
     for call in calls:
@@ -278,25 +279,26 @@ def test_raw_ops_refuse_what_would_read_beyond_a_tensor():
     if pahm_ops.backends()["spiral_conv"]["cpu"] == "reference":
         pytest.skip("nothing was compiled")
     x, indices, weight, bias = arguments((2, 9, 8, 3, 5, 4))
+    _, _, table, *lists = SpiralTable.prepare(indices, 9)
     grad = torch.randn(2, 8, 4)
-    ops = torch.ops.pahm_ops
+    input_grad, weight_grad = OPS._spiral_conv_input_grad, OPS._spiral_conv_weight_grad
     calls = [
-        lambda: ops.spiral_conv(x, indices, weight[:, 1:], bias),
-        lambda: ops.spiral_conv(x, indices, weight, bias[1:]),
-        lambda: ops.spiral_conv(x, indices, weight, bias, 4),
-        lambda: ops.spiral_conv(x, indices, weight.double(), bias),
-        lambda: ops.spiral_conv(x, indices.int(), weight, bias),
-        lambda: ops.spiral_conv(x[0], indices, weight, bias),
-        lambda: ops.spiral_conv(x.half(), indices, weight.half(), None),
-        lambda: ops.spiral_conv_input_grad(grad[:, 1:], indices, weight, 9),
-        lambda: ops.spiral_conv_input_grad(grad[..., 1:], indices, weight, 9),
-        lambda: ops.spiral_conv_input_grad(grad, indices, weight[:, 1:], 9),
-        lambda: ops.spiral_conv_weight_grad(grad, x[:1], indices),
-        lambda: ops.spiral_conv_weight_grad(grad[:, 1:], x, indices),
-        lambda: ops.spiral_conv_weight_grad(grad, x.double(), indices),
+        lambda: OPS.spiral_conv(x, table, *lists, weight[:, 1:], bias, 0),
+        lambda: OPS.spiral_conv(x, table, *lists, weight, bias[1:], 0),
+        lambda: OPS.spiral_conv(x, table, *lists, weight, bias, 4),
+        lambda: OPS.spiral_conv(x, table, *lists, weight.double(), bias, 0),
+        lambda: OPS.spiral_conv(x, table.long(), *lists, weight, bias, 0),
+        lambda: OPS.spiral_conv(x[0], table, *lists, weight, bias, 0),
+        lambda: OPS.spiral_conv(x.half(), table, *lists, weight.half(), None, 0),
+        lambda: input_grad(grad[:, 1:], table, *lists, weight, 9),
+        lambda: input_grad(grad[..., 1:], table, *lists, weight, 9),
+        lambda: input_grad(grad, table, *lists, weight[:, 1:], 9),
+        lambda: weight_grad(grad, x[:1], table, *lists),
+        lambda: weight_grad(grad[:, 1:], x, table, *lists),
+        lambda: weight_grad(grad, x.double(), table, *lists),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match=r"must|dtype|take"):
+        with pytest.raises(ValueError, match=r"must|dtype|expected"):
             call()
 
 
@@ -304,7 +306,7 @@ def test_bad_arguments_are_named():
     x, indices, weight, bias = arguments((2, 9, 8, 3, 5, 4))
     cases = [
         (TypeError, "x must be a tensor, got list", ([1.0], indices, weight, bias)),
-        (TypeError, "indices must be a tensor, got list", (x, [[0]], weight, bias)),
+        (TypeError, "indices must be a tensor or a SpiralTable, got list", (x, [[0]], weight, bias)),
         (TypeError, "weight must be a tensor, got NoneType", (x, indices, None, bias)),
         (TypeError, "bias must be a tensor, got float", (x, indices, weight, 1.0)),
         (TypeError, "x must be float32, .* got torch.int64", (x.long(), indices, weight, bias)),
@@ -380,9 +382,11 @@ def test_more_than_two_to_the_31_elements():
     table = torch.randint(0, 8, (6, 3))
     weight = torch.randn(20, 3 * channels)
     small = x[:, -8:].clone()
+    _, _, rows, *lists = SpiralTable.prepare(table, 8)
     torch.testing.assert_close(
-        spiral_conv(x, table + vertices - 8, weight), reference.spiral_conv(small, table, weight)
+        OPS.spiral_conv(x, rows + vertices - 8, *lists, weight, None, 0),
+        reference.spiral_conv(small, table, weight),
     )
     grad = torch.randn(1, 6, 20)
-    actual = torch.ops.pahm_ops.spiral_conv_weight_grad(grad, x, table + vertices - 8)
-    torch.testing.assert_close(actual, torch.ops.pahm_ops.spiral_conv_weight_grad(grad, small, table))
+    actual = OPS._spiral_conv_weight_grad(grad, x, rows + vertices - 8, *lists)
+    torch.testing.assert_close(actual, OPS._spiral_conv_weight_grad(grad, small, rows, *lists))

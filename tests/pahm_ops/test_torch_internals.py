@@ -43,7 +43,7 @@ NAMES = re.findall(r'_take\(\s*"[\w.]+",\s*"([\w.]+)"', SOURCE)
 def lacking(request, monkeypatch):
     """A torch without one of the names; without any of them."""
     module = load(monkeypatch, lambda name: request.param in (name, ""))
-    assert len(module.LACKING) == 1 if request.param else len(module.LACKING) > 10
+    assert len(module.LACKING) == 1 if request.param else len(module.LACKING) > 6
     assert all(name in "".join(module.notes()) for name in module.LACKING)
     return module
 
@@ -58,7 +58,7 @@ def test_every_private_name_is_in_one_file():
 
 
 def test_this_torch_has_every_name():
-    assert _torch_internals.LACKING == {} and _torch_internals.EVERY_LEVEL
+    assert _torch_internals.LACKING == {}
 
 
 def test_what_is_active_is_known(lacking):
@@ -78,8 +78,6 @@ def test_what_is_active_is_known(lacking):
     note(x)
     assert [functorch for functorch, _ in seen] == [False, True, True, True, False, False]
     assert [dual for _, dual in seen] == [False, False, False, True, True, False]
-    y = x.clone().requires_grad_()
-    assert lacking.any_requires_grad([x, None, [x, y]]) and not lacking.any_requires_grad([x, 3, [x]])
 
 
 def test_memory_is_used_only_where_changes_are_seen(lacking):
@@ -97,16 +95,13 @@ def test_memory_is_used_only_where_changes_are_seen(lacking):
     assert values.sum() == 3 and indices[:, 0].tolist() == [0, 1]
 
 
-def test_fake_tensors_are_known_and_values_are_asked_for(lacking):
+def test_fake_tensors_are_known(lacking):
     with torch._subclasses.fake_tensor.FakeTensorMode():
         assert lacking.is_fake(torch.ones(2))
     assert not lacking.is_fake(torch.ones(2))
-    with pytest.raises(RuntimeError, match=r"before the capture|not inside"):
-        lacking.assert_async(torch.tensor(False), "not inside")
 
 
 def test_the_ops_without_any_of_them():
-    """Gradients come by `torch.library.register_autograd`, the rest by the reference."""
     if not _library.LOADED:
         pytest.skip("nothing was compiled")
     code = """
@@ -120,8 +115,8 @@ operator.attrgetter = attrgetter
 import torch, pahm_ops
 from op_samples import OPS, samples
 operator.attrgetter = real
-from pahm_ops import _library, _paths
-assert _paths.served(torch.device("cpu")) and "_SingleLevelFunction" in str(pahm_ops.backends())
+from pahm_ops.backends import served
+assert served(torch.device("cpu")) and "_are_functorch_transforms_active" in str(pahm_ops.backends())
 
 def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -143,11 +138,7 @@ for op in OPS:
         close(*(torch.func.grad(lambda *a: loss(f, *a), every)(*sample.arguments) for f in both))
         if op != "vertex_sample":
             close(*(torch.func.jvp(f, sample.arguments, sample.arguments) for f in both))
-x = torch.ones(1, 2, 3, requires_grad=True)
-try:
-    torch.ops.pahm_ops.spiral_conv(x, torch.tensor([[0, 1]]), torch.ones(4, 6), None, 3).sum().backward()
-except NotImplementedError as error:
-    print(error)
+x = torch.ones(1, 2, 3)
 matrix = torch.eye(2).to_sparse()
 assert torch.equal(pahm_ops.mesh_pool(x, matrix), x) and torch.equal(pahm_ops.mesh_pool(x, matrix * 2), x * 2)
 """
@@ -163,4 +154,3 @@ assert torch.equal(pahm_ops.mesh_pool(x, matrix), x) and torch.equal(pahm_ops.me
         cwd=Path(__file__).parent,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "the op has no gradient through gelu here: call pahm_ops.spiral_conv"

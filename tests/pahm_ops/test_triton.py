@@ -167,6 +167,8 @@ def test_sizes_that_32_bits_do_not_count_are_refused():
         return torch.empty(1, device="meta", dtype=dtype).expand(shape)
 
     many, table = 2**31 - 2**15, {"dtype": torch.int32}
+    matrix = meta(many + 1, **table), meta(2, **table), meta(2)
+    lists = meta(2, many, **table), meta(1, **table), meta(1, **table)
     points, options = meta(1, 5, 2), (0, 0, False, True)
     wide = [meta(1, 1, 2**16, 2**16)], points, None, *options
     tall = [meta(1, 3, 4, 4)], meta(1, many, 2), None, *options
@@ -175,22 +177,29 @@ def test_sizes_that_32_bits_do_not_count_are_refused():
         ("pixels of a map", vertex_sample.vertex_sample_backward, (meta(1, 5, 1), *wide, [True] * 3)),
         ("vertices", vertex_sample.vertex_sample, tall),
         ("vertices", vertex_sample.vertex_sample_backward, (meta(1, many, 3), *tall, [True] * 3)),
-        ("rows", mesh_pool.mesh_pool, (meta(1, 4, 3), meta(many + 1, **table), meta(2, **table), meta(2))),
-        ("rows", spiral_conv.spiral_conv, (meta(1, 4, 3), meta(2, many, **table), meta(5, 6), None, 0)),
+        ("rows", mesh_pool.mesh_pool, (meta(1, 4, 3), *matrix, *matrix)),
+        ("rows", spiral_conv.spiral_conv, (meta(1, 4, 3), *lists, meta(5, 6), None, 0)),
         (
             "rows",
             spiral_conv.spiral_conv_weight_grad,
-            (meta(1, many, 5), meta(1, 4, 3), meta(2, many, **table)),
+            (meta(1, many, 5), meta(1, 4, 3), *lists),
         ),
         (
             "vertices",
             spiral_conv.spiral_conv_input_grad,
-            (meta(1, 4, 5), meta(2 * many + 1, **table), meta(8, **table), meta(5, 6), many),
+            (
+                meta(1, 4, 5),
+                meta(2, 4, **table),
+                meta(2 * many + 1, **table),
+                meta(8, **table),
+                meta(5, 6),
+                many,
+            ),
         ),
         (
             "columns of weight",
             spiral_conv.spiral_conv,
-            (meta(1, 4, 2**30), meta(2, 6, **table), meta(5, 2**31), None, 0),
+            (meta(1, 4, 2**30), meta(2, 6, **table), *lists[1:], meta(5, 2**31), None, 0),
         ),
     ):
         with pytest.raises(

@@ -152,12 +152,15 @@ def convolutions(
 
     x, grad = (meta(batch, vertices, c, dtype=dtype) for c in (channels, out_channels))
     weight, bias = meta(out_channels, length * channels, dtype=dtype), meta(out_channels, dtype=dtype)
-    indices = table(length, vertices)
-    activation = 2 if tf32 else 3
-    yield from launches(spiral_conv.spiral_conv, x, indices, weight, bias, activation, tf32=tf32)
-    lists = table(vertices * length + 1), table(vertices * length)
-    yield from launches(spiral_conv.spiral_conv_input_grad, grad, *lists, weight, vertices, tf32=tf32)
-    yield from launches(spiral_conv.spiral_conv_weight_grad, grad, x, indices, tf32=tf32)
+    tables = table(length, vertices), table(vertices * length + 1), table(vertices * length)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        yield from launches(spiral_conv.spiral_conv, x, *tables, weight, bias, 2 if tf32 else 3)
+        yield from launches(spiral_conv.spiral_conv_input_grad, grad, *tables, weight, vertices)
+        yield from launches(spiral_conv.spiral_conv_weight_grad, grad, x, *tables)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 #: Every product on one architecture, tensor cores on all four, and a small batch.
@@ -221,7 +224,8 @@ def test_mesh_pool_reads_whole_vectors(launches, tmp_path, dtype, architecture, 
     x = meta(32, 195, channels, dtype=dtype)
     pointers, columns = (meta(n, dtype=torch.int32) for n in (391, 1200))
     values = meta(1200, dtype=DOUBLE if dtype == DOUBLE else FLOAT)
-    [launch] = launches(mesh_pool.mesh_pool, x, pointers, columns, values)
+    matrix = pointers, columns, values
+    [launch] = launches(mesh_pool.mesh_pool, x, *matrix, *matrix)
     code = compiled(launch, architecture, tmp_path)
     if channels % 8 == 0:
         assert "LDG.E.128" in code and "STG.E.128" in code

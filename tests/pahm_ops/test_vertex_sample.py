@@ -173,7 +173,7 @@ def test_opcheck(kind, memory_format):
     options = (*(size or (0, 0)), False, True)
     torch.library.opcheck(torch.ops.pahm_ops.vertex_sample.default, (maps, vertices, camera, *options))
     grad = torch.ones(2, 5, sum(feature.shape[1] for feature in maps))
-    backward = torch.ops.pahm_ops.vertex_sample_backward.default
+    backward = torch.ops.pahm_ops._vertex_sample_backward.default
     for needs in ([True] * 6, [False, True, True, False, False, True], [False] * 4 + [True, False]):
         torch.library.opcheck(backward, (grad, maps, vertices, camera, *options, needs))
 

@@ -176,7 +176,7 @@ class SharedArray {
     if (index + count > values_.size() || index + count < count) {
       machine.fail("shared memory is touched beyond its end", place);
     }
-    if (index % count) machine.fail("a pack in shared memory begins at a crooked index", place);
+    if (index % count) machine.fail("a pack in shared memory begins at a misaligned index", place);
     machine.shared_access(&cells_[index], count, index * sizeof(T), count * sizeof(T),
                           count > 1 ? count * sizeof(T) : alignof(T), access, place);
     return &values_[index];

@@ -212,11 +212,11 @@ __global__ void strided(const float* in, float* out, int by, int wrap) {
 KERNEL(strided);
 
 // A pack that begins `by` elements behind a multiple of its size.
-__global__ void crooked(const float* in, float* out, int by) {
+__global__ void offset(const float* in, float* out, int by) {
   const auto pack = load(reinterpret_cast<const Pack<float, 2>*>(in + threadIdx.x / 2 * 2 + by));
   store(out + threadIdx.x, pack.values[threadIdx.x % 2]);
 }
-KERNEL(crooked);
+KERNEL(offset);
 
 // Every thread adds to one number.
 __global__ void count_up(float* out, bool atomic) {

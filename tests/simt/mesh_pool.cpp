@@ -3,24 +3,32 @@
 
 #include "run.h"
 
-extern "C" const char* mesh_pool(int dtype, const void* x, const int32_t* row_pointers,
+extern "C" const char* mesh_pool(int dtype, int wide_values, const void* x, const int32_t* row_pointers,
                                  const int32_t* columns, const void* values, void* out, int64_t batch,
                                  int vertices, int64_t rows, int64_t channels, int entries, int processors,
                                  uint64_t seed, simt::Counts* counts) {
   return run(counts, [&] {
     for_dtype(dtype, [&](auto zero) {
       using S = decltype(zero);
-      const pahm::MeshPoolArguments<S> arguments{static_cast<const S*>(x),
-                                                 row_pointers,
-                                                 columns,
-                                                 static_cast<const pahm::Sum<S>*>(values),
-                                                 static_cast<S*>(out),
-                                                 batch,
-                                                 rows,
-                                                 channels,
-                                                 vertices,
-                                                 entries};
-      pahm::mesh_pool_launch<S>(arguments, device(seed, processors));
+      const auto launch = [&](auto value) {
+        using V = decltype(value);
+        const pahm::MeshPoolArguments<S, V> arguments{static_cast<const S*>(x),
+                                                      row_pointers,
+                                                      columns,
+                                                      static_cast<const V*>(values),
+                                                      static_cast<S*>(out),
+                                                      batch,
+                                                      rows,
+                                                      channels,
+                                                      vertices,
+                                                      entries};
+        pahm::mesh_pool_launch(arguments, device(seed, processors));
+      };
+      if (wide_values) {
+        launch(double{});
+      } else {
+        launch(float{});
+      }
     });
   });
 }

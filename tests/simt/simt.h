@@ -109,7 +109,7 @@ class Machine {
     if (buffer < 0) fail("an access of " + std::to_string(bytes) + " bytes outside every buffer", place);
     sites_[number].buffer = buffer;
     if (begin % alignment)
-      fail("an access of " + std::to_string(bytes) + " bytes at a crooked address", place);
+      fail("an access of " + std::to_string(bytes) + " bytes at a misaligned address", place);
     const bool store = access != Access::load;
     (store ? counts_.stored_bytes : counts_.loaded_bytes) += static_cast<int64_t>(bytes);
     counts_.atomics += access == Access::atomic;

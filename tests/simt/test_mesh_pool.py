@@ -22,11 +22,11 @@ pytestmark = needs_gxx
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-def up_sampling(rows: int, vertices: int) -> MeshTransform:
+def up_sampling(rows: int, vertices: int, dtype: torch.dtype = torch.float32) -> MeshTransform:
     """Three entries a row but for the last, which has none."""
     columns = torch.randint(0, vertices, (3 * (rows - 1),))
     places = torch.stack([torch.arange(rows - 1).repeat_interleave(3), columns])
-    values = torch.rand(columns.numel(), dtype=torch.float64)
+    values = torch.rand(columns.numel(), dtype=dtype)
     return MeshTransform.prepare(torch.sparse_coo_tensor(places, values, (rows, vertices)))
 
 
@@ -41,11 +41,12 @@ def check(x, transform, transposed=False, **options):
 
 @pytest.mark.parametrize("channels", [1, 3, 30, 64, 71, 1025])
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("values", [torch.float32, torch.float64])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_equals_the_reference(dtype, channels, transposed):
+def test_equals_the_reference(dtype, channels, transposed, values):
     vertices, rows = (5, 9) if channels > 100 else (20, 39)
     x = torch.randn(2, rows if transposed else vertices, channels).to(dtype)
-    check(x, up_sampling(rows, vertices), transposed)
+    check(x, up_sampling(rows, vertices, values), transposed)
 
 
 @pytest.mark.parametrize(("rows", "vertices"), [(1, 1), (2, 1), (1, 98), (778, 98), (6890, 778)])
@@ -113,7 +114,7 @@ def test_memory_is_safe_whatever_the_matrix_says(what, dtype, channels):
     x, values = torch.randn(2, vertices, channels).to(dtype), torch.rand(len(columns))
     out = torch.full((2, rows, channels), torch.nan, dtype=dtype)
     sizes = (2, vertices, rows, channels, len(columns), 4)
-    MESH_POOL.call("mesh_pool", dtype, x, pointers, columns, values, out, *sizes)
+    MESH_POOL.call("mesh_pool", dtype, int(dtype == torch.float64), x, pointers, columns, values, out, *sizes)
 
     wanted = torch.zeros(2, rows, channels, dtype=torch.float64)
     for row in range(rows):
@@ -129,5 +130,5 @@ def test_the_entries_of_a_row_are_added_up_in_their_order(channels):
     x, columns = wide_numbers(1, 30, channels), torch.randperm(30)
     out = torch.full((1, 1, channels), torch.nan)
     tables = torch.tensor([0, 30], dtype=torch.int32), columns.int(), torch.ones(30)
-    MESH_POOL.call("mesh_pool", x.dtype, x, *tables, out, 1, 30, 1, channels, 30, 4)
+    MESH_POOL.call("mesh_pool", x.dtype, 0, x, *tables, out, 1, 30, 1, channels, 30, 4)
     assert_same_sum(out[0, 0], x[0, columns])

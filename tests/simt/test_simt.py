@@ -114,8 +114,18 @@ def complaints(name: str, *arguments: object, **options: object) -> set[str]:
         ),
         ("shift", (IN, OUT, 0), (IN, OUT, 1), {"an access of 4 bytes outside every buffer"}),
         ("shift", (IN, OUT, 0), (IN, OUT, -1), {"an access of 4 bytes outside every buffer"}),
-        ("crooked", (IN, OUT, 0), (IN[:-1].clone(), OUT, 0), {"an access of 8 bytes outside every buffer"}),
-        ("crooked", (IN, OUT, 0), (numbers(200), OUT, 1), {"an access of 8 bytes at a crooked address"}),
+        (
+            "offset",
+            (IN, OUT, 0),
+            (IN[:-1].clone(), OUT, 0),
+            {"an access of 8 bytes outside every buffer"},
+        ),
+        (
+            "offset",
+            (IN, OUT, 0),
+            (numbers(200), OUT, 1),
+            {"an access of 8 bytes at a misaligned address"},
+        ),
     ],
 )
 def test_planted_faults_are_caught_in_every_order(kernel, right, wrong, expected):
@@ -142,7 +152,7 @@ def test_a_mask_that_lies_is_caught_in_every_order(lanes):
         ("packs", (OUT, 128, 4), 128, "shared memory is touched beyond its end"),
         ("packs", (OUT, 128, 4), 130, "shared memory is touched beyond its end"),
         ("packs", (OUT, 128, 4), 132, UNWRITTEN),
-        ("packs", (OUT, 128, 1), 132, "a pack in shared memory begins at a crooked index"),
+        ("packs", (OUT, 128, 1), 132, "a pack in shared memory begins at a misaligned index"),
         ("two_names", (OUT, False), 128, "dynamic shared memory has two names"),
     ],
 )

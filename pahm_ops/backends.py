@@ -1,24 +1,33 @@
-"""Which implementation serves an op, by device, dtype and size."""
+"""Which implementation serves an op, by device, dtype and size; what forces one."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import os
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pahm_ops import _library
 from pahm_ops import _torch_internals as internals
 
-OPS = ("vertex_sample", "spiral_conv", "mesh_pool")
+#: The functions of each op, by the op.
+FUNCTIONS = {
+    "vertex_sample": ("vertex_sample", "_vertex_sample_backward"),
+    "spiral_conv": ("spiral_conv", "_spiral_conv_input_grad", "_spiral_conv_weight_grad"),
+    "mesh_pool": ("mesh_pool",),
+}
+_OP_OF = {name: op for op, names in FUNCTIONS.items() for name in names}
 _ISAS = ("plain", "neon", "avx2", "avx512", "avx512_bf16", "amx")
 
 #: The kinds of device that GPU kernels serve. "cuda" is also AMD's, with Triton alone.
 GPUS = ("cuda", "xpu")
 #: Results of spiral_conv with fewer channels would leave most of a tensor core's tile empty.
-THIN = 16
+TILE_CHANNELS = 16
 #: On a GPU the first of these that the machine has: "cuda", csrc/cuda; "triton", pahm_ops/triton;
 #: "reference", plain PyTorch. The environment variable PAHM_GPU_PATH forces one.
 PATHS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -30,9 +39,69 @@ PATHS: dict[str, dict[str, tuple[str, ...]]] = {
         "float32, TF32 allowed": ("triton", "cuda", "reference"),
         "float16": ("triton", "cuda", "reference"),
         "bfloat16": ("triton", "cuda", "reference"),
-        f"fewer than {THIN} output channels": ("cuda", "triton", "reference"),
+        f"fewer than {TILE_CHANNELS} output channels": ("cuda", "triton", "reference"),
     },
 }
+
+# ---- from a function of an op to what computes it ----
+
+#: What was compiled, by function: the CPU's kernels and, where it was built, CUDA's.
+_COMPILED: dict[str, Any] = {
+    name: getattr(torch.ops.pahm_ops, name).default for name in _OP_OF if _library.LOADED
+}
+_ADDED: dict[str, Callable[[str], None]] = {}
+_TRITON = torch.library.Library("pahm_ops", "FRAGMENT")
+
+
+def kernel(name: str, tensor: Tensor, columns: int = TILE_CHANNELS) -> Any:
+    """The overload that computes `name`, a function of an op (`FUNCTIONS`), for a tensor where `served`.
+
+    columns: the channels of the result, which spiral_conv is chosen by. Raises as `choose`.
+    """
+    if tensor.is_cpu or tensor.is_meta:
+        return _COMPILED[name]
+    return _gpu_kernel(name, tensor.dtype, tensor.device, columns)
+
+
+@internals.constant_of_a_graph
+def _gpu_kernel(name: str, dtype: torch.dtype, device: torch.device, columns: int) -> Any:
+    op = _OP_OF[name]
+    path = choose(op, dtype, device, columns)
+    if path == "cuda":
+        return _COMPILED[name]
+    if path == "reference":
+        raise NotImplementedError(f"no kernel of pahm_ops.{op} serves {device}")
+    # Triton is imported if it serves.
+    if op == "spiral_conv":
+        from pahm_ops.triton.spiral_conv import OPS
+    elif op == "mesh_pool":
+        from pahm_ops.triton.mesh_pool import OPS
+    else:
+        from pahm_ops.triton.vertex_sample import OPS
+    return OPS[name]
+
+
+def add_to_op(name: str, add: Callable[[str], None]) -> None:
+    """Gives a function's ops, the compiled and Triton's, what Python adds: `add` is called with a name."""
+    _ADDED[name] = add
+    if _library.LOADED:
+        add(name)
+
+
+def define_triton(functions: dict[str, Callable[..., Any]]) -> dict[str, Any]:
+    """Makes an op of each function of pahm_ops/triton, so that graphs can hold it; gives their overloads."""
+    made = {}
+    for name, function in functions.items():
+        own = f"_triton_{name.lstrip('_')}"
+        _TRITON.define(own + torch.library.infer_schema(function, mutates_args=()))
+        for kind in GPUS:
+            _TRITON.impl(own, function, kind.upper())
+        _ADDED[name](own)
+        made[name] = getattr(torch.ops.pahm_ops, own).default
+    return made
+
+
+# ---- choosing ----
 
 
 def tf32_allowed() -> bool:
@@ -44,13 +113,18 @@ def tf32_allowed() -> bool:
 def _row(op: str, dtype: torch.dtype, columns: int) -> str:
     if op != "spiral_conv":
         return "any"
-    if columns < THIN:
-        return f"fewer than {THIN} output channels"
+    if columns < TILE_CHANNELS:
+        return f"fewer than {TILE_CHANNELS} output channels"
     name = str(dtype).removeprefix("torch.")
     return "float32, TF32 allowed" if dtype == torch.float32 and tf32_allowed() else name
 
 
 _RUNS: dict[int, bool] = {}
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream of a device is recorded into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _cuda_runs(device: torch.device) -> bool:
@@ -59,8 +133,8 @@ def _cuda_runs(device: torch.device) -> bool:
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _RUNS:
-        runs = bool(torch.ops.pahm_ops.cuda_runs(index))
-        if not runs and _library.capturing(device):  # A capture may forbid what the driver is asked for.
+        runs = bool(torch.ops.pahm_ops._cuda_runs(index))
+        if not runs and capturing(device):  # A capture may forbid what the driver is asked for.
             return False
         _RUNS[index] = runs
     return _RUNS[index]
@@ -83,14 +157,14 @@ def _has(path: str, device: torch.device) -> bool:
 
 
 def forced() -> str | None:
-    """The path that PAHM_GPU_PATH names. Raises ValueError where it names none."""
+    """The path that PAHM_GPU_PATH names. Raises ValueError if it names none."""
     path = os.environ.get("PAHM_GPU_PATH") or None
     if path not in (None, "cuda", "triton", "reference"):
         raise ValueError(f"PAHM_GPU_PATH must be cuda, triton or reference, got {path!r}")
     return path
 
 
-def choose(op: str, dtype: torch.dtype, device: torch.device, columns: int = THIN) -> str:
+def choose(op: str, dtype: torch.dtype, device: torch.device, columns: int = TILE_CHANNELS) -> str:
     """The path that serves an op on a GPU; `columns` are the output channels of spiral_conv.
 
     Raises ValueError if PAHM_GPU_PATH names a path that this machine lacks.
@@ -115,9 +189,16 @@ def _why_not(path: str, device: torch.device) -> str:
     return f"the compiled CUDA library has no code that runs on {device}"
 
 
+def exporting_to_onnx() -> bool:
+    """Whether an ONNX file is being written, which has no op of ours: there the reference is traced."""
+    if torch.compiler.is_dynamo_compiling() or "torch.onnx" not in sys.modules:
+        return False
+    return torch.onnx.is_in_onnx_export()
+
+
 def served(device: torch.device) -> bool:
     """Whether tensors on `device` are served by kernels of this package, not by the reference."""
-    if _library.exporting_to_onnx() or (not internals.EVERY_LEVEL and internals.transforms_active()):
+    if exporting_to_onnx() or (not internals.EVERY_LEVEL and internals.transforms_active()):
         return False
     if device.type == "cpu":
         return _library.LOADED
@@ -127,6 +208,25 @@ def served(device: torch.device) -> bool:
 @internals.constant_of_a_graph
 def _gpu_is_served(device: torch.device) -> bool:
     return choose("mesh_pool", torch.float32, device) != "reference"
+
+
+# ---- what every op does around its kernel ----
+
+
+def widened(*tensors: Any) -> list[Any]:
+    """`tensors`, those of float16 on the CPU as float32: its kernels have no float16 of their own."""
+    return [t.float() if t is not None and t.dtype == torch.float16 and t.is_cpu else t for t in tensors]
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on `device`, None if it is off."""
+    if not internals.any_autocast():
+        return None
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+# ---- telling ----
 
 
 class Backends(dict[str, dict[str, Any]]):
@@ -152,7 +252,7 @@ def backends() -> Backends:
     PAHM_CPU_ISA forces one). The last two of x86-64 have products of bfloat16, for spiral_conv; everything
     else is as with "avx512". "reference" means plain PyTorch.
 
-    ``backends()["spiral_conv"]["cuda"]`` is there where torch sees a GPU, and has an entry for each dtype or
+    ``backends()["spiral_conv"]["cuda"]`` is there if torch sees a GPU, and has an entry for each dtype or
     size that is served apart, such as ``{"float16": "triton", "float32": "cuda", ...}``: "cuda" are the
     compiled kernels, "triton" Triton's (the environment variable PAHM_GPU_PATH forces "cuda", "triton" or
     "reference"). Raises ValueError if a variable names what this machine lacks.
@@ -160,10 +260,10 @@ def backends() -> Backends:
     ``backends().notes``, printed below the table, says what does not serve here and why: a compiled library
     that is missing or cannot be loaded, or a feature whose internals this torch lacks.
     """
-    isa = torch.ops.pahm_ops.cpu_isa() if _library.LOADED else None
+    isa = torch.ops.pahm_ops._cpu_isa() if _library.LOADED else None
     table = Backends()
     table.notes = (*_library.NOTES, *internals.notes())
-    for op in OPS:
+    for op in FUNCTIONS:
         widest = len(_ISAS) - 1 if op == "spiral_conv" else _ISAS.index("avx512")
         table[op] = {"cpu": "reference" if isa is None else _ISAS[min(isa, widest)]}
         for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):

@@ -1,7 +1,7 @@
 // Compiles one file of kernels for every instruction set of the architecture, each in a namespace of its own:
 //
 //   #define PAHM_KERNEL_FILE "cpu/some_op.h"
-//   #include "common/foreach_isa.h"
+//   #include "cpu/foreach_isa.h"
 //
 // makes pahm::isa_baseline::f (SSE2 on x86-64, NEON on aarch64), and on x86-64 also pahm::isa_avx2::f and
 // pahm::isa_avx512::f, of each function f that the file defines inside `namespace pahm::PAHM_ISA { ... }`.
@@ -22,7 +22,7 @@
 #else
 #define PAHM_VECTOR_REGISTERS 16
 #endif
-#include "common/simd.h"
+#include "cpu/simd.h"
 #include PAHM_KERNEL_FILE
 #undef PAHM_ISA
 #undef PAHM_VECTOR_BYTES
@@ -39,7 +39,7 @@
 #define PAHM_ISA isa_avx2
 #define PAHM_VECTOR_BYTES 32
 #define PAHM_VECTOR_REGISTERS 16
-#include "common/simd.h"
+#include "cpu/simd.h"
 #include PAHM_KERNEL_FILE
 #undef PAHM_ISA
 #undef PAHM_VECTOR_BYTES
@@ -60,7 +60,7 @@
 #define PAHM_ISA isa_avx512
 #define PAHM_VECTOR_BYTES 64
 #define PAHM_VECTOR_REGISTERS 32
-#include "common/simd.h"
+#include "cpu/simd.h"
 #include PAHM_KERNEL_FILE
 #undef PAHM_ISA
 #undef PAHM_VECTOR_BYTES

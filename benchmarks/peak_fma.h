@@ -1,4 +1,4 @@
-// Kernel of cpu_fma. Compiled once an instruction set (common/foreach_isa.h): no include, no guard.
+// Fused multiply-adds of float32. Compiled once an instruction set (cpu/foreach_isa.h): no include, no guard.
 namespace pahm::PAHM_ISA {
 
 // Independent chains, enough to hide the latency of two units of four cycles each.
@@ -6,8 +6,8 @@ inline constexpr int fma_chains = PAHM_VECTOR_REGISTERS == 32 ? 24 : 12;
 
 // `rounds` times one fused multiply-add on every lane of every chain; returns their number, and what they
 // gave.
-template <typename T>
-void fma_rounds(int64_t rounds, int64_t& operations, T& result) {
+inline void fma_rounds(int64_t rounds, int64_t& operations, float& result) {
+  using T = float;
   const Vec<T> factor = broadcast(T(0.999)), addend = broadcast(T(0.001));
   Vec<T> chain[fma_chains];
 #pragma GCC unroll 24

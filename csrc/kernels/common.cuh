@@ -1,13 +1,12 @@
-// What the launch plans and the kernels of all ops share.
+// What the launches and the kernels of all ops share.
 #pragma once
 
+#include "common/ceil_div.h"
 #include "kernels/device.cuh"
 
 namespace pahm {
 
 inline constexpr int block_threads = 256;
-
-__host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The least number of bits, up to `most`, that count to `size`.
 inline int bits_for(int64_t size, int most) {
