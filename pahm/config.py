@@ -22,8 +22,6 @@ from typing import Any, Literal
 
 from pahm.text_files import parse_json, parse_yaml, read_yaml, shown
 
-LEVEL_SIZES = (778, 389, 195, 98)
-
 
 @dataclass(frozen=True)
 class ModelConfig:

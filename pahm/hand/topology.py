@@ -45,6 +45,11 @@ class HandTopology(NamedTuple):
         vertices = hand.template.detach().cpu().numpy().astype(np.float64)
         return cls(MeshHierarchy.build(vertices, hand.faces.cpu().numpy(), SIZES), _regressor(hand))
 
+    def relative_vertices(self, level: int, root_joint: int) -> NDArray[np.float64]:
+        """The mean hand's vertices of a level, 0 for M1, in metres relative to a joint of M1: `(N, 3)`."""
+        root = self.joint_regressor[root_joint] @ self.hierarchy.vertices[0]
+        return self.hierarchy.vertices[level] - root
+
     def check_joints(self, vertices: NDArray[np.floating], joints: NDArray[np.floating], where: str) -> None:
         """Refuse a mesh of another hand, in which the regressor does not find the joints that come with it:
         vertices of two hands do not correspond, though both have 778.

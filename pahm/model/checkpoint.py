@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pahm.config import Config, from_json
 from pahm.hand.topology import HandTopology
+from pahm.model.build import build_network
 from pahm.model.network import HandNet
 from pahm.text_files import parse_json
 from pahm.whole_file import whole_file
@@ -188,17 +189,6 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         total.update(value.flatten().contiguous().view(torch.uint8).numpy().data)
     return total.hexdigest()
-
-
-def build_network(
-    config: Config, topology: HandTopology | None = None, load_backbone: bool = True
-) -> HandNet:
-    """The network of a configuration; `load_backbone=False` skips pretrained weights that will be
-    overwritten.
-    """
-    if not load_backbone:
-        config = config.override({"model.pretrained": False, "model.backbone_weights": None})
-    return HandNet(config.model, topology)
 
 
 def check_same_network(found: Config, expected: Config, where: str, but: Sequence[str] = ()) -> None:

@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pahm.config import LossConfig
-from pahm.model.extractor import expected_position
-from pahm.model.first_mesh import UNIT
-from pahm.model.network import Prediction
+from pahm.model.network import UNIT, Prediction, expected_position
 
 
 class Targets(NamedTuple):
@@ -110,7 +108,7 @@ def position_loss(logits: Tensor, joints_2d: Tensor) -> Tensor:
     """Mean L1 distance of the heatmaps' soft-argmax to the joints; logits `(B, 21, h, w)`, joints `(B, 21,
     2)`.
 
-    The decoder lifts its first mesh from these positions (see `MeshDecoder`), which the cross entropy of the
+    The first mesh is lifted from these positions (see `FirstMesh`), which the cross entropy of the
     heatmaps supervises only indirectly (integral regression; Sun et al., ECCV 2018).
     """
     return (expected_position(logits) - joints_2d).abs().mean()

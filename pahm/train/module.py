@@ -14,8 +14,7 @@ from torch import Tensor
 from pahm.config import Config
 from pahm.data.loading import Batch, seed_step
 from pahm.hand.topology import HandTopology
-from pahm.model.checkpoint import build_network
-from pahm.model.extractor import STRIDES, maps_needed
+from pahm.model.build import build_network
 from pahm.model.network import HandNet
 from pahm.score.metrics import HandMetrics
 from pahm.train.losses import Targets, total_loss
@@ -46,7 +45,7 @@ class HandTraining(pl.LightningModule):
         self.config = config
         self.strict = strict
         self.network = build_network(config, topology, load_backbone)
-        if maps_needed(config.model) < len(STRIDES):
+        if not config.model.cues:
             _freeze_unreached(self.network)
         if config.train.channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)

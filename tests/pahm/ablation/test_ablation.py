@@ -20,7 +20,7 @@ from pahm.cli import main
 from pahm.config import preset
 from pahm.hand.topology import HandTopology
 from pahm.model import load_checkpoint
-from pahm.model.extractor import create_backbone
+from pahm.model.backbone import create_backbone
 from pahm.synth.generate import generate
 
 COMMITTED = ROOT / "docs" / "results"
