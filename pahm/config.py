@@ -44,8 +44,8 @@ class ModelConfig:
     stacks: Literal[1, 2] = 1
     """Hourglasses of the extractor; the second one sees the first one's 2D cues (CMR's, Table 4)."""
     cues: bool = True
-    """Predict 2D pose and silhouette, which the auxiliary supervision of section 3.4 needs; False is the
-    paper's "w/o 2D".
+    """Predict 2D pose and silhouette, which the auxiliary supervision of section 3.4 needs. Without them the
+    first mesh is regressed from the image features alone.
     """
     mapping: Literal["pixel_aligned", "mlp", "repeat"] = "pixel_aligned"
     """How image features reach the vertices (Table 1): sampled at their projections, or the global feature

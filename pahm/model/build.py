@@ -11,7 +11,14 @@ from pahm.model.baselines.extractors import HeadlessExtractor, StackedExtractor
 from pahm.model.baselines.mappings import GlobalMLP, GlobalRepeat, NoSkip
 from pahm.model.baselines.metro import AlignedMetroDecoder, MetroDecoder
 from pahm.model.baselines.refined import RefinedDecoder
-from pahm.model.network import Extractor, FeatureMapping, HandNet, MeshDecoder, PixelAligned
+from pahm.model.network import (
+    Extractor,
+    FeatureMapping,
+    HandNet,
+    Hourglass,
+    MeshDecoder,
+    PixelAligned,
+)
 
 
 def build_network(
@@ -52,7 +59,7 @@ def _check(model: ModelConfig) -> None:
         )
 
 
-def _extractor(model: ModelConfig) -> nn.Module:
+def _extractor(model: ModelConfig) -> Hourglass:
     backbone = create_backbone(model.backbone, model.pretrained, model.backbone_weights)
     encoder, channels = map_channels(backbone), model.feature_channels
     if not model.cues:

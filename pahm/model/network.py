@@ -95,9 +95,7 @@ class Hourglass(nn.Module):
     with fewer entries the finer maps are not made.
     """
 
-    def __init__(
-        self, backbone: nn.Module, encoder_channels: Sequence[int], channels: Sequence[int]
-    ) -> None:
+    def __init__(self, backbone: nn.Module, encoder_channels: Sequence[int], channels: Sequence[int]) -> None:
         super().__init__()
         self.backbone = backbone
         encoder = encoder_channels[::-1]
@@ -134,9 +132,7 @@ class Extractor(Hourglass):
     Forward: images `(B, 3, S, S)`, S a multiple of 32, to `Features`.
     """
 
-    def __init__(
-        self, backbone: nn.Module, encoder_channels: Sequence[int], channels: Sequence[int]
-    ) -> None:
+    def __init__(self, backbone: nn.Module, encoder_channels: Sequence[int], channels: Sequence[int]) -> None:
         super().__init__(backbone, encoder_channels, channels)
         finest = channels[-1]
         to_joints = nn.Conv2d(finest, JOINTS, 1)
@@ -378,9 +374,7 @@ class MeshDecoder(nn.Module):
             meshes.append(mesh)
         return meshes, features, camera
 
-    def forward(
-        self, maps: Sequence[Tensor], joints_2d: Tensor
-    ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    def forward(self, maps: Sequence[Tensor], joints_2d: Tensor) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         meshes, _, camera = self.coarse_to_fine(maps, joints_2d)
         return [mesh * UNIT for mesh in meshes], camera, []
 
@@ -388,7 +382,9 @@ class MeshDecoder(nn.Module):
 def level_spirals(topology: HandTopology, level: int, length: int) -> Tensor:
     """The spirals of a level, 0 for M1: int64 `(N, length)`."""
     hierarchy = topology.hierarchy
-    return torch.from_numpy(spiral_indices(hierarchy.faces[level], length, vertices=hierarchy.vertices[level]))
+    return torch.from_numpy(
+        spiral_indices(hierarchy.faces[level], length, vertices=hierarchy.vertices[level])
+    )
 
 
 # The whole network (figure 1)
@@ -419,7 +415,7 @@ class HandNet(ConstantBuffers):
         self,
         config: ModelConfig,
         topology: HandTopology | None = None,
-        extractor: nn.Module | None = None,
+        extractor: Hourglass | None = None,
         decoder: nn.Module | None = None,
     ) -> None:
         super().__init__()

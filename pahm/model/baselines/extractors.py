@@ -1,4 +1,4 @@
-"""Other extractors than the single hourglass with heads: two stacked ones (Table 4), and one without heads."""
+"""Other extractors than one hourglass with heads: two stacked ones (Table 4), and one without heads."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ class StackedExtractor(Extractor):
     Forward: images `(B, 3, S, S)` to the second one's `Features`, with the cues of both.
     """
 
-    def __init__(
-        self, backbone: nn.Module, encoder_channels: Sequence[int], channels: Sequence[int]
-    ) -> None:
+    def __init__(self, backbone: nn.Module, encoder_channels: Sequence[int], channels: Sequence[int]) -> None:
         super().__init__(backbone, encoder_channels, channels)
         self.second = Extractor(CueEncoder(channels), channels[::-1], channels)
 

@@ -69,8 +69,8 @@ class EncoderBlock(nn.Module):
 
 
 class MetroDecoder(ConstantBuffers):
-    """METRO as published: a query is the global feature and the template's coordinates of its joint or vertex,
-    and the last block gives all coordinates.
+    """METRO as published: each query is the global feature and the template's coordinates of its joint or
+    vertex, and the last block gives all coordinates.
 
     The global feature is the mean of Q_32; METRO's is its backbone's own. The image reaches the vertices by
     the queries only, so there is no first mesh, and the camera merely places the result.
@@ -103,9 +103,7 @@ class MetroDecoder(ConstantBuffers):
         )
         self.upsample = _upsample(up)
 
-    def forward(
-        self, maps: Sequence[Tensor], joints_2d: Tensor
-    ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    def forward(self, maps: Sequence[Tensor], joints_2d: Tensor) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         camera = weak_perspective(self.lift(global_feature(maps, joints_2d)), self.crop)
         points = self.template.expand(len(camera), -1, -1)
         x = torch.cat([self.mapping(maps, points, camera), points], dim=-1)
@@ -151,9 +149,7 @@ class AlignedMetroDecoder(ConstantBuffers):
             self.offsets.append(offset)
         self.upsample = _upsample(up)
 
-    def forward(
-        self, maps: Sequence[Tensor], joints_2d: Tensor
-    ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    def forward(self, maps: Sequence[Tensor], joints_2d: Tensor) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         mesh, camera = self.lift.mesh_and_camera(maps, joints_2d)
         mesh = self.unpool(mesh)
         points = torch.cat([self.to_joints.to(mesh.dtype) @ mesh, mesh], dim=1)

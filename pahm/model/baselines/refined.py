@@ -32,9 +32,7 @@ class RefinedDecoder(MeshDecoder):
             mapping = PixelAligned(places, sum(config.feature_channels[i] for i in places))
             self.refine.append(MeshLevel(mapping, channels, channels, spirals, heads))
 
-    def forward(
-        self, maps: Sequence[Tensor], joints_2d: Tensor
-    ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    def forward(self, maps: Sequence[Tensor], joints_2d: Tensor) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         meshes, features, camera = self.coarse_to_fine(maps, joints_2d)
         for level in self.refine:
             mesh, features = level(maps, meshes[-1], camera, features)
