@@ -55,9 +55,7 @@ class Prediction(NamedTuple):
     edges.
     """
     cues: list[Cues]
-    """2D pose and silhouette of each hourglass, in training and at inference; empty where `config.cues` is
-    off.
-    """
+    """2D pose and silhouette of each hourglass, at inference too; empty without `config.cues`."""
     joints: list[Tensor]
     """What METRO's joint queries predict, `(B, 21, 3)` each, as `meshes`; empty for graph convolutions."""
 
@@ -91,8 +89,8 @@ class Hourglass(nn.Module):
     H_32 is a convolution of F_32. At the finer strides H_s is the upsampled Q_{2s} after a 3 x 3 convolution,
     so that the fusion of equation 1 is also the hourglass's skip connection.
 
-    backbone: gives maps at strides 4, 8, 16, 32 with `encoder_channels`. channels: of Q_32, Q_16, Q_8, Q_4;
-    with fewer entries the finer maps are not made.
+    backbone: gives maps at strides 4, 8, 16, 32 with `encoder_channels`.
+    channels: of Q_32, Q_16, Q_8, Q_4; with fewer entries the finer maps are not made.
     """
 
     def __init__(self, backbone: nn.Module, encoder_channels: Sequence[int], channels: Sequence[int]) -> None:
@@ -201,9 +199,8 @@ class PixelAligned(FeatureMapping):
 class FirstMesh(nn.Sequential, ConstantBuffers):
     """The mesh of the first projection, and the weak-perspective camera.
 
-    The paper does not say where the first projection takes place. Here a small perceptron reads the global
-    feature, which is the mean of Q_32, and the 2D pose, and regresses the camera and offsets of the 98
-    vertices of M4 from the template.
+    The paper does not say where the first projection takes place. Here a small perceptron reads the mean of
+    Q_32 and the 2D pose. It regresses the camera and offsets of the 98 vertices of M4 from the template.
 
     template: `(98, 3)` metres, relative to the root joint.
     """
@@ -226,13 +223,14 @@ class FirstMesh(nn.Sequential, ConstantBuffers):
 
 
 def global_feature(maps: Sequence[Tensor], joints_2d: Tensor) -> Tensor:
-    """The mean of Q_32 joined with the 2D pose `(B, J, 2)`: `(B, C_32 + 2 J)`."""
+    """The mean of Q_32 and the 2D pose `(B, J, 2)`, concatenated: `(B, C_32 + 2 J)`."""
     mean = maps[0].mean(dim=(2, 3))
     return torch.cat([mean, joints_2d.flatten(1).to(mean.dtype)], dim=1)
 
 
-def perceptron(config: ModelConfig, outputs: int, hidden: int = 256) -> nn.Sequential:
-    """Two hidden layers from the global feature to `outputs` numbers that start near 0."""
+def perceptron(config: ModelConfig, outputs: int) -> nn.Sequential:
+    """From the global feature to `outputs` numbers, which are near 0 before training."""
+    hidden = 256
     last = nn.Linear(hidden, outputs)
     nn.init.normal_(last.weight, std=1e-3)
     nn.init.zeros_(last.bias)
@@ -241,13 +239,10 @@ def perceptron(config: ModelConfig, outputs: int, hidden: int = 256) -> nn.Seque
 
 
 def weak_perspective(found: Tensor, crop: float) -> Tensor:
-    """The camera `(B, 3)` [s, tx, ty] of three predicted numbers; zeros give one that shows a typical hand.
-
-    crop: as `ModelConfig.crop`.
-    """
+    """The camera `(B, 3)` [s, tx, ty] of three predicted numbers; `crop` is `ModelConfig.crop`."""
     found = found.to(torch.promote_types(found.dtype, torch.float32))
     log_scale, shift = found[:, :1].clamp(-3, 3), 0.1 * found[:, 1:]
-    # A hand of about 0.18 m takes about 60 % of an image's side.
+    # Zeros show a hand of about 0.18 m at about 60 % of an image's side.
     return torch.cat([(6.0 / crop) * log_scale.exp(), shift], dim=1)
 
 
@@ -365,7 +360,7 @@ class MeshDecoder(nn.Module):
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """The meshes in units of 0.2 m, the features of M1's vertices `(B, 778, C)`, and the camera."""
         mesh, camera = self.lift.mesh_and_camera(maps, joints_2d)
-        features = self.embedding.expand(len(mesh), -1, -1)
+        features = self.embedding.expand(mesh.shape[0], -1, -1)
         meshes = []
         for i, level in enumerate(self.levels):
             if i:
@@ -382,9 +377,8 @@ class MeshDecoder(nn.Module):
 def level_spirals(topology: HandTopology, level: int, length: int) -> Tensor:
     """The spirals of a level, 0 for M1: int64 `(N, length)`."""
     hierarchy = topology.hierarchy
-    return torch.from_numpy(
-        spiral_indices(hierarchy.faces[level], length, vertices=hierarchy.vertices[level])
-    )
+    table = spiral_indices(hierarchy.faces[level], length, vertices=hierarchy.vertices[level])
+    return torch.from_numpy(table)
 
 
 # The whole network (figure 1)
@@ -393,23 +387,18 @@ def level_spirals(topology: HandTopology, level: int, length: int) -> Tensor:
 class HandNet(ConstantBuffers):
     """Pixel-aligned, non-parametric hand mesh reconstruction (section 3, figure 1).
 
-    Args:
-        config: sizes of the network. The baselines that it can ask for are built by
-            `pahm.model.build_network`.
-        topology: which hand: the shipped one by default, or MANO's (`HandTopology.from_hand`).
-        extractor, decoder: other parts than the paper's, called as `Extractor` and `MeshDecoder` are.
+    topology: which hand: the shipped one by default, or MANO's (`HandTopology.from_hand`).
+    extractor, decoder: parts of a baseline, called as `Extractor` and `MeshDecoder` are. Where `config` asks
+    for a baseline, `pahm.model.build_network` gives them.
 
     Forward: `images (B, 3, S, S)`, RGB normalised with ImageNet's mean and deviation, to `Prediction`.
 
-    Raises:
-        ValueError: images of another shape, or a configuration of a baseline without the parts for it.
+    Raises ValueError for images of another shape, and for a baseline's `config` without its parts.
     """
 
     joint_regressor: Tensor
     mean_hand: Tensor
-    """`(778, 3)` metres: the mean of the training hands, the constant prediction that scores are compared
-    with.
-    """
+    """`(778, 3)` metres: the mean of the training hands, to which scores are compared."""
 
     def __init__(
         self,

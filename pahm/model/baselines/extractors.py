@@ -19,7 +19,7 @@ class HeadlessExtractor(Hourglass):
     """
 
     def forward(self, images: Tensor) -> Features:
-        return Features(self.pyramid(images), images.new_zeros(len(images), 0, 2), [])
+        return Features(self.pyramid(images), images.new_zeros(images.shape[0], 0, 2), [])
 
 
 class StackedExtractor(Extractor):

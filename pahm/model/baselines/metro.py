@@ -105,7 +105,7 @@ class MetroDecoder(ConstantBuffers):
 
     def forward(self, maps: Sequence[Tensor], joints_2d: Tensor) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         camera = weak_perspective(self.lift(global_feature(maps, joints_2d)), self.crop)
-        points = self.template.expand(len(camera), -1, -1)
+        points = self.template.expand(camera.shape[0], -1, -1)
         x = torch.cat([self.mapping(maps, points, camera), points], dim=-1)
         x = hide_queries(x, self.training)
         for block in self.blocks:
@@ -173,7 +173,7 @@ def hide_queries(queries: Tensor, training: bool) -> Tensor:
     """
     if not training:
         return queries
-    share = MASKED * torch.rand(len(queries), 1, 1, device=queries.device)
+    share = MASKED * torch.rand(queries.shape[0], 1, 1, device=queries.device)
     hidden = torch.rand(*queries.shape[:2], 1, device=queries.device) < share
     return queries.masked_fill(hidden, 0.01)
 

@@ -199,13 +199,24 @@ def test_the_papers_network_does_not_pass_for_a_baseline(name, value, topology):
     assert getattr(build_network(config, topology).config, name) == value
 
 
-@pytest.mark.parametrize("variant", ["metro-aligned", "refine-once", "gcn-stacked", "mlp", "skips-m4"])
+@pytest.mark.parametrize("variant", ["metro-aligned", "refine-once", "gcn-stacked", "mlp"])
 def test_variants_compile_to_one_graph(variant, topology):
     network = build(topology, variant).eval()
     with torch.no_grad():
         eager = network(images()).meshes[-1]
         compiled = torch.compile(network, fullgraph=True, backend="aot_eager")(images()).meshes[-1]
     assert torch.allclose(eager, compiled, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["metro", "skips-m4"])
+def test_variants_are_exported_for_any_batch(variant, topology):
+    network = build(topology, variant).eval()
+    sizes = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(network, (images(3),), dynamic_shapes=sizes).module()
+    with torch.no_grad():
+        for count in (1, 2):
+            a, b = exported(images(count)), network(images(count))
+            assert torch.allclose(a.meshes[-1], b.meshes[-1], atol=1e-6)
 
 
 class NoFloat64(TorchDispatchMode):
