@@ -6,6 +6,7 @@ import multiprocessing
 import shutil
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -325,6 +326,7 @@ def test_rows_differ_from_the_base_in_their_variant_only():
     for variant in VARIANTS:
         config = configuration(base, variant)
         assert (config.train, config.augment) == (base.train, base.augment)
+        assert config.loss in (base.loss, replace(base.loss, silhouette=0.0, pose=0.0, position=0.0))
     assert configuration(base, "aligned-attention").model == base.model
     assert configuration(base, "aligned").model.attention_heads == (0, 0, 0, 0)
 

@@ -339,7 +339,8 @@ def test_scores_are_computed_where_the_network_was_trained(data, tmp_path, monke
 
 
 def test_what_no_output_depends_on_is_not_trained():
-    config = configuration(CONFIG, "repeat").override({"model.backbone": "hrnet_w18_small"})
+    changes = {"model.backbone": "hrnet_w18_small", "model.cues": False}
+    config = configuration(CONFIG, "repeat").override(changes)
     module = HandTraining(config)
     prediction = module.network(torch.zeros(2, 3, 64, 64))
     torch.stack([x.sum() for x in (*prediction.meshes, prediction.camera)]).sum().backward()
