@@ -51,10 +51,10 @@ class HandTopology(NamedTuple):
         return self.hierarchy.vertices[level] - root
 
     def check_joints(self, vertices: NDArray[np.floating], joints: NDArray[np.floating], where: str) -> None:
-        """Refuse a mesh of another hand, in which the regressor does not find the joints that come with it:
-        vertices of two hands do not correspond, though both have 778.
+        """Refuse a mesh of another hand, whose vertices do not correspond though it too has 778: the regressor
+        does not find its joints.
 
-        vertices `(778, 3)`, joints `(21, 3)`, metres. Raises ValueError, which calls them `where`.
+        vertices `(778, 3)`, joints `(21, 3)`, metres. Raises ValueError that begins with `where`.
         """
         off = 1000 * float(np.linalg.norm(self.joint_regressor @ vertices - joints, axis=1).mean())
         if off > _JOINTS_OFF:
@@ -71,8 +71,8 @@ class HandTopology(NamedTuple):
     def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> HandTopology:
         """The inverse of `to_arrays`.
 
-        Raises KeyError for an array that is missing, ValueError or IndexError for a hierarchy that is none or
-        has other sizes, a regressor of another shape, and a hand that is not the size of one.
+        Raises KeyError for a missing array, and ValueError or IndexError for an invalid hierarchy, one of other
+        sizes, an invalid regressor, or a hand of an impossible size.
         """
         rest = {name: value for name, value in arrays.items() if name != "joint_regressor"}
         hierarchy = MeshHierarchy.from_arrays(rest)

@@ -33,16 +33,16 @@ class Targets(NamedTuple):
     mask: Tensor
     """`(B, 1, S, S)`, 1 on the hand."""
     has_mask: Tensor
-    """`(B,)` bool: which images have a mask; a folder may have none."""
+    """`(B,)` bool: which images have a mask."""
 
 
 def mesh_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """L_mesh of one level: mean L1 distance of coordinates; `(B, N, 3)` each, any one unit."""
+    """L_mesh of one level: mean L1 distance of coordinates; both `(B, N, 3)` in the same unit."""
     return (predicted - target).abs().mean()
 
 
 def joint_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """METRO's supervision of its joint queries: mean L1 distance of coordinates; `(B, 21, 3)` each, any one
+    """METRO's supervision of its joint queries: mean L1 distance of coordinates; both `(B, 21, 3)` in the same
     unit.
     """
     return (predicted - target).abs().mean()
@@ -73,8 +73,10 @@ def _edges(vertices: Tensor, faces: Tensor) -> Tensor:
 
 
 def silhouette_loss(logits: Tensor, mask: Tensor, has_mask: Tensor) -> Tensor:
-    """L_sil: binary cross entropy against the mask averaged down to the logits' size; images without one
-    count 0.
+    """L_sil: binary cross entropy against the mask, averaged down to the logits' size.
+
+    logits `(B, 1, h, w)`, mask `(B, 1, S, S)`, has_mask `(B,)` bool. Images without a mask are left out of
+    the mean.
     """
     target = F.adaptive_avg_pool2d(mask.float(), (logits.shape[-2], logits.shape[-1]))
     loss = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none").mean(dim=(1, 2, 3))

@@ -94,7 +94,7 @@ def test_without_2d_only_the_losses_of_silhouette_and_pose_are_missing(topology)
 def influence(network, batch):
     """For each of Q_32, Q_16, Q_8, Q_4: whether a changed pixel at the border reaches the finest mesh.
 
-    The mean of each map stays as it is, so that the global feature does not move; so does the 2D pose.
+    The mean of each map and the 2D pose stay as they are, so that the global feature does not move.
     """
     maps, joints_2d, _ = network.extractor(batch)
     reached = []
