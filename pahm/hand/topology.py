@@ -51,8 +51,8 @@ class HandTopology(NamedTuple):
         return self.hierarchy.vertices[level] - root
 
     def check_joints(self, vertices: NDArray[np.floating], joints: NDArray[np.floating], where: str) -> None:
-        """Refuse a mesh of another hand, whose vertices do not correspond though it too has 778: the regressor
-        does not find its joints.
+        """Refuse a mesh of another hand: it may have 778 vertices, too, but the regressor does not find its
+        joints.
 
         vertices `(778, 3)`, joints `(21, 3)`, metres. Raises ValueError that begins with `where`.
         """
@@ -71,8 +71,8 @@ class HandTopology(NamedTuple):
     def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> HandTopology:
         """The inverse of `to_arrays`.
 
-        Raises KeyError for a missing array, and ValueError or IndexError for an invalid hierarchy, one of other
-        sizes, an invalid regressor, or a hand of an impossible size.
+        Raises KeyError for a missing array, and ValueError or IndexError for an invalid hierarchy or one of
+        other sizes, an invalid regressor, or a hand of an impossible size.
         """
         rest = {name: value for name, value in arrays.items() if name != "joint_regressor"}
         hierarchy = MeshHierarchy.from_arrays(rest)

@@ -42,8 +42,9 @@ def mesh_loss(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def joint_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """METRO's supervision of its joint queries: mean L1 distance of coordinates; both `(B, 21, 3)` in the same
-    unit.
+    """METRO's supervision of its joint queries: mean L1 distance of coordinates.
+
+    Both `(B, 21, 3)` in the same unit.
     """
     return (predicted - target).abs().mean()
 
