@@ -137,7 +137,13 @@ class TrainConfig:
     """Type of the weights in `model.safetensors`."""
     channels_last: bool = True
     sync_batchnorm: bool = True
-    """Normalise over the images of all processes, so that several train what one would."""
+    """Normalise over the images of all GPUs, so that several train what one would. CPU processes normalise over
+    their own images, and keep the first process's statistics.
+    """
+    ema: float = 0.0
+    """Decay of the moving average of the weights, e.g. 0.999. The average is what is scored and exported. Early
+    steps decay faster. 0 keeps no average.
+    """
     shuffle_buffer: int = 4000
     """Images of tar shards among which the next one is drawn; a folder's are all shuffled."""
     workers: int = 2
@@ -157,6 +163,7 @@ class TrainConfig:
             weight_decay=(0, 1000),
             decay=(0, 1),
             milestones=(0, 10**6),
+            ema=(0, 0.999999),
         )
         _within("train", self, gradient_clip=(0, 10**9), save_minutes=(0, 10**6), save_every=(0, 10**9))
         _within("train", self, workers=(0, 1024), seed=(0, 2**32 - 1))

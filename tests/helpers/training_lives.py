@@ -67,7 +67,7 @@ def live(config, data, out, death, options):
     HandTraining.on_train_epoch_start = on_train_epoch_start
     torch.save = save
     if moment == "export":
-        pahm.train.trainer.save_checkpoint = export
+        pahm.train.trainer.export = export
     train(from_json(config), data, out, accelerator="cpu", progress=False, **options)
     (Path(out) / f"losses{os.environ.get('LOCAL_RANK', '0')}.json").write_text(json.dumps(losses))
 
