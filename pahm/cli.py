@@ -198,7 +198,6 @@ def _ablate(options: argparse.Namespace) -> None:
         data=options.data,
         seeds=options.seeds,
         changes=_changes(options.set),
-        jobs=_count("--jobs", str(options.jobs)),
         topology=topology,
         accelerator=options.accelerator,
     )

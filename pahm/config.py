@@ -137,12 +137,12 @@ class TrainConfig:
     """Type of the weights in `model.safetensors`."""
     channels_last: bool = True
     sync_batchnorm: bool = True
-    """Normalise over the images of all GPUs, so that several train what one would. CPU processes normalise over
-    their own images, and keep the first process's statistics.
+    """Normalise over the images of all GPUs, so that several train what one would. CPU processes normalise
+    over their own images, and keep the first process's statistics.
     """
     ema: float = 0.0
-    """Decay of the moving average of the weights, e.g. 0.999. The average is what is scored and exported. Early
-    steps decay faster. 0 keeps no average.
+    """Decay of the moving average of the weights, e.g. 0.999. The average is what is scored and exported.
+    Early steps decay faster. 0 keeps no average.
     """
     shuffle_buffer: int = 4000
     """Images of tar shards among which the next one is drawn; a folder's are all shuffled."""

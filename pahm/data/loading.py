@@ -31,9 +31,9 @@ _MAX_UNREADABLE = 100
 class Images(Protocol):
     """Training images: a folder's (`FolderImages`), those of tar shards (`ShardImages`), or your own.
 
-    A subclass of your own has `has_masks`, `__len__`, `vertices` and `__getitem__`. The last gives the dict that
-    `FreiHand` describes. It raises FileNotFoundError or ValueError, naming the image, for one that cannot be
-    read.
+    A subclass of your own has `has_masks`, `__len__`, `vertices` and `__getitem__`. The last gives the dict
+    that `FreiHand` describes. It raises FileNotFoundError or ValueError, naming the image, for one that
+    cannot be read.
     """
 
     has_masks: bool

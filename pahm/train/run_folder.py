@@ -1,4 +1,4 @@
-"""The folder of a training run: `last.ckpt`, written whole or not at all, the networks, and how they were made."""
+"""The folder of a training run: `last.ckpt`, written whole or not at all, the networks, and their history."""
 
 from __future__ import annotations
 

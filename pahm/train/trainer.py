@@ -82,11 +82,11 @@ def train(
     """Train a network, or resume an interrupted run in the same folder.
 
     `out` receives `last.ckpt` (everything to resume from; saved after each epoch and within it, see
-    `TrainConfig`), `best.safetensors` (the network of the epoch with the lowest PA-MPJPE), TensorBoard's event
-    files, `config.json`, `run.json` (where the data lies, and the run's provenance) and, at the end,
-    `model.safetensors` (the network after the last epoch). `load_checkpoint` reads either network. A run whose
-    `last.ckpt` exists resumes from it, and ends with the same bits as a run without a stop, on a CPU and with
-    the same number of processes.
+    `TrainConfig`), `best.safetensors` (the network of the epoch with the lowest PA-MPJPE), TensorBoard's
+    event files, `config.json`, `run.json` (where the data lies, and the run's provenance) and, at the end,
+    `model.safetensors` (the network after the last epoch). `load_checkpoint` reads either network. A run
+    whose `last.ckpt` exists resumes from it, and ends with the same bits as a run without a stop, on a CPU
+    and with the same number of processes.
 
     Args:
         data: a folder in FreiHAND's layout; or tar shards of `pahm.data.shards.write_shards` (see
@@ -100,8 +100,8 @@ def train(
             that is a folder.
         progress: show a progress bar, and at the end the table of scores that `pahm eval` prints.
         strict: an image that cannot be read ends the run, instead of being named and replaced.
-        callbacks: Lightning callbacks of your own. `EarlyStopping` and `ModelCheckpoint` can monitor the scores
-            of each evaluation, logged as `eval/pa_mpjpe`, `eval/pa_mpvpe` and so on.
+        callbacks: Lightning callbacks of your own. `EarlyStopping` and `ModelCheckpoint` can monitor the
+            scores of each evaluation, logged as `eval/pa_mpjpe`, `eval/pa_mpvpe` and so on.
         loggers: Lightning loggers besides TensorBoard's, e.g. `WandbLogger()`.
 
     Returns:
