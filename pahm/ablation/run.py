@@ -86,8 +86,8 @@ def ablate(
     JSON of its scores (`results/`), and `<table>.md`, `.csv` and `.png`, written anew after each run. Runs
     whose result is there are skipped, also where another table made it. An interrupted run resumes.
 
-    The jobs of a cluster can share `out` and `data`, each with its own `only` and `seeds`. A last call without
-    `only` writes the whole table.
+    The jobs of a cluster can share `out` and `data`, each with its own `only` and `seeds`. A last call
+    without `only` writes the whole table.
 
     Args:
         table: a name of `TABLES`. scale: a name of `SCALES`.

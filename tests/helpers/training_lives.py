@@ -26,7 +26,7 @@ def die():
 def live(config, data, out, death, options, hold=False):
     """Train; `death` is None or (moment, number): before step `number` ("step"), after an epoch's evaluation
     and before its checkpoint ("border"), after its checkpoint ("saved"), inside the file of the checkpoint at
-    step `number` ("write"), or before the export ("export"). hold: batch normalisation does not see the images.
+    step `number` ("write"), or before the export ("export"). hold: batch normalisation keeps its statistics.
     """
     torch.set_num_threads(1)
     # The server's children would start loader workers by a server of their own, which imports all anew.

@@ -249,7 +249,7 @@ def test_a_job_runs_the_rows_and_seeds_that_it_names(run, monkeypatch):
     run(seeds=[3, 4])
     assert trained == [("refine-once", 3), ("refine-three-times", 3), ("refine-three-times", 4)]
     assert "mean and standard deviation of seeds 3, 4." in path.read_text()
-    with pytest.raises(ValueError, match="only: expected rows of table3, refine-once, .*, got 'metro'"):
+    with pytest.raises(ValueError, match=r"only: expected rows of table3, refine-once, .*, got 'metro'"):
         run(only=["metro"])
 
 
