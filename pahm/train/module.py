@@ -123,7 +123,7 @@ class HandTraining(pl.LightningModule):
         self._unchecked.append((self.global_step, batch["name"], losses))
         if len(self._unchecked) == READ_EVERY:
             self.check_losses()
-        self.log("loss", losses["loss"], prog_bar=True)
+        self.log("loss", losses["loss"])
         self.log_dict({f"train/{name}": losses[name] for name in parts})
         return loss
 

@@ -313,15 +313,19 @@ def _trainer(
 
 
 class _ProgressBar(RichProgressBar):
+    """Shows the loss of every `READ_EVERY`-th step; Lightning's own way reads it from the device in each."""
+
     def __init__(self) -> None:
         super().__init__()
-        self._shown: dict[str, Any] = {}
+        self._loss: dict[str, float] = {}
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        if not trainer.training or trainer.global_step % READ_EVERY == 0 or not self._shown:
-            self._shown = super().get_metrics(trainer, pl_module)
-            self._shown.pop("v_num", None)  # the end of the name of the logger's folder
-        return self._shown
+        if not self._loss or trainer.global_step % READ_EVERY == 0:
+            logged = trainer.callback_metrics
+            self._loss = {"loss": float(logged["loss"])} if "loss" in logged else {}
+        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)  # the end of the name of the logger's folder
+        return self._loss | metrics
 
 
 class _SynchronisedLayers(LayerSync):
