@@ -211,8 +211,8 @@ Command = Demo | Synth | Train | Shards | Eval | Predict | Report | Ablate | Exp
 def parse(arguments: Sequence[str] | None = None) -> tuple[Command, bool]:
     """The command that `arguments` (`sys.argv`'s by default) name, and whether `--debug` stands before it.
 
-    Ends with SystemExit, as tyro does, after `--help`, `--version` and what is wrong with the arguments. Raises
-    FileNotFoundError or ValueError for a `--config` file that cannot be used.
+    Ends with SystemExit, as tyro does, after `--help`, `--version`, and an explanation of wrong arguments.
+    Raises FileNotFoundError or ValueError for a `--config` file that cannot be used.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if list(arguments) == ["--version"]:
@@ -243,14 +243,14 @@ def _parse(arguments: Sequence[str], base: Config) -> tuple[Command, bool]:
         Train: Train(data=tyro.MISSING, out=tyro.MISSING, values=base),
         Ablate: Ablate(table=tyro.MISSING, out=tyro.MISSING, values=base),
     }
-    commands = tuple(
+    commands: Any = tuple(
         Annotated[kind, subcommand(kind.__name__.lower(), default=defaults.get(kind, MISSING_NONPROP))]
         for kind in get_args(Command)
     )
-    debug = Annotated[bool, tyro.conf.arg(help="Show the traceback of an error.")]
-    fields = [("command", Union[commands]), ("debug", debug, field(default=False))]  # noqa: UP007
+    command: Any = Annotated[Union[commands], tyro.conf.arg(name="")]  # noqa: UP007
+    debug: Any = Annotated[bool, tyro.conf.arg(help="Show the traceback of an error.")]
     found: Any = tyro.cli(
-        make_dataclass("Pahm", fields),
+        make_dataclass("Pahm", [("command", command), ("debug", debug, field(default=False))]),
         prog="pahm",
         description="Pixel-aligned hand mesh reconstruction. pahm --version prints the version.",
         args=arguments,

@@ -232,8 +232,9 @@ def _eval(options: Eval) -> None:
     if not options.submission:
         _check_out(options.out)
     if options.freihand:
-        _eval_freihand(options)
+        _eval_freihand(options, options.freihand)
         return
+    assert options.data is not None
     from pahm.model import load_checkpoint
     from pahm.score.evaluation import evaluate, print_scores
     from pahm.score.metrics import write_submission
@@ -269,7 +270,7 @@ def _check_out(path: Path) -> None:
         raise ValueError(f"--out: expected a folder that can be written to, got {path.parent}")
 
 
-def _eval_freihand(options: Eval) -> None:
+def _eval_freihand(options: Eval, folder: Path) -> None:
     from pahm.score import protocol as scoring
 
     submission = options.submission or options.out
@@ -280,10 +281,10 @@ def _eval_freihand(options: Eval) -> None:
 
         network = load_checkpoint(options.checkpoint)
         if not options.joints_only:
-            scoring.check_mesh(network.topology, options.freihand)
+            scoring.check_mesh(network.topology, folder)
         hands = reconstruct(
             network,
-            options.freihand,
+            folder,
             use_scale=not options.no_scale,
             left=options.left,
             strict=options.strict,
@@ -292,13 +293,11 @@ def _eval_freihand(options: Eval) -> None:
         )
         write_submission(submission, hands.joints, hands.vertices)
         print(f"{submission}: joints and vertices of {len(hands.joints)} images, FreiHAND's submission")
-        for path in scoring.truth_paths(options.freihand, joints_only=options.joints_only):
+        for path in scoring.truth_paths(folder, joints_only=options.joints_only):
             if not path.exists():
                 print(f"{path} is missing: nothing to score against")
                 return
-    scores = scoring.score_submission(
-        submission, options.freihand, joints_only=options.joints_only, progress=True
-    )
+    scores = scoring.score_submission(submission, folder, joints_only=options.joints_only, progress=True)
     scoring.print_submission_scores(scores)
     print(f"{scoring.write_scores(submission, scores)}: these scores")
 
@@ -309,6 +308,8 @@ def _predict(options: Predict, debug: bool) -> int:
     from pahm.infer.predictor import Predictor
     from pahm.model import load_checkpoint
 
+    if not options.images:
+        raise ValueError("expected image files or folders, got none")
     results = predict_files(
         Predictor(load_checkpoint(options.checkpoint), options.device),
         options.images,
