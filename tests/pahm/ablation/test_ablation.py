@@ -212,7 +212,7 @@ def test_the_command_names_one_scale_and_its_first_weights(tmp_path, monkeypatch
     monkeypatch.setattr("pahm.train.trainer.train", train)
     monkeypatch.setattr("pahm.ablation.run.generate", render)
     out = tmp_path / "out"
-    options = ["--out", str(out), "--seeds", "5", "--accelerator", "cpu", "--set", "train.learning_rate=0.5"]
+    options = ["--out", str(out), "--seeds", "5", "--accelerator", "cpu", "--train.learning-rate", "0.5"]
     assert main(["ablate", "table3", *options]) == 0
     assert rendered == [(10000, 1000, 1)] and (out / "table3.md").exists()
     weights = load_file(out / "backbone.safetensors")

@@ -232,11 +232,8 @@ def test_a_few_steps_on_one_batch_bring_the_loss_down(data):
 
 def test_two_processes_share_the_work(data, tmp_path):
     options = ["--preset", "tiny", "--accelerator", "cpu", "--devices", "2", "--strategy", "ddp"]
-    for change in (
-        *("model.backbone=test_resnet", "model.pretrained=false", "model.image_size=64"),
-        *("train.batch_size=4", "train.epochs=1", "train.workers=0"),
-    ):
-        options += ["--set", change]
+    options += ["--model.backbone", "test_resnet", "--model.pretrained", "False", "--model.image-size", "64"]
+    options += ["--train.batch-size", "4", "--train.epochs", "1", "--train.workers", "0"]
     out = tmp_path / "run"
     command = [sys.executable, "-m", "pahm", "train", "--data", str(data), "--out", str(out), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
