@@ -225,8 +225,9 @@ class HandTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         train = self.config.train
-        # One pass over all parameters; Lightning cannot clip gradients for it under mixed precision.
-        options: dict[str, Any] = {"lr": train.learning_rate, "fused": train.precision == "32-true"}
+        # One pass over all parameters. Lightning cannot clip their gradients under mixed precision then.
+        fused = train.precision == "32-true" or not train.gradient_clip
+        options: dict[str, Any] = {"lr": train.learning_rate, "fused": fused}
         if train.optimizer == "adam":
             optimizer: torch.optim.Optimizer = torch.optim.Adam(
                 self.network.parameters(), weight_decay=train.weight_decay, **options

@@ -1,4 +1,4 @@
-"""Training end to end on a few rendered hands: targets, schedules, resuming, refusals."""
+"""Training end to end on a few rendered hands: targets, schedules, resuming, what a run leaves."""
 
 import json
 import math
@@ -207,8 +207,11 @@ def test_other_evaluation_images_can_be_scored(data, tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["eval_data"] == str(tmp_path / "other")
 
 
-def test_training_in_bfloat16(data, tmp_path):
-    config = CONFIG.override({"train.precision": "bf16-mixed", "train.epochs": 1})
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_training_in_bfloat16(data, tmp_path, clip):
+    config = CONFIG.override(
+        {"train.precision": "bf16-mixed", "train.epochs": 1, "train.gradient_clip": clip}
+    )
     scores = train(config, data, tmp_path, accelerator="cpu", progress=False)
     assert math.isfinite(scores["pa_mpjpe"])
 
