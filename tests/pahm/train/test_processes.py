@@ -34,6 +34,7 @@ CONFIG = preset("tiny").override(
         "train.learning_rate": 1e-5,
         "train.workers": 0,
         "train.export": "float32",
+        "train.ema": 0.1,
     }
 )
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,20 @@ def test_evaluation_of_the_exported_network_gives_the_recorded_scores(run, data)
 def test_a_finished_run_is_not_run_again(run, data, steps):
     out, scores = run
     assert train(CONFIG, data, out, accelerator="cpu", progress=False) == pytest.approx(scores)
+    assert steps == []
+
+
+def test_a_run_of_an_earlier_version_is_resumed(run, data, tmp_path, steps):
+    """It knows no average of the weights, and no best network."""
+    shutil.copytree(run[0], tmp_path / "run")
+    (tmp_path / "run" / "best.safetensors").unlink()
+    stored = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    config = json.loads(stored["pahm_config"])
+    del config["train"]["ema"]
+    stored["pahm_config"] = json.dumps(config)
+    stored["callbacks"] = {name: state for name, state in stored["callbacks"].items() if "Best" not in name}
+    torch.save(stored, tmp_path / "run" / "last.ckpt")
+    assert train(CONFIG, data, tmp_path / "run", accelerator="cpu", progress=False) == run[1]
     assert steps == []
 
 
