@@ -60,6 +60,8 @@ def test_synth_then_train_then_eval(data, tmp_path, capsys, caplog, monkeypatch)
     assert not [record for record in caplog.records if record.name.startswith(lightning.name)]
     config, scores = read_metadata(out / "model.safetensors")
     assert (config.model.backbone, config.train.epochs, scores["images"]) == ("test_resnet", 1, 3)
+    table = next(line for line in shown.out.splitlines() if "network" in line)
+    assert f"{scores['pa_mpjpe']:.2f}" in table and "mean hand" in shown.out
     pred = tmp_path / "pred.json"
     evaluate = [
         "eval",
