@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pahm.infer.files import predict_files, write
+from pahm.infer.writers import predict_files, write
 from pahm.infer.predictor import Predictor
 from pahm.model import load_checkpoint
 from pahm.synth.picture import draw

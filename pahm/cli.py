@@ -287,7 +287,7 @@ def _eval_freihand(options: argparse.Namespace) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     from pahm.data.camera import read_intrinsics
-    from pahm.infer.files import predict_files
+    from pahm.infer.writers import predict_files
     from pahm.infer.predictor import Predictor
     from pahm.model import load_checkpoint
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from pahm.data.freihand import FreiHand
-from pahm.infer.files import write
+from pahm.infer.writers import write
 from pahm.infer.predictor import Predictor
 from pahm.model import load_checkpoint, read_metadata, shipped_checkpoint
 from pahm.report.pictures import SheetRow, contact_sheet
@@ -31,7 +31,7 @@ def demo(
 ) -> Path:
     """Render `count` hands that no training set has, reconstruct them, and show and score the result.
 
-    `out` receives `data/` (the images, in FreiHAND's layout), the files of `pahm.infer.files.write` for
+    `out` receives `data/` (the images, in FreiHAND's layout), the files of `pahm.infer.writers.write` for
     each of the first dozen hands, and `contact_sheet.png`, whose path is returned. The scores are printed
     beside those of the constant mean hand, and beside those that were recorded with the checkpoint.
 

@@ -27,7 +27,7 @@ from pahm.infer.predictor import Predictor
 from pahm.model.checkpoint import check_same_network, load_checkpoint, read_metadata, read_provenance
 from pahm.model.network import HandNet
 from pahm.report.curves import charts, read_curves
-from pahm.report.hands import Hand, Photographer
+from pahm.report.rows import Hand, Photographer
 from pahm.report.per_image import Scored, annotated, find_readable, reasons_of, score
 from pahm.score.evaluation import COLUMNS
 from pahm.score.failures import LIMITS, NONE, Reasons, dominant

@@ -10,9 +10,9 @@ import trimesh
 from known_hand import KnownNetwork, enclosed, known_hand, picture
 from PIL import Image, ImageOps
 
-import pahm.infer.files
+import pahm.infer.writers
 from pahm.cli import main
-from pahm.infer.files import KINDS, predict_files, write, write_many
+from pahm.infer.writers import KINDS, predict_files, write, write_many
 from pahm.infer.predictor import Predictor
 
 
@@ -147,14 +147,14 @@ def test_only_what_is_asked_for_is_written(predictor, tmp_path):
 
 def test_an_overlay_keeps_every_bit_of_what_was_drawn(predictor, tmp_path):
     prediction = predictor.predict(picture())
-    drawn = pahm.infer.files.overlay(prediction.image, prediction.vertices, prediction.faces, prediction.K)
+    drawn = pahm.infer.writers.overlay(prediction.image, prediction.vertices, prediction.faces, prediction.K)
     write(prediction, tmp_path, "hand")
     with Image.open(tmp_path / "hand_overlay.png") as written:
         assert np.array_equal(written, drawn)
 
 
 def test_names_of_one_run_differ_without_json_and_the_order_stays(predictor, tmp_path, monkeypatch):
-    original = pahm.infer.files._write
+    original = pahm.infer.writers._write
 
     busy = []
 
@@ -166,7 +166,7 @@ def test_names_of_one_run_differ_without_json_and_the_order_stays(predictor, tmp
         busy.remove(stem)
         return paths
 
-    monkeypatch.setattr(pahm.infer.files, "_write", slower_at_first)
+    monkeypatch.setattr(pahm.infer.writers, "_write", slower_at_first)
     sources = []
     for name in ("a/hand.png", "b/hand.png", "a/hand.png", "c/hand-2.png"):
         path = tmp_path / name
@@ -180,7 +180,7 @@ def test_names_of_one_run_differ_without_json_and_the_order_stays(predictor, tmp
 
 def test_the_next_hand_is_made_while_one_is_written(predictor, tmp_path, monkeypatch):
     prediction, made = predictor.predict(picture()), threading.Event()
-    original = pahm.infer.files._write
+    original = pahm.infer.writers._write
 
     def waits(*arguments):
         assert made.wait(30), "nothing was made meanwhile"
@@ -191,7 +191,7 @@ def test_the_next_hand_is_made_while_one_is_written(predictor, tmp_path, monkeyp
         made.set()
         yield "b", prediction
 
-    monkeypatch.setattr(pahm.infer.files, "_write", waits)
+    monkeypatch.setattr(pahm.infer.writers, "_write", waits)
     written = list(write_many(results(), tmp_path, ["ply"]))
     assert [[path.name for path in paths] for paths in written] == [["a.ply"], ["b.ply"]]
 
