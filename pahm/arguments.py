@@ -110,7 +110,7 @@ def make_parser() -> argparse.ArgumentParser:
     predict.add_argument("--intrinsics", type=Path, metavar="K.json", help="camera matrix, 3 x 3, in pixels")
     predict.add_argument("--left", action="store_true", help="the hands are left hands")
     predict.add_argument(
-        "--write", default="overlay,glb,ply,json", metavar="KINDS", help="what to write (%(default)s)"
+        "--write", default="png,glb,ply,json", metavar="KINDS", help="what to write (%(default)s)"
     )
     predict.add_argument("--batch-size", type=int, default=8, help="images at once (%(default)s)")
     predict.add_argument("--checkpoint", type=Path, help="a model.safetensors (the shipped one)")

@@ -257,13 +257,13 @@ def _eval_freihand(options: argparse.Namespace) -> None:
     submission = options.submission or options.out
     if not options.submission:
         from pahm.model import load_checkpoint
-        from pahm.score.evaluation import reconstruct
+        from pahm.score.evaluation import reconstruct_folder
         from pahm.score.metrics import write_submission
 
         network = load_checkpoint(options.checkpoint)
         if not options.joints_only:
             scoring.check_mesh(network.topology, options.freihand)
-        hands = reconstruct(
+        hands = reconstruct_folder(
             network,
             options.freihand,
             use_scale=not options.no_scale,
@@ -287,8 +287,8 @@ def _eval_freihand(options: argparse.Namespace) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     from pahm.data.camera import read_intrinsics
-    from pahm.infer.writers import predict_files
     from pahm.infer.predictor import Predictor
+    from pahm.infer.writers import predict_files
     from pahm.model import load_checkpoint
 
     results = predict_files(

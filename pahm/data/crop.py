@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from pahm.data.augment import crop_matrix, warp
 from pahm.data.camera import Array, assumed_intrinsics, check_intrinsics
 from pahm.data.open_image import convert_image, read_image
-from pahm.hand.left import checked_left, mirror_intrinsics
+from pahm.hand.left import checked_left
 from pahm.text_files import shown
 
 Box = tuple[float, float, float, float]
@@ -33,6 +33,8 @@ class Request(NamedTuple):
     left: bool = False
     place: str = "image"
     """What to call an image that is not a file."""
+    bone: float | None = None
+    """Length in metres of the hand's bone between joints 9 and 10, where it is known: it sets the size."""
 
     @property
     def name(self) -> str:
@@ -41,11 +43,11 @@ class Request(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """A request made ready for the network, which sees right hands: for a left one the image is flipped."""
+    """A request made ready for the network, which sees right hands: a left hand's crop is mirrored."""
 
     request: Request
     image: Image.Image
-    """The whole image, RGB, not flipped."""
+    """The whole image, RGB, not mirrored."""
     source: str | None
     """Absolute path of the image, where it was a file."""
     box: Box
@@ -53,11 +55,17 @@ class Crop(NamedTuple):
     K: Array
     """`(3, 3)` intrinsics of `image`."""
     pixels: Image.Image
-    """The crop, of the flipped image for a left hand."""
+    """The crop as the network sees it."""
     matrix: Array
-    """`(3, 3)`, pixels of the image that `pixels` was taken from to those of the crop."""
-    seen_K: Array
-    """`(3, 3)` intrinsics of the image that `pixels` was taken from."""
+    """`(3, 3)`, pixels of `image` to those of `pixels`."""
+
+    @property
+    def seen_K(self) -> Array:
+        """`(3, 3)` intrinsics of the camera that sees in `pixels` what the network is to reconstruct: the
+        hand, or the mirror image of a left one.
+        """
+        x = -1.0 if self.request.left else 1.0
+        return np.asarray(self.matrix @ self.K @ np.diag([x, 1.0, 1.0]))
 
 
 def read_crop(request: Request, size: int, share: float) -> Crop | Exception:
@@ -75,13 +83,8 @@ def read_crop(request: Request, size: int, share: float) -> Crop | Exception:
             K = check_intrinsics(request.intrinsics)
     except (FileNotFoundError, TypeError, ValueError) as error:
         return _named(error, request.name)
-    if not request.left:
-        matrix = crop_matrix(box, size)
-        return Crop(request, image, source, box, K, warp(image, matrix, size), matrix, K)
-    x, y, side, _ = box
-    matrix = crop_matrix((image.width - x - side, y, side, side), size)
-    pixels = warp(ImageOps.mirror(image), matrix, size)
-    return Crop(request, image, source, box, K, pixels, matrix, mirror_intrinsics(K, image.width))
+    matrix = crop_matrix(box, size, mirror=request.left)
+    return Crop(request, image, source, box, K, warp(image, matrix, size), matrix)
 
 
 def _named(error: Exception, name: str) -> Exception:

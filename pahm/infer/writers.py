@@ -1,4 +1,4 @@
-"""From files to files: the images to reconstruct hands in, and what shows the hands."""
+"""Hands as files: the formats, their names in a folder, and whole folders of images at once."""
 
 from __future__ import annotations
 
@@ -9,23 +9,28 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import trimesh
 
-from pahm.infer.predictor import HandPrediction, Predictor
-from pahm.report.pictures import overlay
+from pahm.hand.left import mirror_faces
 from pahm.synth.backgrounds import SUFFIXES
 from pahm.text_files import read_json
 from pahm.whole_file import whole_file
 
+if TYPE_CHECKING:
+    from pahm.infer.hand import Hand
+    from pahm.infer.predictor import Predictor
+
 T = TypeVar("T")
 
-KINDS = {"overlay": "_overlay.png", "glb": ".glb", "ply": ".ply", "json": ".json"}
-"""What can be written of a prediction, and how the names of the files end."""
+FORMATS = {"png": "_overlay.png", "glb": ".glb", "ply": ".ply", "obj": ".obj", "json": ".json"}
+"""The formats of a hand, and how the names of their files end."""
+FACES = "faces.json"
+"""The triangles that belong to the vertices in all JSON files of a folder, for right and for left hands."""
 WRITERS = 2  # threads
 _GLTF = np.diag([1.0, -1.0, -1.0, 1.0])  # camera space to glTF's: y up, the camera looks along -z
 
@@ -35,7 +40,7 @@ def predict_files(
     images: Iterable[str | os.PathLike[str]],
     folder: str | os.PathLike[str],
     *,
-    kinds: Iterable[str] = tuple(KINDS),
+    kinds: Iterable[str] = tuple(FORMATS),
     bbox: Sequence[float] | None = None,
     intrinsics: npt.ArrayLike | None = None,
     left: bool = False,
@@ -44,10 +49,10 @@ def predict_files(
     """Reconstruct the hands in image files and write what shows them: the work of `pahm predict`.
 
     images: files, or folders, which stand for the images right in them (by suffix, in the order of their
-    names). folder, kinds: as for `write`. bbox, intrinsics, left, batch_size: of all images, as for
-    `Predictor.predict_many`. Gives the paths written for each image, or its error, in the order of the
-    images; errors of folders without an image come first. Meanwhile torch has one thread less, so that a
-    core is left to reading and writing.
+    names). folder, kinds: the folder and the formats of `write_many`. bbox, intrinsics, left, batch_size: of
+    all images, as for `Predictor.predict_many`. Gives the paths written for each image, or its error, in the
+    order of the images; errors of folders without an image come first. Meanwhile torch has one thread less,
+    so that a core is left to reading and writing.
 
     Raises as `write_many` and `Predictor.predict_many`, but for errors of a single image.
     """
@@ -92,81 +97,76 @@ def _with_a_core_to_spare(results: Iterable[T]) -> Iterator[T]:
         torch.set_num_threads(threads)
 
 
-def write(
-    prediction: HandPrediction,
-    folder: str | os.PathLike[str],
-    stem: str,
-    kinds: Iterable[str] = tuple(KINDS),
-) -> list[Path]:
-    """Write `<stem>_overlay.png`, `<stem>.glb`, `<stem>.ply`, `<stem>.json`, or some of them, to `folder`.
-
-    kinds: of `KINDS`. The PLY is in camera space (OpenCV axes, metres); the GLB is turned to glTF's axes,
-    so that viewers show the hand upright. The JSON holds everything in `HandPrediction` but the image and
-    the coarser meshes. Files of the same image, crop and side are replaced; where a JSON says that the
-    names belong to another prediction, such as of an image of the same name in another folder, `<stem>-2`,
-    `<stem>-3`, ... are used. Without a JSON nobody can tell, and files of these names are replaced. Each
-    file is whole or not there. Two processes must not write to the same folder at the same time: they could
-    take the same names.
-
-    Returns the paths in the order of `KINDS`. Raises ValueError for a stem that is not a plain file name
-    and for kinds that there are not, OSError where a file cannot be written.
-    """
-    (result,) = write_many([(stem, prediction)], folder, kinds)
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
 def write_many(
-    results: Iterable[tuple[str, HandPrediction | Exception]],
+    hands: Iterable[tuple[str, Hand | Exception]],
     folder: str | os.PathLike[str],
-    kinds: Iterable[str] = tuple(KINDS),
+    formats: Iterable[str] = tuple(FORMATS),
 ) -> Iterator[list[Path] | Exception]:
-    """Write many predictions as `write` does, in threads, while `results` makes the next ones.
+    """Write many hands in threads, while `hands` makes the next ones: the work of `Hand.save`.
 
-    results: stems and predictions, such as of `Predictor.attempt_many`; different predictions of one call
-    get different names. Gives the paths of each in the same order; an exception among `results` is passed
-    on, and one that is met in writing takes the place of the paths.
+    hands: names and hands, such as of `Predictor.attempt_many`. formats: of `FORMATS`, whose files are called
+    `<name>_overlay.png`, `<name>.glb` and so on. PLY and OBJ are in camera space (OpenCV axes, metres). GLB
+    is turned to glTF's axes, so that viewers show the hand upright. JSON holds everything in `Hand` but the
+    image, the silhouette and the coarser meshes; the triangles are in `faces.json`, once a folder.
 
-    Raises ValueError for kinds that there are not, OSError where the folder cannot be made.
+    Each file is whole or not there. Files of the same image, crop and side are replaced. Where a JSON says
+    that the names belong to another hand, such as one in an image of the same name in another folder,
+    `<name>-2`, `<name>-3`, ... are used. Without a JSON nobody can tell, and files of these names are
+    replaced. Different hands of one call get different names. Two processes must not write to the same folder
+    at the same time: they could take the same names.
+
+    Gives the paths of each hand in the order of `FORMATS`. An exception among `hands` is passed on, and one
+    that is met in writing takes the place of the paths. Raises ValueError for unknown formats, OSError where
+    the folder cannot be made or `faces.json` not be written.
     """
-    wanted = check_kinds(kinds)
+    wanted = _check_formats(formats)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    return _write_many(results, folder, wanted)
+    return _write_many(hands, folder, wanted)
 
 
-def check_kinds(kinds: Iterable[str]) -> list[str]:
-    """The kinds in the order of `KINDS`; ValueError for none, and naming one that there is not."""
-    wanted = list(kinds)
-    unknown = [kind for kind in wanted if kind not in KINDS]
+def _check_formats(formats: Iterable[str]) -> list[str]:
+    """The formats in the order of `FORMATS`; ValueError for none, and naming an unknown one."""
+    wanted = list(formats)
+    unknown = [name for name in wanted if name not in FORMATS]
     if unknown or not wanted:
         raise ValueError(
-            f"kinds: expected some of {', '.join(KINDS)}, got {unknown[0] if unknown else 'none'!r}"
+            f"formats: expected some of {', '.join(FORMATS)}, got {unknown[0] if unknown else 'none'!r}"
         )
-    return [kind for kind in KINDS if kind in wanted]
+    return [name for name in FORMATS if name in wanted]
 
 
 def _write_many(
-    results: Iterable[tuple[str, HandPrediction | Exception]], folder: Path, kinds: Sequence[str]
+    hands: Iterable[tuple[str, Hand | Exception]], folder: Path, formats: Sequence[str]
 ) -> Iterator[list[Path] | Exception]:
     names = _Names(folder)
+    faces: npt.NDArray[np.int64] | None = None
     latest: dict[str, Future[list[Path]]] = {}
     ahead: deque[Exception | Future[list[Path]]] = deque()
     with ThreadPoolExecutor(WRITERS, thread_name_prefix="pahm-write") as pool:
-        for stem, prediction in results:
-            if isinstance(prediction, Exception):
-                ahead.append(prediction)
+        for name, hand in hands:
+            if isinstance(hand, Exception):
+                ahead.append(hand)
             else:
-                stem = names.claim(stem, prediction)
-                if stem in latest:
-                    wait([latest[stem]])  # the same image once more: two threads in one file would mix
-                latest[stem] = pool.submit(_write, prediction, folder, stem, kinds)
-                ahead.append(latest[stem])
+                if faces is None and "json" in formats:
+                    faces = hand.faces
+                    _write_faces(folder / FACES, mirror_faces(faces) if hand.left else faces)
+                name = names.claim(name, hand)
+                if name in latest:
+                    wait([latest[name]])  # the same image once more: two threads in one file would mix
+                latest[name] = pool.submit(_write, hand, folder, name, formats)
+                ahead.append(latest[name])
             while ahead and (len(ahead) > 2 * WRITERS or _is_done(ahead[0])):
                 yield _outcome(ahead.popleft())
         while ahead:
             yield _outcome(ahead.popleft())
+
+
+def _write_faces(path: Path, right: npt.NDArray[np.int64]) -> None:
+    text = json.dumps({"right": right.tolist(), "left": mirror_faces(right).tolist()}) + "\n"
+    if not (path.is_file() and path.read_text(encoding="utf-8", errors="replace") == text):
+        with whole_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 def _is_done(result: Exception | Future[list[Path]]) -> bool:
@@ -180,64 +180,63 @@ def _outcome(result: Exception | Future[list[Path]]) -> list[Path] | Exception:
         return error
 
 
-def _write(prediction: HandPrediction, folder: Path, stem: str, kinds: Sequence[str]) -> list[Path]:
-    paths = {kind: folder / f"{stem}{KINDS[kind]}" for kind in kinds}
-    if "overlay" in paths:
-        picture = overlay(prediction.image, prediction.vertices, prediction.faces, prediction.K)
+def _write(hand: Hand, folder: Path, name: str, formats: Sequence[str]) -> list[Path]:
+    paths = {form: folder / f"{name}{FORMATS[form]}" for form in formats}
+    if "png" in paths:
+        picture = hand.overlay()
         # zlib's fastest level takes a half of the default's time, and a fifth more space.
-        with whole_file(paths["overlay"]) as partial:
+        with whole_file(paths["png"]) as partial:
             picture.save(partial, "PNG", compress_level=1)
-    mesh = trimesh.Trimesh(prediction.vertices, prediction.faces, process=False)
-    if "ply" in paths:
-        with whole_file(paths["ply"]) as partial:
-            mesh.export(partial, file_type="ply")
-    if "glb" in paths:
-        mesh.apply_transform(_GLTF)
-        with whole_file(paths["glb"]) as partial:
-            mesh.export(partial, file_type="glb")
+    for form in ("ply", "obj", "glb"):
+        if form in paths:
+            mesh = trimesh.Trimesh(hand.vertices, hand.faces, process=False)
+            if form == "glb":
+                mesh.apply_transform(_GLTF)
+            with whole_file(paths[form]) as partial:
+                mesh.export(partial, file_type=form)
     if "json" in paths:
         with whole_file(paths["json"]) as partial:
-            partial.write_text(json.dumps(to_json(prediction)) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps(_to_json(hand)) + "\n", encoding="utf-8")
     return list(paths.values())
 
 
-def to_json(prediction: HandPrediction) -> dict[str, Any]:
-    """A prediction as JSON values: lengths in metres to 0.1 micrometre, pixels to 0.001."""
+def _to_json(hand: Hand) -> dict[str, Any]:
+    """A hand as JSON values: lengths in metres to 0.1 micrometre, pixels to 0.001."""
     return {
-        **_owner(prediction),
-        "vertices": prediction.vertices.round(7).tolist(),
-        "joints": prediction.joints.round(7).tolist(),
-        "vertices_2d": prediction.vertices_2d.round(3).tolist(),
-        "joints_2d": prediction.joints_2d.round(3).tolist(),
-        "faces": prediction.faces.tolist(),
-        "K": prediction.K.tolist(),
-        "intrinsics_assumed": prediction.intrinsics_assumed,
-        "weak_perspective": prediction.weak_camera.tolist(),
+        **_owner(hand),
+        "vertices": hand.vertices.round(7).tolist(),
+        "joints": hand.joints.round(7).tolist(),
+        "vertices_2d": hand.vertices_2d.round(3).tolist(),
+        "joints_2d": hand.joints_2d.round(3).tolist(),
+        "K": hand.K.tolist(),
+        "intrinsics_assumed": hand.intrinsics_assumed,
+        "weak_perspective": hand.weak_camera.tolist(),
+        "confidence": None if hand.confidence is None else round(hand.confidence, 4),
     }
 
 
-def _owner(prediction: HandPrediction) -> dict[str, Any]:
-    """What tells one prediction from another, as JSON values: the image, the crop and the side."""
+def _owner(hand: Hand) -> dict[str, Any]:
+    """What tells one hand from another, as JSON values: the image, the crop and the side."""
     return {
-        "image": prediction.source,
-        "image_size": list(prediction.image.size),
-        "left": prediction.left,
-        "crop_box": list(prediction.box),
+        "image": hand.source,
+        "image_size": list(hand.image.size),
+        "left": hand.left,
+        "crop_box": list(hand.box),
     }
 
 
 class _Names:
-    """Stems of files in a folder, and whose they are: of predictions of this run or of earlier ones."""
+    """Names of files in a folder, and whose they are: hands of this run or of earlier ones."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.claimed: dict[str, dict[str, Any]] = {}
+        self.claimed: dict[str, dict[str, Any]] = {Path(FACES).stem: {}}  # no hand's
 
-    def claim(self, stem: str, prediction: HandPrediction) -> str:
-        """The first of stem, stem-2, ... that is free or this prediction's own."""
+    def claim(self, stem: str, hand: Hand) -> str:
+        """The first of stem, stem-2, ... that is free or this hand's own."""
         if Path(stem).name != stem or stem in ("", ".", ".."):
-            raise ValueError(f"stem: expected a plain file name, got {stem!r}")
-        owner = _owner(prediction)
+            raise ValueError(f"name: expected a plain file name, got {stem!r}")
+        owner = _owner(hand)
         number, name = 1, stem
         while not self._serves(name, owner):
             number += 1

@@ -27,8 +27,8 @@ from pahm.infer.predictor import Predictor
 from pahm.model.checkpoint import check_same_network, load_checkpoint, read_metadata, read_provenance
 from pahm.model.network import HandNet
 from pahm.report.curves import charts, read_curves
-from pahm.report.rows import Hand, Photographer
 from pahm.report.per_image import Scored, annotated, find_readable, reasons_of, score
+from pahm.report.rows import Photographer, Row
 from pahm.score.evaluation import COLUMNS
 from pahm.score.failures import LIMITS, NONE, Reasons, dominant
 from pahm.text_files import read_json
@@ -103,7 +103,7 @@ def make_report(
     spread = np.unique(np.linspace(0, len(kept) - 1, min(count, len(kept))).round().astype(int)).tolist()
     worst = np.argsort(-ours.vertices, kind="stable")[:failures].tolist()
     every = [("grid", kept[i]) for i in spread] + [("failure", kept[i]) for i in worst]
-    drawn: dict[str, list[Hand]] = {"grid": [], "failure": []}
+    drawn: dict[str, list[Row]] = {"grid": [], "failure": []}
     for kind, i in track(every, "drawing", disable=not progress, console=Console(stderr=True)):
         drawn[kind].append(photographer.row(samples[i], kind))
 
@@ -214,7 +214,7 @@ def _distribution(named: dict[str, Scored]) -> dict[str, Any]:
 
 
 def _table(
-    hands: list[Hand],
+    hands: list[Row],
     images: list[int],
     ours: Scored,
     theirs: Scored | None,

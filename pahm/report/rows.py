@@ -14,9 +14,11 @@ from PIL import Image, ImageDraw
 
 from pahm.data.augment import crop_matrix, warp
 from pahm.hand.topology import level_name
-from pahm.infer.predictor import HandPrediction, Predictor
+from pahm.infer.drawing import BASELINE, PREDICTED, TRUE, Colour, mesh_cutout, overlay
+from pahm.infer.hand import Hand
+from pahm.infer.predictor import Predictor
 from pahm.model.network import HandNet
-from pahm.report.pictures import BASELINE, PREDICTED, TRUE, Colour, from_the_side, mesh_cutout, overlay
+from pahm.report.pictures import from_the_side
 from pahm.score.metrics import align_with_scale
 
 Array = npt.NDArray[np.float64]
@@ -41,7 +43,7 @@ class Picture:
 
 
 @dataclass
-class Hand:
+class Row:
     """A hand of the page."""
 
     index: int
@@ -93,65 +95,63 @@ class Photographer:
         network: HandNet = ours.network  # type: ignore[assignment]
         self.network = network
 
-    def row(self, sample: dict[str, Any], kind: str) -> Hand:
+    def row(self, sample: dict[str, Any], kind: str) -> Row:
         """A row of the page for an annotated sample of `FreiHand`; kind: "grid" or "failure"."""
         return self._grid_row(sample) if kind == "grid" else self._failure_row(sample)
 
-    def _grid_row(self, sample: dict[str, Any]) -> Hand:
+    def _grid_row(self, sample: dict[str, Any]) -> Row:
         """Figure 3: input, overlays, the meshes coarse to fine, truth."""
-        hand, view = self._begin(sample)
-        prediction = view.predictions.get("ours")
+        row, view = self._begin(sample)
+        hand = view.hands.get("ours")
         titles: list[str] = []
-        for i, mesh in enumerate(prediction.meshes if prediction else []):
+        for i, mesh in enumerate(hand.meshes if hand else []):
             titles.append(level_name(len(mesh)))
             again = titles.count(titles[-1])
             title = titles[-1] + (f", {again}" if again > 1 else "")
-            hand.pictures.append(view.mesh(mesh, title, f"mesh {title} of ours", f"ours-{i}"))
-        hand.pictures.append(view.truth())
-        return hand
+            row.pictures.append(view.mesh(mesh, title, f"mesh {title} of ours", f"ours-{i}"))
+        row.pictures.append(view.truth())
+        return row
 
-    def _failure_row(self, sample: dict[str, Any]) -> Hand:
+    def _failure_row(self, sample: dict[str, Any]) -> Row:
         """Figure 4: input, overlays, our mesh and the truth from the camera and from the side."""
-        hand, view = self._begin(sample)
-        prediction = view.predictions.get("ours")
-        if prediction:
-            last = f"ours-{len(prediction.meshes) - 1}"
-            hand.pictures.append(view.mesh(prediction.vertices, "our mesh", "mesh of ours", last))
-        hand.pictures.append(view.truth())
-        if prediction:
-            hand.pictures.append(
-                view.mesh(prediction.vertices, "our mesh, side", "mesh of ours", last, side=True)
-            )
-        hand.pictures.append(view.truth(side=True))
-        return hand
+        row, view = self._begin(sample)
+        hand = view.hands.get("ours")
+        if hand:
+            last = f"ours-{len(hand.meshes) - 1}"
+            row.pictures.append(view.mesh(hand.vertices, "our mesh", "mesh of ours", last))
+        row.pictures.append(view.truth())
+        if hand:
+            row.pictures.append(view.mesh(hand.vertices, "our mesh, side", "mesh of ours", last, side=True))
+        row.pictures.append(view.truth(side=True))
+        return row
 
-    def _begin(self, sample: dict[str, Any]) -> tuple[Hand, _View]:
-        hand, view = Hand(int(sample["index"])), _View(sample, self.network)
+    def _begin(self, sample: dict[str, Any]) -> tuple[Row, _View]:
+        row, view = Row(int(sample["index"])), _View(sample, self.network)
         for name, predictor in (("baseline", self.baseline), ("ours", self.ours)):
             if predictor is not None:
                 try:
-                    view.predictions[name] = predictor.predict(sample["image"], intrinsics=sample["K"])
+                    view.hands[name] = predictor.predict(sample["image"], intrinsics=sample["K"])
                 except FloatingPointError:
                     # An untrained network; `_overlays` says so in the picture's place.
                     continue
-        hand.pictures = [view.input()]
-        hand.pictures += self._overlays(view)
+        row.pictures = [view.input()]
+        row.pictures += self._overlays(view)
         meshes = Meshes(view.true, self.network)
-        if "ours" in view.predictions:
-            for i, mesh in reversed(list(enumerate(view.predictions["ours"].meshes))):
+        if "ours" in view.hands:
+            for i, mesh in reversed(list(enumerate(view.hands["ours"].meshes))):
                 meshes.add(f"ours-{i}", f"ours, {level_name(len(mesh))}", mesh)
-        if "baseline" in view.predictions:
-            meshes.add("baseline", "baseline", view.predictions["baseline"].vertices)
+        if "baseline" in view.hands:
+            meshes.add("baseline", "baseline", view.hands["baseline"].vertices)
         meshes.add_truth()
-        hand.meshes = meshes.found
-        return hand, view
+        row.meshes = meshes.found
+        return row, view
 
     def _overlays(self, view: _View) -> list[Picture]:
         wanted = {"baseline": (self.baseline, BASELINE), "ours": (self.ours, PREDICTED)}
         found = []
         for name, (predictor, colour) in wanted.items():
-            if name in view.predictions:
-                found.append(view.overlay(view.predictions[name], name, colour))
+            if name in view.hands:
+                found.append(view.overlay(view.hands[name], name, colour))
             elif predictor is not None:
                 found.append(Picture(name, "", "no hand that fits in front of the camera"))
         return found
@@ -171,7 +171,7 @@ class _View:
         self.true: Array = np.asarray(sample["vertices"], np.float64)
         self.share = network.config.crop
         self.hierarchy = network.topology.hierarchy
-        self.predictions: dict[str, HandPrediction] = {}
+        self.hands: dict[str, Hand] = {}
 
     def input(self) -> Picture:
         """The image, with the outline of the square that the network sees where that is not all of it."""
@@ -185,10 +185,10 @@ class _View:
             draw.rectangle((first, first, last - 1, last - 1), outline="white")
         return Picture("input", data_uri(drawn), what)
 
-    def overlay(self, prediction: HandPrediction, name: str, colour: Colour) -> Picture:
+    def overlay(self, hand: Hand, name: str, colour: Colour) -> Picture:
         faces = self.hierarchy.faces[0]
-        drawn = overlay(self.image, prediction.vertices, faces, self.camera, colour=colour)
-        key = f"ours-{len(prediction.meshes) - 1}" if name == "ours" else name
+        drawn = overlay(self.image, hand.vertices, faces, self.camera, colour=colour)
+        key = f"ours-{len(hand.meshes) - 1}" if name == "ours" else name
         return Picture(name, data_uri(drawn), f"image {self.index} with the mesh of {name} over it", key)
 
     def mesh(self, mesh: Array, title: str, what: str, key: str, *, side: bool = False) -> Picture:

@@ -171,6 +171,13 @@ class HandMetrics(Metric):
     def _add(self, name: str, dtype: torch.dtype = torch.float64, *size: int) -> None:
         self.add_state(name, torch.zeros(size, dtype=dtype), dist_reduce_fx="sum")
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
+        try:
+            fn(torch.zeros(1, dtype=torch.float64))
+        except TypeError:
+            return self  # a device without float64, such as Apple's: the sums stay on the CPU
+        return super()._apply(fn, exclude_state)
+
     @torch.no_grad()
     def update(
         self,
@@ -313,4 +320,10 @@ def _points(predicted: Tensor, truth: Tensor, *, same_count: bool = True) -> tup
     for name, points in (("predicted", predicted), ("truth", truth)):
         if not torch.isfinite(points).all():
             raise ValueError(f"{name}: expected finite points, got NaN or infinity")
-    return predicted.detach().double(), truth.detach().double()
+    return _float64(predicted), _float64(truth)
+
+
+def _float64(points: Tensor) -> Tensor:
+    """In float64: on the points' device, or on the CPU for devices that have no float64."""
+    place = "cpu" if points.device.type == "mps" else points.device
+    return points.detach().to(place).double()

@@ -14,6 +14,7 @@ from torch import Tensor
 from pahm.config import Config
 from pahm.data.loading import Batch, seed_step
 from pahm.hand.topology import HandTopology
+from pahm.infer.reconstruct import see
 from pahm.model.checkpoint import build_network
 from pahm.model.extractor import STRIDES, maps_needed
 from pahm.model.network import HandNet
@@ -58,6 +59,7 @@ class HandTraining(pl.LightningModule):
             )
         self.levels = len(hierarchy.vertices)
         self.metrics = HandMetrics()
+        self._evaluated: list[tuple[list[str], tuple[Tensor, Tensor, Tensor, Tensor]]] = []
         self._unreadable: set[str] = set()
         self._replaced = 0
 
@@ -141,23 +143,36 @@ class HandTraining(pl.LightningModule):
 
     def validation_step(self, batch: Batch, index: int) -> None:
         self._name_unreadable(batch, "in the scores the mean hand stands for it")
-        vertices = self.network(batch["image"]).meshes[-1] if batch else torch.zeros(0)
-        if self._in_any_process(not bool(torch.isfinite(vertices).all())):
-            raise FloatingPointError(
-                f"evaluation after step {self.global_step - 1}: meshes are not finite in this process or "
-                f"another, images {', '.join(batch.get('name', []))}"
-            )
         if not batch:
             return
+        seen = see(self.network, batch["image"], batch["K"])
         # As `pahm.score.evaluation` has it.
-        replaced = torch.tensor(batch["replaced"], device=vertices.device)
-        vertices = torch.where(replaced[:, None, None], self.network.mean_hand, vertices)
-        self.metrics.update(self.network.joints(vertices), batch["joints"], vertices, batch["vertices"])
+        replaced = torch.tensor(batch["replaced"], device=self.device)[:, None, None]
+        mean = self.network.mean_hand
+        vertices = torch.where(replaced, mean, seen.vertices)
+        joints = torch.where(replaced, self.network.joint_regressor @ mean, seen.joints)
+        # Scored at the end: looking at the numbers here would make a GPU wait at each step.
+        self._evaluated.append((batch["name"], (joints, batch["joints"], vertices, batch["vertices"])))
+
+    @staticmethod
+    def _broken(names: list[str], vertices: Tensor) -> list[str]:
+        """The names of the meshes that are not finite."""
+        finite = vertices.isfinite().flatten(1).all(1).tolist()
+        return [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
 
     def _in_any_process(self, found: bool) -> bool:
         return bool(self.trainer.strategy.reduce_boolean_decision(found, all=False))
 
     def on_validation_epoch_end(self) -> None:
+        evaluated, self._evaluated = self._evaluated, []
+        names = [name for names, (_, _, vertices, _) in evaluated for name in self._broken(names, vertices)]
+        if self._in_any_process(bool(names)):
+            raise FloatingPointError(
+                f"evaluation after step {self.global_step - 1}: meshes are not finite in this process or "
+                f"another, images {', '.join(names)}"
+            )
+        for _, points in evaluated:
+            self.metrics.update(*points)
         scores = {name: float(value) for name, value in self.metrics.compute().items()}
         self.metrics.reset()
         # The metric has already added up over the processes; sync_dist says so to Lightning.

@@ -331,7 +331,7 @@ def test_of_large_images_fewer_are_held(monkeypatch):
             taken.append(image)
             yield image
 
-    monkeypatch.setattr("pahm.infer.predictor.MOST_PIXELS", pictures(1)[0].width * pictures(1)[0].height // 2)
+    monkeypatch.setattr("pahm.infer.reconstruct.MOST_PIXELS", pictures(1)[0].width * pictures(1)[0].height // 2)
     results = Predictor(KnownNetwork(known_hand(), [8.0, 0, 0]), "cpu").predict_many(stream(), batch_size=2)
     assert [len(taken) for _ in results] == [3, 3, 4, 5, 5]
 
@@ -402,7 +402,7 @@ def test_a_network_may_have_more_meshes_on_its_way():
     class Refines(KnownNetwork):
         def forward(self, images):
             output = super().forward(images)
-            output.meshes += [output.meshes[-1], output.meshes[-1] * 1.01]
+            output.meshes.extend([output.meshes[-1], output.meshes[-1] * 1.01])
             return output
 
     prediction = Predictor(Refines(known_hand(), [8.0, 0, 0]), "cpu").predict(picture(), left=True)
