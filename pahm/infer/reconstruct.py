@@ -67,7 +67,7 @@ def see(network: HandNetwork, pixels: Tensor, K: Tensor) -> Seen:
         if prediction.cues:
             silhouette = _full(prediction.cues[-1].silhouette_logits)[:, 0].sigmoid()
         middle = (network.config.image_size - 1) / 2
-        turn = ray_rotation(K, K.new_tensor([middle, middle]))
+        turn = ray_rotation(K, K.new_full((2,), middle))
         vertices = rotate(meshes[-1], turn)
         joints = network.joint_regressor.to(vertices.dtype) @ vertices
     return Seen(meshes, _full(prediction.camera), silhouette, turn, vertices, joints)

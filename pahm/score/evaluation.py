@@ -227,7 +227,7 @@ def evaluate(
     mean_joints, mean = mean_hand_of(network, checked_left(left))
     # Each process that evaluates sees every image: there is nothing to gather from others.
     ours, constant = (HandMetrics(sync_on_compute=False) for _ in range(2))
-    for rows in torch.arange(len(dataset)).split(batch_size):
+    for rows in np.split(np.arange(len(dataset)), range(batch_size, len(dataset), batch_size)):
         truth = [
             torch.from_numpy(dataset.tables[key].rows[rows % dataset.annotations])
             for key in ("joints", "vertices")

@@ -148,9 +148,10 @@ class HandTraining(pl.LightningModule):
         seen = see(self.network, batch["image"], batch["K"])
         # As `pahm.score.evaluation` has it.
         replaced = torch.tensor(batch["replaced"], device=self.device)[:, None, None]
-        mean = self.network.mean_hand
-        vertices = torch.where(replaced, mean, seen.vertices)
-        joints = torch.where(replaced, self.network.joint_regressor @ mean, seen.joints)
+        with torch.autocast(self.device.type, enabled=False):
+            mean_joints = self.network.joints(self.network.mean_hand)
+        vertices = torch.where(replaced, self.network.mean_hand, seen.vertices)
+        joints = torch.where(replaced, mean_joints, seen.joints)
         # Scored at the end: looking at the numbers here would make a GPU wait at each step.
         self._evaluated.append((batch["name"], (joints, batch["joints"], vertices, batch["vertices"])))
 
