@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,7 +80,7 @@ def folder_hands(
     batch_size: int = 64,
     readers: int = READERS,
     progress: bool = True,
-) -> Iterator[Hand | ValueError | FileNotFoundError]:
+) -> Generator[Hand | ValueError | FileNotFoundError, None, None]:
     """The hands in the images of a data set with these indices, or the errors of those that cannot be read.
 
     use_scale, left: see `reconstruct_folder`. readers: threads that read and crop images.
@@ -143,7 +144,7 @@ def reconstruct_folder(
     left = checked_left(left)
     joints, vertices = np.zeros((len(dataset), 21, 3)), np.zeros((len(dataset), 778, 3))
     errors: dict[int, str] = {}
-    hands = folder_hands(
+    found = folder_hands(
         network,
         dataset,
         range(len(dataset)),
@@ -154,13 +155,14 @@ def reconstruct_folder(
         readers=workers,
         progress=progress,
     )
-    for index, hand in enumerate(hands):
-        if isinstance(hand, Hand):
-            joints[index], vertices[index] = hand.joints, hand.vertices
-        elif strict:
-            raise ValueError(str(hand))
-        else:
-            errors[index] = str(hand)
+    with closing(found) as hands:  # ends the progress bar before an error is printed
+        for index, hand in enumerate(hands):
+            if isinstance(hand, Hand):
+                joints[index], vertices[index] = hand.joints, hand.vertices
+            elif strict:
+                raise ValueError(str(hand))
+            else:
+                errors[index] = str(hand)
     if errors:
         readable = np.setdiff1d(np.arange(len(dataset)), list(errors))
         if len(readable) == 0:

@@ -165,12 +165,12 @@ def damaged(data, tmp_path):
 def test_a_damaged_image_gets_the_mean_hand(data, damaged, network, capsys):
     whole, hands = (reconstruct_folder(network, folder, **QUIET) for folder in (data, damaged))
     rest = [0, 1, 3]
-    np.testing.assert_allclose(hands.vertices[rest], whole.vertices[rest], atol=1e-9)
+    np.testing.assert_allclose(hands.vertices[rest], whole.vertices[rest], atol=1e-6)
     assert np.abs(bones(hands.joints)[2] - FreiHand(data, "evaluation")[2]["scale"]) < 1e-7
     mean = network.mean_hand[None].double()
     assert procrustes_errors(torch.from_numpy(hands.vertices[2:3]), mean, reflection=False).max() < 1e-6
     place = np.median(whole.joints[rest, 9], axis=0)
-    np.testing.assert_allclose(hands.joints[2, 9], place, atol=1e-7)
+    np.testing.assert_allclose(hands.joints[2, 9], place, atol=1e-6)
     (sentence,) = hands.unreadable
     lines = capsys.readouterr().err.splitlines()
     assert "00000002.jpg is not a readable image" in sentence and lines[0] == sentence
