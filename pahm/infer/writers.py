@@ -230,7 +230,7 @@ class _Names:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.claimed: dict[str, dict[str, Any]] = {Path(FACES).stem: {}}  # no hand's
+        self.claimed: dict[str, dict[str, Any]] = {}
 
     def claim(self, stem: str, hand: Hand) -> str:
         """The first of stem, stem-2, ... that is free or this hand's own."""

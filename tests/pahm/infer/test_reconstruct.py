@@ -166,7 +166,8 @@ def test_a_batch_gives_what_each_crop_gives_alone():
 
 
 def test_joints_keep_their_precision_under_autocast():
-    network, K = KnownNetwork(known_hand(), [8.0, 0, 0]), torch.eye(3)[None] * torch.tensor([90.0, 90, 1])
+    network = KnownNetwork(known_hand().astype(np.float32), [8.0, 0, 0])
+    K = torch.diag(torch.tensor([90.0, 90, 1]))[None]
     pixels = torch.zeros(1, 3, SIZE, SIZE)
     expected = see(network, pixels, K).joints
     with torch.autocast("cpu", torch.bfloat16):
