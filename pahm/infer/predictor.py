@@ -24,9 +24,9 @@ FARTHEST = 100  # metres
 class Predictor:
     """Reconstructs hands in images with a trained network.
 
-    network: such as `pahm.model.load_checkpoint` gives; it is moved to `device`, laid out in channels_last
-    and put in evaluation mode. device: a torch device or its name; "auto" is the accelerator where there is
-    one, else the CPU. Raises ValueError for a device that torch cannot use here.
+    network: for example from `pahm.load_checkpoint`. It is moved to `device`, laid out in channels_last and
+    put in evaluation mode. device: a torch device or its name; "auto" is the accelerator if there is one,
+    else the CPU. Raises ValueError for a device that torch cannot use here.
     """
 
     def __init__(self, network: nn.Module, device: str | torch.device = "auto") -> None:
@@ -47,16 +47,16 @@ class Predictor:
 
         image: a path, a PIL image, or a uint8 array (H, W, 3) or (H, W). bbox: the hand's box
         (x, y, width, height) in pixels from the image's top-left corner; the crop is the square about its
-        centre that shows the hand as large as in the training images (see `HAND_SHARE`). Without it the
-        image is taken for one of those, as FreiHAND's are. intrinsics: (3, 3) in pixels, else
-        `assumed_intrinsics`. left: the image shows a left hand; it is mirrored for the network, and the mesh
-        is mirrored back.
+        centre that shows the hand as large as the training images do (see `HAND_SHARE`). Without a box the
+        crop is the middle of the image, which suits images like FreiHAND's. intrinsics: (3, 3) in pixels;
+        without them they are assumed (`assumed_intrinsics`). left: the image shows a left hand. The network
+        sees its mirror image, and the mesh is mirrored back.
 
         See `pahm.infer.reconstruct.reconstruct` for how the hand is placed in camera space.
 
-        Raises ValueError, TypeError or FileNotFoundError for an image that cannot be read, a box that is
-        not one or lies outside the image, intrinsics that are not; FloatingPointError where the network's
-        output is not finite or cannot be in front of the camera. The message names the image's file.
+        Raises ValueError, TypeError or FileNotFoundError for an image that cannot be read and for a wrong
+        box or wrong intrinsics; FloatingPointError if the network's output is not finite or does not fit in
+        front of the camera. The message names the image's file.
         """
         return _result(next(self._attempt(iter([Request(image, bbox, intrinsics, left)]), 1)))
 
@@ -75,9 +75,9 @@ class Predictor:
         one (3, 3) for all, or one (or None) an image. left: one for all, or one an image. While the network
         runs, threads read the next batch: about two batches of images are held.
 
-        Raises what `predict` raises when the turn of the image comes, naming its path or `images[i]`;
-        ValueError for a batch size below 1, and where there are more or fewer boxes, intrinsics or sides
-        than images; TypeError for a single image.
+        Raises what `predict` raises, when it gets to the image, whose path or `images[i]` it names;
+        ValueError for a batch size below 1, and if the numbers of boxes, intrinsics or sides and of images
+        differ; TypeError for a single image.
         """
         attempts = self.attempt_many(
             images, bboxes=bboxes, intrinsics=intrinsics, left=left, batch_size=batch_size
@@ -93,7 +93,7 @@ class Predictor:
         left: bool | Iterable[bool] = False,
         batch_size: int = 8,
     ) -> Iterator[Hand | Exception]:
-        """As `predict_many`, but an image's error takes the place of its prediction; the rest follows."""
+        """As `predict_many`, but gives an image's error in place of its hand, and goes on."""
         if isinstance(images, (str, os.PathLike, Image.Image)):
             raise TypeError(f"images: expected several images, got one {type(images).__name__}")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -136,7 +136,7 @@ def _result(attempt: Hand | Exception) -> Hand:
 
 
 def _is_single(left: Any) -> bool:
-    """Whether this is the side of all images, not an iterable of sides; a text is neither."""
+    """Whether this is one value for all images, not an iterable of values. A string counts as one value."""
     return isinstance(left, str) or not hasattr(left, "__iter__") or getattr(left, "ndim", 1) == 0
 
 
@@ -168,7 +168,7 @@ def _zip(each: dict[str, Iterator[Any]]) -> Iterator[tuple[Any, ...]]:
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """A torch device by name; "auto" is the accelerator where there is one, else the CPU.
+    """A torch device by name; "auto" is the accelerator if there is one, else the CPU.
 
     Raises ValueError for a name that torch does not know and for a device that does not work here.
     """

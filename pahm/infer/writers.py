@@ -46,13 +46,13 @@ def predict_files(
     left: bool = False,
     batch_size: int = 8,
 ) -> Iterator[list[Path] | Exception]:
-    """Reconstruct the hands in image files and write what shows them: the work of `pahm predict`.
+    """Reconstruct the hands in image files and write them to a folder: the work of `pahm predict`.
 
-    images: files, or folders, which stand for the images right in them (by suffix, in the order of their
-    names). folder, kinds: the folder and the formats of `write_many`. bbox, intrinsics, left, batch_size: of
+    images: files, and folders, of which the images directly inside are taken (by suffix, in the order of
+    their names). folder, kinds: the folder and the formats of `write_many`. bbox, intrinsics, left, batch_size: of
     all images, as for `Predictor.predict_many`. Gives the paths written for each image, or its error, in the
-    order of the images; errors of folders without an image come first. Meanwhile torch has one thread less,
-    so that a core is left to reading and writing.
+    order of the images; errors of folders without an image come first. Until it is done torch has one thread
+    less, so that a core is free to read and write.
 
     Raises as `write_many` and `Predictor.predict_many`, but for errors of a single image.
     """
@@ -109,15 +109,15 @@ def write_many(
     is turned to glTF's axes, so that viewers show the hand upright. JSON holds everything in `Hand` but the
     image, the silhouette and the coarser meshes; the triangles are in `faces.json`, once a folder.
 
-    Each file is whole or not there. Files of the same image, crop and side are replaced. Where a JSON says
-    that the names belong to another hand, such as one in an image of the same name in another folder,
-    `<name>-2`, `<name>-3`, ... are used. Without a JSON nobody can tell, and files of these names are
-    replaced. Different hands of one call get different names. Two processes must not write to the same folder
-    at the same time: they could take the same names.
+    A file appears when it is complete. Files of the same image, crop and side are replaced. If a JSON says
+    that a name belongs to another hand, for example from an image of the same name in another folder, the
+    files are called `<name>-2`, `<name>-3`, ... Without a JSON, files of the same name are replaced.
+    Different hands of one call get different names. Two processes must not write to the same folder at the
+    same time: they could choose the same names.
 
-    Gives the paths of each hand in the order of `FORMATS`. An exception among `hands` is passed on, and one
-    that is met in writing takes the place of the paths. Raises ValueError for unknown formats, OSError where
-    the folder cannot be made or `faces.json` not be written.
+    Gives the paths of each hand in the order of `FORMATS`. An exception among `hands` is passed on; an
+    exception from writing takes the place of the paths. Raises ValueError for unknown formats, OSError if
+    the folder cannot be made or `faces.json` cannot be written.
     """
     wanted = _check_formats(formats)
     folder = Path(folder)

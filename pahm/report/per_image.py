@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Scored:
-    """A prediction's scores on N images."""
+    """Scores of a network, or of a constant hand, on N images."""
 
     summary: dict[str, float]
     """As `HandMetrics` gives them."""
@@ -55,7 +55,7 @@ class _Tally:
 def annotated(data: str, transform: Callable[[Sample], Sample] | None = None) -> FreiHand:
     """The evaluation images of a folder in FreiHAND's layout, each with its truth.
 
-    Raises ValueError where they have no annotations, and as `FreiHand`.
+    Raises ValueError if they have no annotations, and as `FreiHand`.
     """
     dataset = FreiHand(data, "evaluation", transform)
     if not dataset.annotated:
@@ -67,10 +67,11 @@ def annotated(data: str, transform: Callable[[Sample], Sample] | None = None) ->
 
 
 def find_readable(data: str, images: int, *, progress: bool = True) -> tuple[list[int], dict[str, str]]:
-    """Which of the first `images` evaluation images of a folder can be read, each with its mask where there
-    are masks; and for each of the others, by its path inside the folder, a sentence that names the file.
+    """Sort the first `images` evaluation images of a folder into readable and unreadable ones.
 
-    Raises as `annotated`, and ValueError where none can be read.
+    Gives the indices of those that can be read, with their masks if the folder has masks; and for each other
+    one, by its path inside the folder, a sentence that names the file. Raises as `annotated`, and ValueError
+    if none can be read.
     """
     dataset = annotated(data)
     readable: list[int] = []
@@ -93,7 +94,7 @@ def score(
     """Scores of a network, and of its mean hand, on the evaluation images of a folder with these indices.
 
     Raises as `FreiHand` and `annotated`; ValueError or FileNotFoundError for an image that cannot be read,
-    FloatingPointError where the network's output is not finite.
+    FloatingPointError if the network's output is not finite.
     """
     dataset = annotated(data)
     ours, constant = _Tally(), _Tally()

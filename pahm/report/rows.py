@@ -36,15 +36,15 @@ class Picture:
     title: str
     """Of its column."""
     source: str
-    """A data URI; empty where there is no picture."""
+    """A data URI; empty if there is no picture."""
     alt: str
     mesh: str = ""
-    """Key of one of the hand's meshes."""
+    """Key of one of the row's meshes."""
 
 
 @dataclass
 class Row:
-    """A hand of the page."""
+    """A row of the page: one hand."""
 
     index: int
     pictures: list[Picture] = field(default_factory=list)
@@ -88,7 +88,7 @@ class Meshes:
 
 
 class Photographer:
-    """Makes the page's hands: predictions of our network, and of a baseline where there is one."""
+    """Makes the page's rows: hands from our network, and from a baseline if there is one."""
 
     def __init__(self, ours: Predictor, baseline: Predictor | None) -> None:
         self.ours, self.baseline = ours, baseline
@@ -132,7 +132,7 @@ class Photographer:
                 try:
                     view.hands[name] = predictor.predict(sample["image"], intrinsics=sample["K"])
                 except FloatingPointError:
-                    # An untrained network; `_overlays` says so in the picture's place.
+                    # An untrained network; `_overlays` says so instead of a picture.
                     continue
         row.pictures = [view.input()]
         row.pictures += self._overlays(view)
@@ -174,13 +174,13 @@ class _View:
         self.hands: dict[str, Hand] = {}
 
     def input(self) -> Picture:
-        """The image, with the outline of the square that the network sees where that is not all of it."""
+        """The image; the square that the network sees is outlined if it is not the whole image."""
         drawn, what = self.image, f"evaluation image {self.index}"
         if self.share < 1:
             drawn, what = drawn.copy(), f"{what}, the square that the network sees outlined"
             first, last = (round(CELL * (1 + sign * self.share) / 2) for sign in (-1, 1))
             draw = ImageDraw.Draw(drawn)
-            # Black about white, so that one of them shows on any background.
+            # Black around white: one of them shows on any background.
             draw.rectangle((first - 1, first - 1, last, last), outline="black")
             draw.rectangle((first, first, last - 1, last - 1), outline="white")
         return Picture("input", data_uri(drawn), what)

@@ -45,7 +45,7 @@ class Reconstruction:
     vertices: NDArray[np.float64]
     """`(N, 778, 3)` metres, camera space."""
     unreadable: tuple[str, ...]
-    """For each image that could not be read one sentence that names the file."""
+    """One sentence for each image that could not be read; it names the file."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Evaluation:
     vertices: NDArray[np.float64]
     """`(N, 778, 3)` metres, camera space."""
     scores: dict[str, float] | None
-    """As `HandMetrics`; None where the folder has no evaluation annotations."""
+    """As `HandMetrics`; None if the folder has no evaluation annotations."""
     mean_hand_scores: dict[str, float] | None
     """The same for the mean of the training hands, predicted for every image."""
 
@@ -81,11 +81,11 @@ def folder_hands(
     readers: int = READERS,
     progress: bool = True,
 ) -> Generator[Hand | ValueError | FileNotFoundError, None, None]:
-    """The hands in the images of a data set with these indices, or the errors of those that cannot be read.
+    """The hands in the images of a data set with these indices; an error for an image that cannot be read.
 
     use_scale, left: see `reconstruct_folder`. readers: threads that read and crop images.
 
-    Raises FloatingPointError where the network's output is not finite.
+    Raises FloatingPointError if the network's output is not finite.
     """
     network = Predictor(network, device).network  # type: ignore[assignment]
     records = (dataset.record(index) for index in images)
@@ -94,6 +94,7 @@ def folder_hands(
             dataset.root / record["name"],
             intrinsics=record["K"],
             left=left,
+            upright=False,
             bone=float(record["scale"]) if use_scale else None,
         )
         for record in records
@@ -127,14 +128,14 @@ def reconstruct_folder(
             `evaluation_scale.json` gives. FreiHAND gives it at test time, since an image alone leaves size
             and distance open.
         left: the images show left hands; see `Predictor.predict`.
-        strict: an image that cannot be read ends the reconstruction. Otherwise its hand is the network's
-            mean hand in the median place of the others, and it is named on standard error, since a
-            submission needs a hand for every image.
+        strict: raise for the first image that cannot be read. Otherwise its hand is the network's mean hand
+            in the median place of the others, since a submission needs a hand for every image, and the image
+            is named on standard error.
         workers: threads that read and crop images, at least one.
 
     Raises FileNotFoundError or ValueError for a folder that is not FreiHAND's layout (see `FreiHand`),
-    ValueError for a scale that is not positive, with `strict` for the first image that cannot be read, and
-    where none can; FloatingPointError where the network's output is not finite.
+    ValueError for a scale that is not positive and if no image can be read; FloatingPointError if the
+    network's output is not finite.
     """
     dataset = FreiHand(data, "evaluation")
     scales = dataset.tables["scale"]
@@ -204,7 +205,7 @@ def evaluate(
     workers: int = 2,
     progress: bool = True,
 ) -> Evaluation:
-    """Reconstruct every evaluation image of a folder in FreiHAND's layout, and score where it is annotated.
+    """Reconstruct every evaluation image of a folder in FreiHAND's layout, and score it if it is annotated.
 
     The scores are relative ones beside the mean hand's, and the sizes of the hands are the network's own.
     For `left`, `strict`, `workers` and what is raised see `reconstruct_folder`; ValueError also for
@@ -244,7 +245,7 @@ def evaluate(
 
 
 def _report(errors: dict[int, str], images: int) -> None:
-    """Name the images that could not be read, and say how many there are, on standard error."""
+    """Name and count the images that could not be read, on standard error."""
     for sentence in errors.values():
         print(sentence, file=sys.stderr)
     count = f"{len(errors)} of {images} images"
@@ -254,8 +255,8 @@ def _report(errors: dict[int, str], images: int) -> None:
 def mean_hand(vertices: NDArray[np.floating], rounds: int = 5) -> Tensor:
     """The Procrustes mean of hands `(N, 778, 3)`: `(778, 3)` float32 about its centroid, in the same unit.
 
-    Hands are aligned with scale to the mean so far and averaged, a few times over (Gower, 1975); of all
-    constant predictions this is close to the best one under scores that align.
+    Hands are aligned with scale to the mean so far and averaged, a few times over (Gower, 1975). This is
+    close to the best constant prediction under scores that align.
     """
     hands = torch.from_numpy(np.array(vertices, dtype=np.float64))
     mean = hands[0] - hands[0].mean(0)

@@ -92,7 +92,7 @@ def _f_scores(predicted: Tensor, truth: Tensor, limits: Tensor) -> Tensor:
     squares = left @ torch.cat([t, torch.ones_like(t_squares), t_squares], dim=-1).mT
     nearest = [squares.amin(2), squares.amin(1)]
     hits = [values[..., None] < limits**2 for values in nearest]
-    # Where that could decide a comparison, as for points exactly at a threshold, count without it.
+    # If that error could decide a comparison, as for points exactly at a threshold, compute it exactly.
     margin = 1e-13 * torch.maximum(p_squares.amax(1), t_squares.amax(1))[..., None]
     doubts = [((values[..., None] - limits**2).abs() <= margin).any(2).any(1) for values in nearest]
     for index in (doubts[0] | doubts[1]).nonzero().flatten().tolist():

@@ -154,6 +154,17 @@ def test_left_hands_are_the_mirror_of_right_ones(data, network, tmp_path):
     assert theirs.mean_hand_scores == pytest.approx(ours.mean_hand_scores, rel=1e-3)
 
 
+def test_annotations_are_of_the_pixels_as_they_are_stored(data, network, tmp_path):
+    folder = released(data, tmp_path)
+    turned = Image.Exif()
+    turned[0x112] = 6
+    path = folder / "evaluation" / "rgb" / "00000001.jpg"
+    Image.open(path).save(path, format="PNG", exif=turned)
+    options = {"use_scale": False, **QUIET}
+    expected = reconstruct_folder(network, data, **options).vertices
+    np.testing.assert_allclose(reconstruct_folder(network, folder, **options).vertices, expected, atol=1e-6)
+
+
 @pytest.fixture
 def damaged(data, tmp_path):
     folder = released(data, tmp_path)
