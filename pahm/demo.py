@@ -28,7 +28,7 @@ def demo(
     seed: int = 2026,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Render `count` new hands, which are in no training set, reconstruct them, and show and score the result.
+    """Render `count` hands that are in no training set, reconstruct them, and show and score the result.
 
     `out` receives `data/` (the images, in FreiHAND's layout), the files of `pahm.infer.hand.Hand.save`
     for each of the first dozen hands, and `contact_sheet.png`, whose path is returned. The scores are printed

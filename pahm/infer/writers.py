@@ -49,10 +49,10 @@ def predict_files(
     """Reconstruct the hands in image files and write them to a folder: the work of `pahm predict`.
 
     images: files, and folders, of which the images directly inside are taken (by suffix, in the order of
-    their names). folder, kinds: the folder and the formats of `write_many`. bbox, intrinsics, left, batch_size: of
-    all images, as for `Predictor.predict_many`. Gives the paths written for each image, or its error, in the
-    order of the images; errors of folders without an image come first. Until it is done torch has one thread
-    less, so that a core is free to read and write.
+    their names). folder, kinds: the folder and the formats of `write_many`. bbox, intrinsics, left,
+    batch_size: of all images, as for `Predictor.predict_many`. Gives the paths written for each image, or its
+    error, in the order of the images; errors of folders without an image come first. Until it is done torch
+    has one thread less, so that a core is free to read and write.
 
     Raises as `write_many` and `Predictor.predict_many`, but for errors of a single image.
     """

@@ -13,7 +13,7 @@ from pahm.synth.render import Scene, trace
 
 
 class Limit(NamedTuple):
-    """When a share counts as a reason: `usual` is the share of an easy hand; from `named` on it is a reason."""
+    """When a share is a reason: `usual` is the share of an easy hand; from `named` on it counts."""
 
     usual: float
     named: float
