@@ -81,15 +81,15 @@ def reconstruct(network: HandNetwork, crops: Sequence[Crop]) -> list[Hand | Floa
     """The hands in crops, in camera space, as one batch.
 
     After `see`, a hand's translation is the least-squares solution of the equations that put each vertex on
-    the ray of the pixel where the network's weak-perspective camera sees it. A hand whose bone is known
-    (`Request.bone`) gets that size before. A left hand, which the network sees mirrored, is mirrored back.
-    Nothing says that a hand is in front of the camera.
+    the ray of the pixel where the network's weak-perspective camera sees it. If the hand's bone is known
+    (`Request.bone`), the hand is scaled to it first. A left hand, which the network sees mirrored, is
+    mirrored back. A hand may come out behind the camera.
 
     Gives an error for each crop for which the network's output is not finite.
     """
     if not crops:
         return []
-    like, size = network.joint_regressor, int(network.config.image_size)
+    like = network.joint_regressor
     pixels = torch.stack([normalise(crop.pixels) for crop in crops])
     K = torch.from_numpy(np.stack([crop.seen_K for crop in crops]))
     with torch.inference_mode():
@@ -98,56 +98,32 @@ def reconstruct(network: HandNetwork, crops: Sequence[Crop]) -> list[Hand | Floa
             pixels.to(like.device, like.dtype, memory_format=torch.channels_last),
             K.to(like.device, torch.float32),
         )
-    # Some devices have no float64.
-    relative = [mesh.cpu().double() for mesh in seen.meshes]
-    camera, turn, joints = (values.cpu().double() for values in (seen.camera, seen.turn, seen.joints))
-    finite = torch.stack([values.isfinite().flatten(1).all(1) for values in (*relative, camera)]).all(0)
-    pixels_2d = project_weakly(relative[-1], camera, size)
-    joints_2d = project_weakly(rotate(joints, turn.mT), camera, size)
-
-    bones = torch.tensor([crop.request.bone or np.nan for crop in crops], dtype=torch.float64)
-    lengths = torch.linalg.vector_norm(joints[:, _BONE[0]] - joints[:, _BONE[1]], dim=1)
-    sizes = torch.where(bones.isnan(), 1.0, bones / lengths)[:, None, None]
-    meshes = [sizes * rotate(mesh, turn) for mesh in relative]
-    translation = solve_translation(meshes[-1], pixels_2d, K)[:, None]
-
-    left = torch.tensor([crop.request.left for crop in crops])
-    flip = torch.where(left[:, None], torch.tensor([-1.0, 1.0, 1.0]), torch.ones(3)).double()
-    meshes = [flip[:, None] * (mesh + translation) for mesh in meshes]
-    joints = flip[:, None] * (sizes * joints + translation)
-    relative = [flip[:, None] * mesh for mesh in relative]
-    camera = camera * flip[:, [1, 0, 1]]
-    to_image = torch.from_numpy(np.linalg.inv(np.stack([crop.matrix for crop in crops])))
-    linear, shift = to_image[:, :2, :2].mT, to_image[:, None, :2, 2]
-    pixels_2d, joints_2d = pixels_2d @ linear + shift, joints_2d @ linear + shift
-
     hierarchy = network.topology.hierarchy
-    faces = {
-        len(vertices): np.ascontiguousarray(level, np.int64)
-        for vertices, level in zip(hierarchy.vertices, hierarchy.faces, strict=True)
-    }
+    pairs = zip(hierarchy.vertices, hierarchy.faces, strict=True)
+    faces = {len(v): np.ascontiguousarray(f, np.int64) for v, f in pairs}
+    placed = _place(seen, crops, K, int(network.config.image_size))
     silhouettes = None if seen.silhouette is None else seen.silhouette.float().cpu().numpy()
     hands: list[Hand | FloatingPointError] = []
     for i, crop in enumerate(crops):
-        if not finite[i]:
+        if not placed.finite[i]:
             hands.append(FloatingPointError(f"{crop.request.name}: the network's output is not finite"))
             continue
-        level_faces = [faces[mesh.shape[1]] for mesh in meshes]
+        level_faces = [faces[mesh.shape[1]] for mesh in placed.meshes]
         silhouette = None if silhouettes is None else silhouettes[i]
         if crop.request.left:
             level_faces = [mirror_faces(level) for level in level_faces]
             silhouette = None if silhouette is None else silhouette[:, ::-1]
         hands.append(
             Hand(
-                meshes=[mesh[i].numpy() for mesh in meshes],
+                meshes=[mesh[i].numpy() for mesh in placed.meshes],
                 level_faces=level_faces,
-                joints=joints[i].numpy(),
-                relative_meshes=[mesh[i].numpy() for mesh in relative],
-                vertices_2d=pixels_2d[i].numpy(),
-                joints_2d=joints_2d[i].numpy(),
+                joints=placed.joints[i].numpy(),
+                relative_meshes=[mesh[i].numpy() for mesh in placed.relative],
+                vertices_2d=placed.vertices_2d[i].numpy(),
+                joints_2d=placed.joints_2d[i].numpy(),
                 K=crop.K,
                 intrinsics_assumed=crop.request.intrinsics is None,
-                weak_camera=camera[i].numpy(),
+                weak_camera=placed.camera[i].numpy(),
                 box=crop.box,
                 left=crop.request.left,
                 image=crop.image,
@@ -156,6 +132,49 @@ def reconstruct(network: HandNetwork, crops: Sequence[Crop]) -> list[Hand | Floa
             )
         )
     return hands
+
+
+class _Placed(NamedTuple):
+    """The fields of `B` hands as `Hand` has them, float64 on the CPU."""
+
+    meshes: list[Tensor]
+    joints: Tensor
+    relative: list[Tensor]
+    vertices_2d: Tensor
+    joints_2d: Tensor
+    camera: Tensor
+    finite: Tensor
+    """`(B,)`, whether all that the network gave is finite."""
+
+
+def _place(seen: Seen, crops: Sequence[Crop], K: Tensor, size: int) -> _Placed:
+    """K: (B, 3, 3) float64, intrinsics of the crops' pixels. size: the crops' side in pixels."""
+    # To the CPU first: some devices have no float64.
+    relative = [mesh.cpu().double() for mesh in seen.meshes]
+    camera, turn, joints = (values.cpu().double() for values in (seen.camera, seen.turn, seen.joints))
+    finite = torch.stack([values.isfinite().flatten(1).all(1) for values in (*relative, camera)]).all(0)
+    vertices_2d = project_weakly(relative[-1], camera, size)
+    joints_2d = project_weakly(rotate(joints, turn.mT), camera, size)
+
+    bones = torch.from_numpy(np.array([crop.request.bone or np.nan for crop in crops]))
+    lengths = torch.linalg.vector_norm(joints[:, _BONE[0]] - joints[:, _BONE[1]], dim=1)
+    sizes = torch.where(bones.isnan(), 1.0, bones / lengths)[:, None, None]
+    meshes = [sizes * rotate(mesh, turn) for mesh in relative]
+    translation = solve_translation(meshes[-1], vertices_2d, K)[:, None]
+
+    sides = [-1.0 if crop.request.left else 1.0 for crop in crops]
+    mirrored = torch.from_numpy(np.array([[[side, 1.0, 1.0]] for side in sides]))
+    to_image = torch.from_numpy(np.linalg.inv(np.stack([crop.matrix for crop in crops])))
+    linear, shift = to_image[:, :2, :2].mT, to_image[:, None, :2, 2]
+    return _Placed(
+        meshes=[mirrored * (mesh + translation) for mesh in meshes],
+        joints=mirrored * (sizes * joints + translation),
+        relative=[mirrored * mesh for mesh in relative],
+        vertices_2d=vertices_2d @ linear + shift,
+        joints_2d=joints_2d @ linear + shift,
+        camera=camera * mirrored[:, 0, [1, 0, 2]],
+        finite=finite,
+    )
 
 
 def reconstruct_all(

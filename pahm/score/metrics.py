@@ -173,7 +173,7 @@ class HandMetrics(Metric):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
         try:
-            fn(torch.zeros(1, dtype=torch.float64))
+            fn(torch.zeros(1, dtype=torch.float64, device="cpu"))
         except TypeError:
             return self  # a device without float64, such as Apple's: the sums stay on the CPU
         return super()._apply(fn, exclude_state)
