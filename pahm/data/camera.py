@@ -1,4 +1,4 @@
-"""Pinhole cameras: intrinsics and where they come from, rays of pixels, and the place of a mesh on them.
+"""Pinhole cameras: reading intrinsics, rays of pixels, and placing meshes on those rays.
 
 Camera space is x right, y down, z forward, in metres; pixels count from the centre of the top-left one.
 """
@@ -31,7 +31,7 @@ def assumed_intrinsics(width: int, height: int) -> Array:
 
 
 def check_intrinsics(values: npt.ArrayLike) -> Array:
-    """Intrinsics as a float64 array (3, 3); ValueError where they are not a camera matrix."""
+    """Intrinsics as a float64 array (3, 3); ValueError if they are not a camera matrix."""
     try:
         K = np.asarray(values, np.float64)
     except (TypeError, ValueError, OverflowError) as error:

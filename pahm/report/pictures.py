@@ -25,7 +25,7 @@ class SheetRow:
 
     hand: Hand
     truth: Array | None = None
-    """`(778, 3)` true vertices in the camera space of `hand.K`, where known."""
+    """`(778, 3)` true vertices in the camera space of `hand.K`, if known."""
     label: str = ""
     """A line or two beside the row, such as a score."""
 
@@ -33,8 +33,8 @@ class SheetRow:
 def contact_sheet(rows: Sequence[SheetRow], cell: int = 160) -> Image.Image:
     """A table of pictures, one row a hand: image, overlay, meshes M4, M3, M2, M1, ground truth, side views.
 
-    The columns of the ground truth are there where any row has one. All pictures of a row show the crop that
-    the network saw; the side views show the hand from its left. cell: side of a picture in pixels.
+    The ground truth has columns if any row has one. All pictures of a row show the crop that the network saw;
+    the side views show the hand from its left. cell: side of a picture in pixels.
     Raises ValueError for no rows or cells below 32 pixels.
     """
     if not rows:

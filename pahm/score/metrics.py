@@ -31,8 +31,8 @@ _PAIRS = 1 << 22  # distances held at once while looking for nearest neighbours
 def align_with_scale(predicted: Tensor, truth: Tensor, *, reflection: bool = True) -> Tensor:
     """Bring predictions onto the truth by translation, rotation and scale (Procrustes analysis).
 
-    predicted, truth: (B, N, 3), metres. reflection: let the orthogonal matrix be a reflection where that
-    fits better, as the official script does; with False it is always a rotation (METRO, CMR).
+    predicted, truth: (B, N, 3), metres. reflection: allow a reflection if that fits better, as the official
+    script does; with False the orthogonal matrix is always a rotation (METRO, CMR).
     Returns the aligned predictions (B, N, 3) in float64. Raises ValueError for other shapes or points that
     are not finite.
     """
@@ -72,7 +72,7 @@ def f_scores(predicted: Tensor, truth: Tensor, thresholds: Sequence[float] = F_T
     """F-scores (B, T) at T distances in metres: the harmonic mean of precision and recall.
 
     Precision is the share of predicted points (B, N, 3) with a true point (B, M, 3) strictly nearer than the
-    threshold, recall the reverse; 0 where both are 0. Raises ValueError for other shapes.
+    threshold, recall the reverse; 0 if both are 0. Raises ValueError for other shapes.
     """
     predicted, truth = _points(predicted, truth, same_count=False)
     limits = torch.tensor(list(thresholds), dtype=torch.float64, device=truth.device)
@@ -131,8 +131,8 @@ class HandMetrics(Metric):
     vertices the joints alone are scored.
     `compute()` gives a dict of float64 scalars: `pa_mpjpe`, `pa_mpvpe` (mean error in mm after alignment
     with scale), `f5`, `f15` (F-scores of the aligned vertices at 5 and 15 mm), `auc_joints`, `auc_vertices`
-    (of PCK from 0 to 50 mm, aligned), and `mpjpe` (mm, both relative to the root joint, not aligned); NaN
-    where there was nothing to score.
+    (of PCK from 0 to 50 mm, aligned), and `mpjpe` (mm, both relative to the root joint, not aligned); NaN if
+    there was nothing to score.
 
     reflection: see `align_with_scale`. root_joint: index of the joint that `mpjpe` is relative to. raw:
     score the points as they came as well, in camera space: `raw_mpjpe`, `raw_mpvpe`, `raw_f5`, `raw_f15`,
@@ -254,7 +254,7 @@ def load_submission(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Read a `pred.json`; returns joints (N, 21, 3) and vertices (N, 778, 3), float64, of any size.
 
-    Raises FileNotFoundError, or ValueError naming the file where it is not such a submission.
+    Raises FileNotFoundError, or ValueError naming the file if it is not such a submission.
     """
     return _load(path, _submission)
 
