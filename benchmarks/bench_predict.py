@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pahm.infer.files import predict_files, write
 from pahm.infer.predictor import Predictor
+from pahm.infer.writers import predict_files
 from pahm.model import load_checkpoint
 from pahm.synth.picture import draw
 
 IMAGES = 16
+KINDS = ("png", "glb", "ply", "json")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def rate(benchmark, request) -> Callable[[int], None]:
 @pytest.mark.parametrize("batch", [8, 1])
 def bench_predict_network(compare, rate, predictor, batch):
     nchw = load_checkpoint()
-    side = predictor.size
+    side = predictor.network.config.image_size
     images = torch.randn(batch, 3, side, side)
     laid_out = images.contiguous(memory_format=torch.channels_last)
 
@@ -80,14 +81,14 @@ def bench_predict_command(compare, rate, predictor, images, tmp_path, batch):
 
     def ours() -> Tensor:
         folder = next(folders)
-        for result in predict_files(predictor, images, folder, batch_size=batch):
+        for result in predict_files(predictor, images, folder, kinds=KINDS, batch_size=batch):
             assert not isinstance(result, Exception), result
         return vertices(folder)
 
     def alone() -> Tensor:
         folder = next(folders)
         for path in images:
-            write(predictor.predict(path), folder, path.stem)
+            predictor.predict(path).save(folder, formats=KINDS)
         return vertices(folder)
 
     compare(f"pahm predict, batch {batch}", {"ours": ours, "image after image": alone}, tolerance=1e-3)

@@ -1,6 +1,6 @@
 """A SpiralNet++-style autoencoder of shapes, for any triangle mesh: python mesh_autoencoder.py FILE [STEPS]
 
-The shapes are the file's mesh, bent at random; put your own registered meshes in the place of `bent`.
+The shapes are the file's mesh, bent at random. To train on registered meshes of your own, replace `bent`.
 """
 
 import sys

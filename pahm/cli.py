@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import io
 import os
@@ -14,11 +13,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from pahm.arguments import make_parser
-from pahm.config import from_file, preset
+from pahm.arguments import (
+    Ablate,
+    Command,
+    Demo,
+    Eval,
+    Export,
+    Predict,
+    Report,
+    Shards,
+    Synth,
+    Train,
+    base_of,
+    parse,
+)
+from pahm.config import Config
 
-_RESUMABLE = ("synth", "train", "shards", "ablate")
+_RESUMABLE = (Synth, Train, Shards, Ablate)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -34,21 +47,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A name that the terminal's encoding does not have is printed with escapes.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    options = make_parser().parse_args(arguments)
+    try:
+        options, debug = parse(arguments)
+    except (OSError, ValueError) as error:
+        print(f"pahm: {sentence(error)}", file=sys.stderr)
+        return 2
+    name = f"pahm {type(options).__name__.lower()}"
     try:
         with _stopped_by_signals():
-            return int(_COMMANDS[options.command](options) or 0)
+            if isinstance(options, Predict):
+                return _predict(options, debug)
+            _COMMANDS[type(options)](options)
+            return 0
     except input_errors() as error:
-        if options.debug:
+        if debug:
             raise
-        print(f"pahm {options.command}: {sentence(error, options)}", file=sys.stderr)
+        print(f"{name}: {sentence(error, options)}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Stopped, SystemExit) as error:
         number = _signal_behind(error)
         if number is None:
             raise
-        more = "; the same command goes on from here" if options.command in _RESUMABLE else ""
-        print(f"pahm {options.command}: stopped{more}", file=sys.stderr)
+        more = "; the same command goes on from here" if isinstance(options, _RESUMABLE) else ""
+        print(f"{name}: stopped{more}", file=sys.stderr)
         return 128 + number
 
 
@@ -89,12 +110,12 @@ def input_errors() -> tuple[type[Exception], ...]:
     return errors if lightning is None else (*errors, lightning.MisconfigurationException)
 
 
-def sentence(error: Exception, options: argparse.Namespace) -> str:
+def sentence(error: Exception, options: Command | None = None) -> str:
     """The error's message on one line, without the number that the operating system's errors start with."""
     text = str(error)
     if isinstance(error, OSError) and error.errno in _FULL:
         place = getattr(options, "out", None) or getattr(options, "run_folder", None)
-        more = " to go on" if options.command in _RESUMABLE else ""
+        more = " to go on" if isinstance(options, _RESUMABLE) else ""
         return (
             f"the disk that holds {place} is full; what is finished stays, make room and run the same "
             f"command again{more}"
@@ -110,23 +131,13 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def _changes(texts: Sequence[str]) -> dict[str, str]:
-    values = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"--set: expected NAME=VALUE, got {text!r}")
-        values[key] = value
-    return values
-
-
-def _demo(options: argparse.Namespace) -> None:
+def _demo(options: Demo) -> None:
     from pahm.demo import demo
 
     demo(options.out, count=options.count, seed=options.seed, checkpoint=options.checkpoint)
 
 
-def _synth(options: argparse.Namespace) -> None:
+def _synth(options: Synth) -> None:
     from pahm.synth.generate import generate
 
     generate(
@@ -139,53 +150,47 @@ def _synth(options: argparse.Namespace) -> None:
     )
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: Train) -> None:
     from pytorch_lightning.utilities import rank_zero_only
 
     from pahm.hand import HandModel
     from pahm.hand.topology import HandTopology
     from pahm.train.trainer import train
 
-    config = from_file(options.config) if options.config else preset(options.preset)
-    devices, nodes = options.devices or "1", options.nodes or "1"
+    devices, nodes = options.devices, options.nodes
+    for name, count in (("--devices", devices), ("--nodes", nodes)):
+        if isinstance(count, int) and count < 1:
+            raise ValueError(f"{name}: expected a number of at least 1, got {count}")
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's numbers, unless others are given
-        local = os.environ["LOCAL_WORLD_SIZE"]
-        devices = options.devices or local
-        nodes = options.nodes or str(int(os.environ["WORLD_SIZE"]) // int(local))
-    scores = train(
-        config.override(_changes(options.set)),
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        devices = devices or local
+        nodes = nodes or int(os.environ["WORLD_SIZE"]) // local
+    train(
+        options.values,
         options.data,
         options.out,
         topology=HandTopology.from_hand(HandModel.from_mano(options.mano)) if options.mano else None,
         initial=options.init,
         accelerator=options.accelerator,
-        devices=devices if devices == "auto" else _count("--devices", devices),
+        devices=devices or 1,
         strategy=options.strategy,
-        nodes=_count("--nodes", nodes),
+        nodes=nodes or 1,
         eval_data=options.eval_data,
         strict=options.strict,
     )
     if getattr(rank_zero_only, "rank", 0) > 0:
         return  # one process speaks for all
     print(f"{options.out / 'model.safetensors'} is ready for pahm eval and pahm predict")
-    if scores:
-        print(", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
 
 
-def _shards(options: argparse.Namespace) -> None:
+def _shards(options: Shards) -> None:
     from pahm.data.shards import write_shards
 
     count = write_shards(options.data, options.out, options.size)
     print(f"{options.out}: {count} shards are ready for pahm train --data")
 
 
-def _count(name: str, text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{name}: expected a number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _ablate(options: argparse.Namespace) -> None:
+def _ablate(options: Ablate) -> None:
     from pahm.ablation import ablate
     from pahm.hand import HandModel
     from pahm.hand.topology import HandTopology
@@ -197,15 +202,28 @@ def _ablate(options: argparse.Namespace) -> None:
         scale=options.preset,
         data=options.data,
         seeds=options.seeds,
-        changes=_changes(options.set),
-        jobs=_count("--jobs", str(options.jobs)),
+        only=options.only,
+        changes=_changes(base_of(options), options.values),
         topology=topology,
         accelerator=options.accelerator,
     )
     print(f"{path} is ready")
 
 
-def _eval(options: argparse.Namespace) -> None:
+def _changes(before: Config, after: Config) -> dict[str, Any]:
+    """The values that differ, by dotted name."""
+    return {
+        f"{part}.{name}": value
+        for part in ("model", "loss", "train", "augment")
+        for name, value in vars(getattr(after, part)).items()
+        if value != getattr(getattr(before, part), name)
+    }
+
+
+def _eval(options: Eval) -> None:
+    if (options.data is None) == (options.freihand is None):
+        given = "neither" if options.data is None else "both"
+        raise ValueError(f"--data: expected a folder either there or with --freihand, got {given}")
     alone = ("checkpoint", "left", "strict", "no_scale") if options.submission else ()
     for name in (*alone, *(() if options.freihand else ("submission", "no_scale", "joints_only"))):
         if getattr(options, name):
@@ -214,8 +232,9 @@ def _eval(options: argparse.Namespace) -> None:
     if not options.submission:
         _check_out(options.out)
     if options.freihand:
-        _eval_freihand(options)
+        _eval_freihand(options, options.freihand)
         return
+    assert options.data is not None
     from pahm.model import load_checkpoint
     from pahm.score.evaluation import evaluate, print_scores
     from pahm.score.metrics import write_submission
@@ -251,21 +270,21 @@ def _check_out(path: Path) -> None:
         raise ValueError(f"--out: expected a folder that can be written to, got {path.parent}")
 
 
-def _eval_freihand(options: argparse.Namespace) -> None:
+def _eval_freihand(options: Eval, folder: Path) -> None:
     from pahm.score import protocol as scoring
 
     submission = options.submission or options.out
     if not options.submission:
         from pahm.model import load_checkpoint
-        from pahm.score.evaluation import reconstruct
+        from pahm.score.evaluation import reconstruct_folder
         from pahm.score.metrics import write_submission
 
         network = load_checkpoint(options.checkpoint)
         if not options.joints_only:
-            scoring.check_mesh(network.topology, options.freihand)
-        hands = reconstruct(
+            scoring.check_mesh(network.topology, folder)
+        hands = reconstruct_folder(
             network,
-            options.freihand,
+            folder,
             use_scale=not options.no_scale,
             left=options.left,
             strict=options.strict,
@@ -274,23 +293,23 @@ def _eval_freihand(options: argparse.Namespace) -> None:
         )
         write_submission(submission, hands.joints, hands.vertices)
         print(f"{submission}: joints and vertices of {len(hands.joints)} images, FreiHAND's submission")
-        for path in scoring.truth_paths(options.freihand, joints_only=options.joints_only):
+        for path in scoring.truth_paths(folder, joints_only=options.joints_only):
             if not path.exists():
                 print(f"{path} is missing: nothing to score against")
                 return
-    scores = scoring.score_submission(
-        submission, options.freihand, joints_only=options.joints_only, progress=True
-    )
+    scores = scoring.score_submission(submission, folder, joints_only=options.joints_only, progress=True)
     scoring.print_submission_scores(scores)
     print(f"{scoring.write_scores(submission, scores)}: these scores")
 
 
-def _predict(options: argparse.Namespace) -> int:
+def _predict(options: Predict, debug: bool) -> int:
     from pahm.data.camera import read_intrinsics
-    from pahm.infer.files import predict_files
     from pahm.infer.predictor import Predictor
+    from pahm.infer.writers import predict_files
     from pahm.model import load_checkpoint
 
+    if not options.images:
+        raise ValueError("expected image files or folders, got none")
     results = predict_files(
         Predictor(load_checkpoint(options.checkpoint), options.device),
         options.images,
@@ -307,13 +326,13 @@ def _predict(options: argparse.Namespace) -> int:
             print(*map(printable, result), sep="\n")
             continue
         status = 2
-        if options.debug:
+        if debug:
             traceback.print_exception(result)
         print(f"pahm predict: {sentence(result, options)}", file=sys.stderr)
     return status
 
 
-def _report(options: argparse.Namespace) -> None:
+def _report(options: Report) -> None:
     from pahm.report import make_report
 
     page = make_report(
@@ -329,7 +348,7 @@ def _report(options: argparse.Namespace) -> None:
     print(f"{page}: {page.stat().st_size / 1e6:.1f} MB, open it in a browser")
 
 
-def _export(options: argparse.Namespace) -> None:
+def _export(options: Export) -> None:
     from pahm.infer.export import INPUT, OUTPUTS, export_onnx
     from pahm.model import load_checkpoint
 
@@ -341,16 +360,15 @@ def _export(options: argparse.Namespace) -> None:
     print(f"{options.out}: takes {INPUT} ({shape}), gives {', '.join(OUTPUTS)}")
 
 
-_COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
-    "demo": _demo,
-    "synth": _synth,
-    "train": _train,
-    "shards": _shards,
-    "eval": _eval,
-    "predict": _predict,
-    "report": _report,
-    "ablate": _ablate,
-    "export": _export,
+_COMMANDS: dict[type, Callable[[Any], None]] = {
+    Demo: _demo,
+    Synth: _synth,
+    Train: _train,
+    Shards: _shards,
+    Eval: _eval,
+    Report: _report,
+    Ablate: _ablate,
+    Export: _export,
 }
 
 

@@ -22,8 +22,6 @@ from typing import Any, Literal
 
 from pahm.text_files import parse_json, parse_yaml, read_yaml, shown
 
-LEVEL_SIZES = (778, 389, 195, 98)
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -46,8 +44,8 @@ class ModelConfig:
     stacks: Literal[1, 2] = 1
     """Hourglasses of the extractor; the second one sees the first one's 2D cues (CMR's, Table 4)."""
     cues: bool = True
-    """Predict 2D pose and silhouette, which the auxiliary supervision of section 3.4 needs; False is the
-    paper's "w/o 2D".
+    """Predict 2D pose and silhouette, which the auxiliary supervision of section 3.4 needs. Without them the
+    first mesh is regressed from the image features alone.
     """
     mapping: Literal["pixel_aligned", "mlp", "repeat"] = "pixel_aligned"
     """How image features reach the vertices (Table 1): sampled at their projections, or the global feature
@@ -64,6 +62,7 @@ class ModelConfig:
     decoder_channels: tuple[int, int, int, int] = (256, 128, 64, 64)
     """Vertex channels at M4, M3, M2, M1."""
     spiral_length: int = 9
+    """Vertices of a spiral, the centre included."""
     attention_heads: tuple[int, int, int, int] = (4, 4, 4, 4)
     """Heads of the self-attention in the mesh-conv layers of M4, M3, M2, M1; 0 leaves it out."""
     transformer_channels: tuple[int, int, int] = (1024, 256, 128)
@@ -71,6 +70,7 @@ class ModelConfig:
     transformer_layers: int = 4
     """Layers of each of METRO's blocks."""
     transformer_heads: int = 4
+    """Heads of METRO's self-attention."""
     root_joint: int = 9
     """The joint (FreiHAND's order) that predicted meshes are relative to."""
 
@@ -94,9 +94,13 @@ class LossConfig:
     mesh: tuple[float, float, float, float] = (0.25, 0.5, 0.75, 1.0)
     """The paper's lambda_m for M4, M3, M2, M1 (values not given there)."""
     edge: float = 1.0
+    """Weight of the edge lengths; the paper gives none."""
     normal: float = 0.1
+    """The paper's lambda_n."""
     silhouette: float = 2.5
+    """The paper's lambda_s."""
     pose: float = 10.0
+    """The paper's lambda_p, of the 2D pose heatmaps."""
     projection: float = 1.0
     """Weight of the camera's supervision, see `pahm.train.losses.projection_loss`."""
     position: float = 1.0
@@ -119,25 +123,39 @@ class TrainConfig:
     """Optimisation."""
 
     epochs: int = 50
+    """Passes over the training images."""
     batch_size: int = 64
     """Images a step, over all devices together."""
     learning_rate: float = 1e-4
+    """The highest one of the schedule."""
     optimizer: Literal["adam", "adamw"] = "adam"
+    """`adamw` decays matrices and filters alone."""
     weight_decay: float = 0.0
+    """Of the optimiser."""
     schedule: Literal["step", "cosine"] = "step"
     """`step`: times `decay` at each epoch of `milestones`. `cosine`: 5 % of the steps of warm-up, then a
     cosine to 0.
     """
     milestones: tuple[int, ...] = (35,)
+    """Epochs at which the schedule `step` lowers the learning rate."""
     decay: float = 0.1
+    """Factor of the learning rate at each of `milestones`."""
     gradient_clip: float = 0.0
     """Largest gradient norm; 0 does not clip."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Type of the computation. Weights stay in float32."""
     export: Literal["float32", "float16"] = "float32"
     """Type of the weights in `model.safetensors`."""
     channels_last: bool = True
+    """Memory format of the feature maps: channels innermost, which convolutions on GPUs and CPUs prefer."""
     sync_batchnorm: bool = True
-    """Normalise over the images of all processes, so that several train what one would."""
+    """Normalise over the images of all GPUs, so that several train what one would. CPU processes normalise
+    over their own images, and keep the first process's statistics.
+    """
+    ema: float = 0.0
+    """Decay of the moving average of the weights, e.g. 0.999. The average is what is scored and exported.
+    Early steps decay faster. 0 keeps no average.
+    """
     shuffle_buffer: int = 4000
     """Images of tar shards among which the next one is drawn; a folder's are all shuffled."""
     workers: int = 2
@@ -147,6 +165,7 @@ class TrainConfig:
     save_every: int = 0
     """The same in steps; 0 does not."""
     seed: int = 0
+    """Of the weights, the order of the images and their augmentation."""
 
     def __post_init__(self) -> None:
         _within("train", self, epochs=(1, 10**6), batch_size=(1, 10**6), shuffle_buffer=(1, 10**9))
@@ -157,6 +176,7 @@ class TrainConfig:
             weight_decay=(0, 1000),
             decay=(0, 1),
             milestones=(0, 10**6),
+            ema=(0, 0.999999),
         )
         _within("train", self, gradient_clip=(0, 10**9), save_minutes=(0, 10**6), save_every=(0, 10**9))
         _within("train", self, workers=(0, 1024), seed=(0, 2**32 - 1))
@@ -166,21 +186,24 @@ class TrainConfig:
 class AugmentConfig:
     """Ranges of the random changes; each is uniform in plus or minus its value about "no change".
 
-    rotation: degrees in the image plane. translation: fraction of the crop's side, each axis apart.
-    scale: relative size of the hand, factor in [1 - scale, 1 + scale]. brightness, contrast, saturation:
-    factors in [1 - value, 1 + value]. hue: degrees of rotation of the hue circle.
-    The defaults are those of CMR and METRO but for the rotation, which is kept to what cameras see.
-
-    Raises ValueError for a negative or not finite range, or one that would allow a factor of zero.
+    The defaults are those of CMR and METRO but for the rotation, which is kept to what cameras see. Raises
+    ValueError for a negative or not finite range, or one that would allow a factor of zero.
     """
 
     rotation: float = 60.0
+    """Degrees in the image plane."""
     translation: float = 0.08
+    """Fraction of the crop's side, each axis apart."""
     scale: float = 0.2
+    """Relative size of the hand: a factor in [1 - scale, 1 + scale]."""
     brightness: float = 0.25
+    """A factor in [1 - brightness, 1 + brightness]."""
     contrast: float = 0.4
+    """A factor in [1 - contrast, 1 + contrast]."""
     saturation: float = 0.4
+    """A factor in [1 - saturation, 1 + saturation]."""
     hue: float = 18.0
+    """Degrees of rotation of the hue circle."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -195,6 +218,7 @@ class Config:
     """Everything that decides what a training run computes."""
 
     name: str = "resnet18"
+    """What the run calls itself. The default is the name of the preset or the file."""
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -203,8 +227,7 @@ class Config:
     def override(self, values: Mapping[str, Any]) -> Config:
         """A copy with single values changed, e.g. `{"train.epochs": 3, "model.backbone": "resnet50"}`.
 
-        Strings are read as JSON where the field is not a string. Raises ValueError for a name that does not
-        exist or a value of another type.
+        Raises ValueError for a name that does not exist or a value of another type.
         """
         tree = asdict(self)
         for name, value in values.items():
@@ -284,26 +307,24 @@ def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _convert(value: Any, kind: Any, name: str) -> Any:
+    """The value of a file or a checkpoint as the field takes it, e.g. a list as a tuple.
+
+    tyro does this for options. It reads nothing but text, and prints what is wrong with it instead of raising
+    an error that can name the file.
+    """
     origin, options = typing.get_origin(kind), typing.get_args(kind)
-    accepts_text = kind is str or (origin is Literal and isinstance(options[0], str)) or str in options
-    if isinstance(value, str) and not accepts_text:
-        try:
-            value = parse_json(value.lower() if kind is bool else value, name)
-        except ValueError:
-            raise ValueError(f"{name}: expected {_describe(kind)}, got {shown(value)}") from None
     if origin is Literal:
         if value in options:
             return value
     elif origin is tuple:
-        each = options[0]
         if isinstance(value, (list, tuple)) and (options[-1] is Ellipsis or len(value) == len(options)):
-            return tuple(_convert(v, each, name) for v in value)
+            return tuple(_convert(entry, options[0], name) for entry in value)
     elif origin is not None:  # X | None
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-            return None
-        return _convert(value, next(o for o in options if o is not type(None)), name)
-    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        with suppress(OverflowError):  # of whole numbers that no float holds
+        given = next(option for option in options if option is not type(None))
+        return None if value is None else _convert(value, given, name)
+    elif kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        # YAML takes 1e-4 for text. No float holds a whole number of 400 digits.
+        with suppress(OverflowError, ValueError):
             return float(value)
     elif type(value) is kind:
         return value

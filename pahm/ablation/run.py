@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +21,6 @@ from pahm.data.freihand import FreiHand
 from pahm.hand.topology import HandTopology
 from pahm.model.checkpoint import load_checkpoint
 from pahm.synth.generate import generate
-from pahm.synth.workers import start_worker
 from pahm.text_files import read_json
 from pahm.train.provenance import provenance
 from pahm.train.run_folder import LAST
@@ -81,8 +74,8 @@ def ablate(
     scale: str = "tiny",
     data: str | os.PathLike[str] | None = None,
     seeds: Sequence[int] = (0, 1),
+    only: Sequence[str] = (),
     changes: dict[str, Any] | None = None,
-    jobs: int = 1,
     topology: HandTopology | None = None,
     accelerator: str = "auto",
     report: Callable[[str], None] = print,
@@ -90,16 +83,19 @@ def ablate(
     """Train and score the rows of one of the paper's tables, and write it beside the paper's numbers.
 
     `out` receives a run folder for each network and seed (`runs/`, see `pahm.train.trainer.train`), a small
-    JSON of its scores (`results/`), and `<table>.md`, `.csv` and `.png`, written anew after each run. Rows whose
-    result is there are not run again, for whichever table they were run; a stopped run goes on.
+    JSON of its scores (`results/`), and `<table>.md`, `.csv` and `.png`, written anew after each run. Runs
+    whose result is there are skipped, also where another table made it. An interrupted run resumes.
+
+    The jobs of a cluster can share `out` and `data`, each with its own `only` and `seeds`. A last call
+    without `only` writes the whole table.
 
     Args:
         table: a name of `TABLES`. scale: a name of `SCALES`.
         data: a folder in FreiHAND's layout; None renders one into `out` for a scale that says how large,
             with another seed than the images that the shipped checkpoint was trained on.
         seeds: of the weights, the order of the images and their augmentation; each row runs with each.
+        only: names of `VARIANTS` in this table to run; empty for all of them.
         changes: dotted names of the configuration and values, for all rows alike.
-        jobs: runs at the same time, each with its share of the CPU's threads.
         topology, accelerator: as `pahm.train.trainer.train`. A run has one device.
         report: takes a line of progress.
 
@@ -107,10 +103,9 @@ def ablate(
         the path of the Markdown table.
 
     Raises:
-        ValueError: no such table or scale; no data, or data that cannot be trained and scored on; a change of
-            what rows differ in; or `out` has runs of another configuration (the first difference is named),
-            or of other images, another hand or other first weights.
-        ChildProcessError: with several jobs, the process of a run ended by itself.
+        ValueError: no such table, scale or row; no data, or data that cannot be trained and scored on; a
+            change of what rows differ in; or `out` has runs of another configuration (the first difference is
+            named), or of other images, another hand or other first weights.
     """
     if table not in TABLES:
         raise ValueError(f"table: expected one of {', '.join(TABLES)}, got {table!r}")
@@ -118,11 +113,13 @@ def ablate(
         raise ValueError(f"preset: expected one of {', '.join(SCALES)}, got {scale!r}")
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds: expected different numbers, got {list(seeds)}")
-    if jobs < 1:
-        raise ValueError(f"jobs: expected at least 1, got {jobs}")
+    variants = [row.variant for row in TABLES[table].rows if row.variant is not None]
+    for name in only:
+        if name not in variants:
+            raise ValueError(f"only: expected rows of {table}, {', '.join(variants)}, got {name!r}")
     decided = {name for _, differences in VARIANTS.values() for name in differences}
     if taken := sorted(decided & set(changes or {})):
-        raise ValueError(f"set: {taken[0]} is what the rows differ in, expected values that all rows share")
+        raise ValueError(f"{taken[0]} is what the rows differ in, expected values that all rows share")
     out = Path(out)
     images = SCALES[scale].images
     if data is None and images is None:
@@ -131,17 +128,16 @@ def ablate(
     (out / "results").mkdir(parents=True, exist_ok=True)
     if scale == "tiny" and base.model.backbone_weights is None:
         base = base.override({"model.backbone_weights": str(_shipped_backbone(out))})
-    variants = [row.variant for row in TABLES[table].rows if row.variant is not None]
     waiting = []
     for seed in seeds:
-        for variant in variants:
+        for variant in only or variants:
             config = configuration(base, variant).override({"train.seed": seed})
             path = out / "results" / RESULT.format(variant=variant, seed=seed)
             if path.exists():
                 _check_same(path, config)
                 report(f"{variant}, seed {seed}: done before")
             else:
-                waiting.append((variant, seed, config, path))
+                waiting.append((config, path))
     given = data is not None
     if data is None and images is not None:
         data = out / "data"
@@ -149,57 +145,12 @@ def ablate(
             generate(data, *images, seed=DATA_SEED)
     if data is not None and (waiting or given):
         check_inputs(out, data, topology, base)
-    options = {"topology": topology, "accelerator": accelerator}
-    for variant, seed, seconds in _run_all(waiting, data, out, jobs, options):
-        report(f"{variant}, seed {seed}: {seconds / 60:.1f} min")
+    for config, path in waiting:
+        assert data is not None
+        seconds = _run(config, data, out / "runs" / path.stem, path, topology, accelerator)
+        report(f"{config.name}, seed {config.train.seed}: {seconds / 60:.1f} min")
         write_table(out, table, seeds)
     return write_table(out, table, seeds)
-
-
-def _run_all(
-    waiting: Sequence[Any], data: Any, out: Path, jobs: int, options: dict[str, Any]
-) -> Iterator[tuple[str, int, float]]:
-    """Run what waits, `jobs` at a time; yields variant, seed and seconds of each as it ends."""
-    threads = max(1, torch.get_num_threads() // jobs)
-    tasks = [
-        partial(_run, config, data, out / "runs" / path.stem, path, threads, jobs == 1, options)
-        for _, _, config, path in waiting
-    ]
-    if jobs == 1:
-        for task, (variant, seed, *_) in zip(tasks, waiting, strict=True):
-            yield variant, seed, task()
-        return
-    # Fresh processes: a forked one would share the parent's thread pools. A pool for each: a pool of several
-    # does not always see the end of a process that it started while it waited for others.
-    context = multiprocessing.get_context("spawn")
-    with ExitStack() as stack:
-        idle = [
-            stack.enter_context(ProcessPoolExecutor(1, mp_context=context, initializer=start_worker))
-            for _ in range(jobs)
-        ]
-        queue = zip(tasks, waiting, strict=True)
-        running: dict[Future[float], Any] = {}
-        try:
-            while True:
-                for task, item in islice(queue, len(idle)):
-                    pool = idle.pop()
-                    running[pool.submit(task)] = pool, item
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    pool, (variant, seed, *_) = running.pop(future)
-                    yield variant, seed, future.result()
-                    idle.append(pool)
-        except BaseException as error:
-            # The other runs go on from their last checkpoints; nobody waits for them to end.
-            for child in multiprocessing.active_children():
-                child.kill()
-            if isinstance(error, BrokenProcessPool):
-                raise ChildProcessError(
-                    "the process of a run ended by itself, as it does where memory runs out; "
-                    "the same command goes on, with fewer --jobs in less memory"
-                ) from error
-            raise
 
 
 def _run(
@@ -207,23 +158,21 @@ def _run(
     data: str | os.PathLike[str],
     folder: Path,
     result: Path,
-    threads: int,
-    progress: bool,
-    options: dict[str, Any],
+    topology: HandTopology | None,
+    accelerator: str,
 ) -> float:
     """Train and score one row; returns the seconds that this took."""
     from pahm.train.trainer import train
 
-    torch.set_num_threads(threads)
     resumed = (folder / LAST).exists()
     started = time.monotonic()
-    scores = train(config, data, folder, progress=progress, **options)
+    scores = train(config, data, folder, topology=topology, accelerator=accelerator)
     seconds = time.monotonic() - started
     recorded = config.override({"model.backbone_weights": None})
     record = {
         "scores": scores,
         "seconds": None if resumed else round(seconds, 1),  # of a resumed run only the last part is known
-        "threads": threads,
+        "threads": torch.get_num_threads(),
         "training_images": len(FreiHand(data, "training")),
         "config": json.loads(recorded.to_json()),
         "provenance": provenance(),
@@ -260,6 +209,6 @@ def _shipped_backbone(out: Path) -> Path:
     path = out / "backbone.safetensors"
     if not path.exists():
         weights = load_checkpoint().extractor.backbone.state_dict()
-        with whole_file(path) as partial_file:
+        with whole_file(path, shared=True) as partial_file:
             partial_file.write_bytes(save({name: value.contiguous() for name, value in weights.items()}))
     return path

@@ -37,13 +37,14 @@ class Table:
 
 
 _FIRST, _ALL = [True, False, False, False], [True] * 4
-_GLOBAL = {"model.cues": False, "model.skips": _FIRST}
+_WITHOUT_2D = {"loss.silhouette": 0.0, "loss.pose": 0.0, "loss.position": 0.0}
+_GLOBAL = {"model.skips": _FIRST, **_WITHOUT_2D}
 
 VARIANTS: dict[str, tuple[bool, dict[str, Any]]] = {
     "repeat": (False, {"model.mapping": "repeat", **_GLOBAL}),
     "mlp": (False, {"model.mapping": "mlp", **_GLOBAL}),
     "mlp-attention": (True, {"model.mapping": "mlp", **_GLOBAL}),
-    "aligned-without-2d": (False, {"model.cues": False}),
+    "aligned-without-2d": (False, _WITHOUT_2D),
     "aligned": (False, {}),
     "aligned-attention": (True, {}),
     "skips-m4": (False, {"model.skips": _FIRST}),
@@ -58,9 +59,14 @@ VARIANTS: dict[str, tuple[bool, dict[str, Any]]] = {
 """Each network by name: whether its graph convolutions have self-attention, and what else differs from the
 base configuration, the pixel-aligned network with 2D supervision and skip connections into all levels.
 
-Networks that tables share (the last row of Table 2 is the fourth of Table 1 and the last of Table 3) are run
-once. The global baselines see the image at M4 only, as Kulon et al. (CVPR 2020) do, and have no 2D
-supervision: the paper compares them with its third row, "which has the same architecture" and none.
+Networks that tables share are run once: the last row of Table 2 is the fourth of Table 1 and the last of
+Table 3.
+
+All rows of Table 1 have the same extractor and the same first mesh, which reads the mean of Q_32 and the 2D
+pose. "Without 2D" leaves out the losses of the silhouette and of the 2D pose, its heatmaps and its positions,
+and nothing else. The projection loss, which trains the camera, stays in all rows. The rows with global
+features have no 2D supervision either: the paper compares them with its third row, "which has the same
+architecture" and none. They see the image at the first mesh and at M4 only, as Kulon et al. (CVPR 2020) do.
 """
 
 

@@ -29,11 +29,11 @@ def write_table(out: Path, name: str, seeds: Sequence[int]) -> Path:
     table = TABLES[name]
     results = load_results(out, table, seeds)
     path = out / f"{name}.md"
-    with whole_file(path) as written:
+    with whole_file(path, shared=True) as written:
         written.write_text(markdown(table, name, results), encoding="utf-8")
-    with whole_file(out / f"{name}.csv") as written:
+    with whole_file(out / f"{name}.csv", shared=True) as written:
         written.write_text(as_csv(table, results), encoding="utf-8")
-    with whole_file(out / f"{name}.png") as written:
+    with whole_file(out / f"{name}.png", shared=True) as written:
         _plot(table, results).savefig(written, dpi=120, format="png")
     return path
 

@@ -1,4 +1,4 @@
-"""Pinhole cameras: intrinsics and where they come from, rays of pixels, and the place of a mesh on them.
+"""Pinhole cameras: reading intrinsics, rays of pixels, and placing meshes on those rays.
 
 Camera space is x right, y down, z forward, in metres; pixels count from the centre of the top-left one.
 """
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from pahm.text_files import read_json, shown
 from pahm_ops.array_files import read_npy
@@ -29,7 +31,7 @@ def assumed_intrinsics(width: int, height: int) -> Array:
 
 
 def check_intrinsics(values: npt.ArrayLike) -> Array:
-    """Intrinsics as a float64 array (3, 3); ValueError where they are not a camera matrix."""
+    """Intrinsics as a float64 array (3, 3); ValueError if they are not a camera matrix."""
     try:
         K = np.asarray(values, np.float64)
     except (TypeError, ValueError, OverflowError) as error:
@@ -76,35 +78,52 @@ def read_intrinsics(path: str | os.PathLike[str]) -> Array:
         raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
-def ray_rotation(K: Array, pixel: Array) -> Array:
-    """The smallest rotation (3, 3) that takes the optical axis to the ray of `pixel` (2,)."""
-    ray = np.linalg.solve(K, np.array([*pixel, 1.0]))
-    x, y, z = ray / np.linalg.norm(ray)
+def rays(pixels: Tensor, K: Tensor) -> Tensor:
+    """Where the rays of `pixels` (..., N, 2) meet the plane z = 1: (..., N, 2), for cameras K (..., 3, 3)."""
+    y = (pixels[..., 1] - K[..., 1, 2, None]) / K[..., 1, 1, None]
+    x = (pixels[..., 0] - K[..., 0, 2, None] - K[..., 0, 1, None] * y) / K[..., 0, 0, None]
+    return torch.stack([x, y], -1)
+
+
+def ray_rotation(K: Tensor, pixel: Tensor) -> Tensor:
+    """The smallest rotations (..., 3, 3) that take the optical axis to the ray of `pixel` (2,) of each camera
+    K (..., 3, 3).
+    """
+    x, y = rays(pixel[None], K)[..., 0, :].unbind(-1)
+    z = 1 / (x * x + y * y + 1).sqrt()
+    x, y = x * z, y * z
     # Rodrigues' formula for the axis (-y, x, 0), whose length is the sine and z the cosine of the angle.
-    cross = np.array([[0, 0, x], [0, 0, y], [-x, -y, 0]])
-    return np.asarray(np.eye(3) + cross + cross @ cross / (1 + z))
+    xx, xy, yy = x * x / (1 + z), x * y / (1 + z), y * y / (1 + z)
+    return torch.stack([1 - xx, -xy, x, -xy, 1 - yy, y, -x, -y, z], -1).unflatten(-1, (3, 3))
 
 
-def solve_translation(points: Array, pixels: Array, K: Array) -> Array:
-    """The translation t (3,) that best puts `points` (N, 3) on the rays of `pixels` (N, 2) of camera K.
+def rotate(points: Tensor, rotation: Tensor) -> Tensor:
+    """Points (..., N, 3) turned by rotations (..., 3, 3)."""
+    # Not a matrix product: those may run in TF32 or bfloat16, which loses tenths of a millimetre.
+    return (points[..., None, :] * rotation[..., None, :, :]).sum(-1)
+
+
+def solve_translation(points: Tensor, pixels: Tensor, K: Tensor) -> Tensor:
+    """The translations t (..., 3) that best put `points` (..., N, 3) on the rays of `pixels` (..., N, 2) of
+    cameras K (..., 3, 3).
 
     With the ray (x, y, 1) of a pixel: X + t_x = x (Z + t_z) and Y + t_y = y (Z + t_z), 2 N linear equations
-    in t, solved in the least-squares sense.
+    in t, solved in the least-squares sense. A hand far away spans a small angle, so use float64.
     """
-    rays = np.linalg.solve(K, np.concatenate([pixels, np.ones_like(pixels[:, :1])], axis=1).T).T
-    x, y = rays[:, 0], rays[:, 1]
-    one, zero = np.ones_like(x), np.zeros_like(x)
-    left = np.concatenate([np.stack([one, zero, -x], 1), np.stack([zero, one, -y], 1)])
-    right = np.concatenate([x * points[:, 2] - points[:, 0], y * points[:, 2] - points[:, 1]])
-    return np.asarray(np.linalg.lstsq(left, right, rcond=None)[0])
+    xy = rays(pixels, K)
+    # For any t_z the best (t_x, t_y) is the mean of `offset` + t_z `xy`; what is left is a line through 0.
+    offset = xy * points[..., 2:] - points[..., :2]
+    mean_xy, mean_offset = xy.mean(-2, keepdim=True), offset.mean(-2, keepdim=True)
+    spread = xy - mean_xy
+    depth = -(spread * (offset - mean_offset)).sum((-2, -1)) / spread.square().sum((-2, -1))
+    across = mean_offset[..., 0, :] + depth[..., None] * mean_xy[..., 0, :]
+    return torch.cat([across, depth[..., None]], -1)
 
 
-def project_weakly(points: Array, camera: Array, size: int, to_image: Array) -> Array:
-    """Pixels (N, 2) of the image where the weak-perspective camera of a crop sees `points` (N, 3), metres.
+def project_weakly(points: Tensor, camera: Tensor, size: int) -> Tensor:
+    """Pixels (..., N, 2) of crops where their weak-perspective cameras see `points` (..., N, 3), metres.
 
-    camera: (3,) [s, tx, ty], -1 and 1 at the edges of the crop. size: the crop's side. to_image: (3, 3),
-    the crop's pixels to the image's.
+    camera: (..., 3) [s, tx, ty], -1 and 1 at the edges of the crop. size: the crop's side in pixels.
     """
-    normalised = camera[0] * (points[:, :2] + camera[1:])
-    crop = ((normalised + 1) * size - 1) / 2
-    return np.asarray(crop @ to_image[:2, :2].T + to_image[:2, 2])
+    normalised = camera[..., None, :1] * (points[..., :2] + camera[..., None, 1:])
+    return ((normalised + 1) * size - 1) / 2

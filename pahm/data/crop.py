@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from pahm.data.augment import crop_matrix, warp
 from pahm.data.camera import Array, assumed_intrinsics, check_intrinsics
 from pahm.data.open_image import convert_image, read_image
-from pahm.hand.left import checked_left, mirror_intrinsics
+from pahm.hand.left import checked_left
 from pahm.text_files import shown
 
 Box = tuple[float, float, float, float]
@@ -21,7 +21,7 @@ ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
 
 SMALLEST_BOX = 2  # pixels
 LARGEST_BOX = 10  # times the image's longer side
-HAND_SHARE = 0.6  # of the training images' sides that the hand's box takes, about
+HAND_SHARE = 0.6  # the hand's box takes about this part of a training image's side
 
 
 class Request(NamedTuple):
@@ -33,6 +33,10 @@ class Request(NamedTuple):
     left: bool = False
     place: str = "image"
     """What to call an image that is not a file."""
+    bone: float | None = None
+    """Length in metres of the bone between joints 9 and 10, if it is known. It sets the hand's size."""
+    upright: bool = True
+    """Turn the image as its EXIF tag says. A data set's annotations are of the stored pixels instead."""
 
     @property
     def name(self) -> str:
@@ -41,11 +45,11 @@ class Request(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """A request made ready for the network, which sees right hands: for a left one the image is flipped."""
+    """A request made ready for the network, which sees right hands: a left hand's crop is mirrored."""
 
     request: Request
     image: Image.Image
-    """The whole image, RGB, not flipped."""
+    """The whole image, RGB, not mirrored."""
     source: str | None
     """Absolute path of the image, where it was a file."""
     box: Box
@@ -53,11 +57,17 @@ class Crop(NamedTuple):
     K: Array
     """`(3, 3)` intrinsics of `image`."""
     pixels: Image.Image
-    """The crop, of the flipped image for a left hand."""
+    """The crop as the network sees it."""
     matrix: Array
-    """`(3, 3)`, pixels of the image that `pixels` was taken from to those of the crop."""
-    seen_K: Array
-    """`(3, 3)` intrinsics of the image that `pixels` was taken from."""
+    """`(3, 3)`, pixels of `image` to those of `pixels`."""
+
+    @property
+    def seen_K(self) -> Array:
+        """`(3, 3)` intrinsics of the camera that sees in `pixels` what the network is to reconstruct: the
+        hand, or the mirror image of a left one.
+        """
+        x = -1.0 if self.request.left else 1.0
+        return np.asarray(self.matrix @ self.K @ np.diag([x, 1.0, 1.0]))
 
 
 def read_crop(request: Request, size: int, share: float) -> Crop | Exception:
@@ -67,7 +77,7 @@ def read_crop(request: Request, size: int, share: float) -> Crop | Exception:
     """
     try:
         request = request._replace(left=checked_left(request.left))
-        image, source = load_image(request.image)
+        image, source = load_image(request.image, request.upright)
         box = hand_box(image.size, request.bbox, share)
         if request.intrinsics is None:
             K = assumed_intrinsics(*image.size)
@@ -75,17 +85,12 @@ def read_crop(request: Request, size: int, share: float) -> Crop | Exception:
             K = check_intrinsics(request.intrinsics)
     except (FileNotFoundError, TypeError, ValueError) as error:
         return _named(error, request.name)
-    if not request.left:
-        matrix = crop_matrix(box, size)
-        return Crop(request, image, source, box, K, warp(image, matrix, size), matrix, K)
-    x, y, side, _ = box
-    matrix = crop_matrix((image.width - x - side, y, side, side), size)
-    pixels = warp(ImageOps.mirror(image), matrix, size)
-    return Crop(request, image, source, box, K, pixels, matrix, mirror_intrinsics(K, image.width))
+    matrix = crop_matrix(box, size, mirror=request.left)
+    return Crop(request, image, source, box, K, warp(image, matrix, size), matrix)
 
 
 def _named(error: Exception, name: str) -> Exception:
-    """The error with the image's name at the beginning of its message, unless it has that already."""
+    """The error, its message starting with the image's name."""
     if str(error).startswith((f"{name}: ", f"image: {name} ")):
         return error
     kind = next(kind for kind in (FileNotFoundError, TypeError, ValueError) if isinstance(error, kind))
@@ -94,16 +99,18 @@ def _named(error: Exception, name: str) -> Exception:
     return named
 
 
-def load_image(image: ImageSource) -> tuple[Image.Image, str | None]:
-    """An RGB image, upright by its EXIF tag, and the absolute path it came from, if any.
+def load_image(image: ImageSource, upright: bool = True) -> tuple[Image.Image, str | None]:
+    """An RGB image and the absolute path that it came from, if any.
+
+    upright: turn the image as its EXIF tag says.
 
     Raises FileNotFoundError or ValueError as `pahm.data.open_image.read_image`, TypeError or ValueError
     for an array of another dtype or shape.
     """
     if isinstance(image, (str, os.PathLike)):
-        return read_image(image, upright=True), str(Path(image).resolve())
+        return read_image(image, upright=upright), str(Path(image).resolve())
     if isinstance(image, Image.Image):
-        return convert_image(image, "image", upright=True), None
+        return convert_image(image, "image", upright=upright), None
     if not isinstance(image, np.ndarray):
         raise TypeError(f"image: expected a path, a PIL image or a numpy array, got {type(image).__name__}")
     if image.dtype != np.uint8:
@@ -116,11 +123,10 @@ def load_image(image: ImageSource) -> tuple[Image.Image, str | None]:
 def hand_box(size: tuple[int, int], bbox: npt.ArrayLike | None, share: float = 1.0) -> Box:
     """The square crop (x, y, side, side) for a hand's box in an image of `size` (width, height).
 
-    Without a box the image is taken for one like those of the training, of which the crop is the middle with
-    `share` of its side.
+    Without a box the crop is the middle of the image, with `share` of its longer side, as in training.
 
-    Raises ValueError for a box that is not four finite numbers with a positive size, that lies outside, or
-    that is far too small or too large to be one around a hand.
+    Raises ValueError for a box that is not four finite numbers with a positive size, for one outside the
+    image, and for one that is far too small or too large to hold a hand.
     """
     width, height = size
     if bbox is None:

@@ -7,7 +7,7 @@ workers nor a stop in between changes what a step sees.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,14 @@ batch, in training: another image stands in; in evaluation: the image is black. 
 _MAX_UNREADABLE = 100
 
 
+@runtime_checkable
 class Images(Protocol):
-    """Training images: `FreiHand`, or tar shards (`ShardImages`)."""
+    """Training images: a folder's (`FolderImages`), those of tar shards (`ShardImages`), or your own.
+
+    A subclass of your own has `has_masks`, `__len__`, `vertices` and `__getitem__`. The last gives the dict
+    that `FreiHand` describes. It raises FileNotFoundError or ValueError, naming the image, for one that
+    cannot be read.
+    """
 
     has_masks: bool
 
@@ -37,14 +43,15 @@ class Images(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
     def order(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-        """The indices of all images in an epoch's order, the same in every process."""
+        """The indices of all images in an epoch's order, the same in every process: a new permutation."""
+        return np.random.default_rng((seed, epoch)).permutation(len(self))
 
     def vertices(self, count: int) -> npt.NDArray[np.floating]:
         """`(N, 778, 3)` metres: the vertices of the first hands, at most `count`."""
 
 
-class FolderImages:
-    """The training images of a folder in FreiHAND's layout; each epoch's order is a new permutation."""
+class FolderImages(Images):
+    """The training images of a folder in FreiHAND's layout."""
 
     def __init__(self, dataset: FreiHand) -> None:
         self.dataset = dataset
@@ -63,9 +70,6 @@ class FolderImages:
         if self.dataset.has_masks:
             sample["mask"] = Image.new("L", (224, 224))
         return sample
-
-    def order(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-        return np.random.default_rng((seed, epoch)).permutation(len(self.dataset))
 
     def vertices(self, count: int) -> npt.NDArray[np.floating]:
         return np.asarray(self.dataset.tables["vertices"].rows[:count])

@@ -4,7 +4,8 @@ Each image is a run of files of one key: `.jpg`, `.mask.jpg` where there are mas
 scale, and a checksum of it all), `.joints.npy` and `.vertices.npy`. Images lie in the shards in a random
 order that is fixed. They are read where they lie, each with one read, in the order of seed and epoch. A
 resumed run reads nothing of what it has seen, and processes and workers share an epoch as they share a
-folder's.
+folder's. The webdataset package reads a shard from front to back and gives each worker shards of its own, so
+that it could keep neither of these promises.
 """
 
 from __future__ import annotations

@@ -48,26 +48,3 @@ def mirror_pose(pose: Points) -> Points:
     flipped = pose.clone() if isinstance(pose, Tensor) else pose.copy()
     flipped[..., 1:] = -flipped[..., 1:]
     return flipped
-
-
-def mirror_pixels(points: Points, width: int) -> Points:
-    """Pixels `(..., 2)` of an image of `width` to the same places in the image flipped left to right.
-
-    Pixels count from the centre of the leftmost one. Returns a new array of the same kind. Raises
-    ValueError for another last dimension.
-    """
-    if points.ndim == 0 or points.shape[-1] != 2:
-        raise ValueError(f"points must have shape (..., 2), got {tuple(points.shape)}")
-    flipped = points.clone() if isinstance(points, Tensor) else points.copy()
-    flipped[..., 0] = width - 1 - flipped[..., 0]
-    return flipped
-
-
-def mirror_intrinsics(K: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """Intrinsics `(3, 3)` in pixels of the camera that sees mirrored hands in the flipped image of `width`.
-
-    It projects `mirror(X)` to `mirror_pixels` of where K projects X: the principal point moves to the other
-    side and the skew changes its sign.
-    """
-    flip = np.array([[-1.0, 0.0, width - 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
-    return np.asarray(flip @ K @ np.diag([-1.0, 1.0, 1.0]))

@@ -45,11 +45,16 @@ class HandTopology(NamedTuple):
         vertices = hand.template.detach().cpu().numpy().astype(np.float64)
         return cls(MeshHierarchy.build(vertices, hand.faces.cpu().numpy(), SIZES), _regressor(hand))
 
-    def check_joints(self, vertices: NDArray[np.floating], joints: NDArray[np.floating], where: str) -> None:
-        """Refuse a mesh of another hand, in which the regressor does not find the joints that come with it:
-        vertices of two hands do not correspond, though both have 778.
+    def relative_vertices(self, level: int, root_joint: int) -> NDArray[np.float64]:
+        """The mean hand's vertices of a level, 0 for M1, in metres relative to a joint of M1: `(N, 3)`."""
+        root = self.joint_regressor[root_joint] @ self.hierarchy.vertices[0]
+        return self.hierarchy.vertices[level] - root
 
-        vertices `(778, 3)`, joints `(21, 3)`, metres. Raises ValueError, which calls them `where`.
+    def check_joints(self, vertices: NDArray[np.floating], joints: NDArray[np.floating], where: str) -> None:
+        """Refuse a mesh of another hand: it may have 778 vertices, too, but the regressor does not find its
+        joints.
+
+        vertices `(778, 3)`, joints `(21, 3)`, metres. Raises ValueError that begins with `where`.
         """
         off = 1000 * float(np.linalg.norm(self.joint_regressor @ vertices - joints, axis=1).mean())
         if off > _JOINTS_OFF:
@@ -66,8 +71,8 @@ class HandTopology(NamedTuple):
     def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> HandTopology:
         """The inverse of `to_arrays`.
 
-        Raises KeyError for an array that is missing, ValueError or IndexError for a hierarchy that is none or
-        has other sizes, a regressor of another shape, and a hand that is not the size of one.
+        Raises KeyError for a missing array, and ValueError or IndexError for an invalid hierarchy or one of
+        other sizes, an invalid regressor, or a hand of an impossible size.
         """
         rest = {name: value for name, value in arrays.items() if name != "joint_regressor"}
         hierarchy = MeshHierarchy.from_arrays(rest)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pahm.config import Config, from_json
 from pahm.hand.topology import HandTopology
+from pahm.model.build import build_network
 from pahm.model.network import HandNet
 from pahm.text_files import parse_json
 from pahm.whole_file import whole_file
@@ -35,11 +36,11 @@ def save_checkpoint(
     dtype: torch.dtype = torch.float32,
     provenance: Mapping[str, str | None] | None = None,
 ) -> None:
-    """Write `network` to a `.safetensors` file that `load_checkpoint` needs nothing else for.
+    """Write `network` to a `.safetensors` file, which is all that `load_checkpoint` needs.
 
     Args:
-        config: the run's configuration; its `model` part must be the network's. Where its backbone's first
-            weights lay on this machine is not recorded.
+        config: the run's configuration; its `model` part must be the network's. The path of the backbone's
+            first weights is not recorded.
         scores: the scores to record beside the weights, such as `HandMetrics` gives.
         dtype: floating-point weights are stored in this type (float16 halves the file).
         provenance: versions, machine and revision to record, as `pahm.train.provenance` gives them.
@@ -75,7 +76,7 @@ def read_metadata(path: str | os.PathLike[str]) -> tuple[Config, dict[str, float
 
 
 def read_provenance(path: str | os.PathLike[str]) -> dict[str, str | None]:
-    """What made a checkpoint, as `pahm.train.provenance` gives it; empty for files that do not say.
+    """What made a checkpoint, as `pahm.train.provenance` gives it; empty if the file does not say.
 
     Raises FileNotFoundError, ValueError as `read_metadata`.
     """
@@ -113,9 +114,9 @@ def load_checkpoint(path: str | os.PathLike[str] | None = None, expect: Config |
 
     Raises:
         FileNotFoundError, ValueError: as `read_metadata`.
-        ValueError: `expect` describes another network (the first value that differs is named), the weights do
-            not fit the recorded configuration, or the file is damaged: its content differs from the digest
-            that was written with it, or, in a file without one, weights or hand cannot be right.
+        ValueError: `expect` describes another network (the first value that differs is named); the weights do
+            not fit the recorded configuration; or the file is damaged. Damage shows by the digest in the
+            file, or, in older files without one, by impossible weights or an impossible hand.
     """
     path = shipped_checkpoint() if path is None else path
     config, _ = read_metadata(path)
@@ -162,7 +163,7 @@ def _float32() -> Iterator[None]:
 
 
 def _read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, as stored; ValueError, naming the file, where they are damaged."""
+    """The tensors of a checkpoint, as stored. Raises ValueError, naming the file, if they are damaged."""
     metadata = _metadata(path)
     with safe_open(path, framework="pt") as file:
         tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -174,14 +175,14 @@ def _read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             raise ValueError(
                 f"checkpoint: {os.fspath(path)} is damaged: {name} has values that are not finite"
             )
-        # A file without a digest may have lost a part to zeros; no trained layer has only them.
+        # Without a digest, a part overwritten by zeros shows here: no trained layer is all zeros.
         if name.endswith(".weight") and value.dim() > 1 and not value.any():
             raise ValueError(f"checkpoint: {os.fspath(path)} is damaged: {name} has nothing but zeros")
     return tensors
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Of all that a checkpoint holds."""
+    """SHA-256 of all tensors and metadata of a checkpoint, in hexadecimal."""
     total = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         value = tensors[name]
@@ -190,20 +191,10 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return total.hexdigest()
 
 
-def build_network(
-    config: Config, topology: HandTopology | None = None, load_backbone: bool = True
-) -> HandNet:
-    """The network of a configuration; `load_backbone=False` skips pretrained weights that will be
-    overwritten.
-    """
-    if not load_backbone:
-        config = config.override({"model.pretrained": False, "model.backbone_weights": None})
-    return HandNet(config.model, topology)
-
-
 def check_same_network(found: Config, expected: Config, where: str, but: Sequence[str] = ()) -> None:
-    """Raise ValueError naming the first value of `model` that differs, other than those in `but` and where
-    pretrained weights came from.
+    """Raise ValueError naming the first value of `model` that differs.
+
+    Values in `but` may differ, and where pretrained weights came from.
     """
     free = ("pretrained", "backbone_weights", *but)
     for name, value in vars(expected.model).items():

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-_POINTS = 1000  # of a curve on the page; more are thinned out
+_POINTS = 1000  # most points of a curve on the page
 
 
 class Curve(NamedTuple):
@@ -21,7 +21,7 @@ class Curve(NamedTuple):
 def read_curves(run: Path) -> dict[str, Curve]:
     """Every scalar in the event files of a run folder's `tensorboard`, by its tag; empty without files.
 
-    Of steps that a resumed run took again, the later ones count.
+    A resumed run may log a step twice; the later value counts.
     """
     if not any((run / "tensorboard").glob("events.out.tfevents.*")):
         return {}

@@ -27,8 +27,8 @@ from pahm.infer.predictor import Predictor
 from pahm.model.checkpoint import check_same_network, load_checkpoint, read_metadata, read_provenance
 from pahm.model.network import HandNet
 from pahm.report.curves import charts, read_curves
-from pahm.report.hands import Hand, Photographer
 from pahm.report.per_image import Scored, annotated, find_readable, reasons_of, score
+from pahm.report.rows import Photographer, Row
 from pahm.score.evaluation import COLUMNS
 from pahm.score.failures import LIMITS, NONE, Reasons, dominant
 from pahm.text_files import read_json
@@ -37,7 +37,7 @@ from pahm.whole_file import whole_file
 
 _MODEL = "model.safetensors"
 _PACKAGES = ("pahm", "torch", "timm", "pytorch-lightning", "numpy", "embreex", "plotly")
-_LARGEST = 1000  # images that are scored where nothing is said
+_LARGEST = 1000  # images that are scored by default
 
 
 def make_report(
@@ -54,9 +54,9 @@ def make_report(
 ) -> Path:
     """Write one HTML file, which needs no network, about a run folder of `pahm train`; returns its path.
 
-    An evaluation image that cannot be read, or whose mask cannot, is left out of the page, which says so, and
-    is named on standard error. A hand is out of frame where the run's network does not see it: outside the
-    image, or outside the square of it that `ModelConfig.crop` names, which is outlined in the page's inputs.
+    Evaluation images that cannot be read, or whose masks cannot, are left out. The page says so, and they are
+    named on standard error. A hand is out of frame if the run's network does not see it: it is outside the
+    image, or outside the square that `ModelConfig.crop` sets, which is outlined in the page's inputs.
 
     Args:
         data: a folder in FreiHAND's layout whose evaluation images are annotated; by default the one that
@@ -64,9 +64,9 @@ def make_report(
         baseline: a run folder or checkpoint to show beside the run's.
         out: the file, `report.html` in the run folder by default.
         count: hands in the grid, evenly spread over the images that are scored.
-        failures: how many of those with the largest errors are shown.
-        images: how many of the first evaluation images are scored, those that cannot be read among them; all,
-            but at most 1,000, by default.
+        failures: how many hands with the largest errors are shown.
+        images: how many evaluation images are scored, from the first on, unreadable ones included; by
+            default all, but at most 1,000.
 
     Raises:
         ValueError: plotly is not installed; a number out of range; `data` is not given and not recorded, or
@@ -103,7 +103,7 @@ def make_report(
     spread = np.unique(np.linspace(0, len(kept) - 1, min(count, len(kept))).round().astype(int)).tolist()
     worst = np.argsort(-ours.vertices, kind="stable")[:failures].tolist()
     every = [("grid", kept[i]) for i in spread] + [("failure", kept[i]) for i in worst]
-    drawn: dict[str, list[Hand]] = {"grid": [], "failure": []}
+    drawn: dict[str, list[Row]] = {"grid": [], "failure": []}
     for kind, i in track(every, "drawing", disable=not progress, console=Console(stderr=True)):
         drawn[kind].append(photographer.row(samples[i], kind))
 
@@ -214,14 +214,14 @@ def _distribution(named: dict[str, Scored]) -> dict[str, Any]:
 
 
 def _table(
-    hands: list[Hand],
+    hands: list[Row],
     images: list[int],
     ours: Scored,
     theirs: Scored | None,
     reasons: list[Reasons],
     prefix: str,
 ) -> dict[str, Any]:
-    """Titles and rows of pictures, `None` where a hand lacks one, each with its numbers.
+    """Titles and rows of pictures, each with its numbers; `None` for a picture that a hand lacks.
 
     images: indices of the images that the scores and the reasons are of.
     """
@@ -252,8 +252,8 @@ def _table(
 
 
 def _by_reason(ours: Scored, theirs: Scored | None, reasons: list[Reasons]) -> list[dict[str, Any]]:
-    """For each dominant reason how many of the images have it, and their mean errors; None for the number
-    where the reason is unknown in all of them.
+    """How many images have each dominant reason, and their mean errors; None for the number if the reason is
+    unknown in all images.
     """
     names = np.array([dominant(found) for found in reasons])
     shares = zip(LIMITS, zip(*reasons, strict=True), strict=True)

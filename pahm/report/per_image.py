@@ -11,13 +11,11 @@ import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 
-from pahm.data.augment import CropTransform
+from pahm.data.camera import Array
 from pahm.data.freihand import FreiHand, Sample
-from pahm.infer.predictor import pick_device
 from pahm.model.network import HandNet
+from pahm.score.evaluation import folder_hands, mean_hand_of
 from pahm.score.failures import Reasons, find_reasons
 from pahm.score.metrics import HandMetrics, procrustes_errors
 
@@ -26,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Scored:
-    """A prediction's scores on N images."""
+    """Scores of a network, or of a constant hand, on N images."""
 
     summary: dict[str, float]
     """As `HandMetrics` gives them."""
@@ -39,23 +37,25 @@ class Scored:
 class _Tally:
     def __init__(self) -> None:
         self.metrics = HandMetrics(sync_on_compute=False)
-        self.joints: list[Tensor] = []
-        self.vertices: list[Tensor] = []
+        self.joints: list[float] = []
+        self.vertices: list[float] = []
 
-    def add(self, joints: Tensor, vertices: Tensor, batch: dict[str, Tensor]) -> None:
-        self.metrics.update(joints, batch["joints"], vertices, batch["vertices"])
-        self.joints.append(1000 * procrustes_errors(joints, batch["joints"]).mean(1))
-        self.vertices.append(1000 * procrustes_errors(vertices, batch["vertices"]).mean(1))
+    def add(self, joints: Array, vertices: Array, truth: Sample) -> None:
+        pairs = [(joints, truth["joints"]), (vertices, truth["vertices"])]
+        tensors = [tuple(torch.from_numpy(points)[None] for points in pair) for pair in pairs]
+        self.metrics.update(*tensors[0], *tensors[1])
+        for errors, (found, true) in zip((self.joints, self.vertices), tensors, strict=True):
+            errors.append(1000 * float(procrustes_errors(found, true).mean()))
 
     def result(self) -> Scored:
         summary = {name: float(value) for name, value in self.metrics.compute().items()}
-        return Scored(summary, torch.cat(self.joints).numpy(), torch.cat(self.vertices).numpy())
+        return Scored(summary, np.array(self.joints), np.array(self.vertices))
 
 
 def annotated(data: str, transform: Callable[[Sample], Sample] | None = None) -> FreiHand:
     """The evaluation images of a folder in FreiHAND's layout, each with its truth.
 
-    Raises ValueError where they have no annotations, and as `FreiHand`.
+    Raises ValueError if they have no annotations, and as `FreiHand`.
     """
     dataset = FreiHand(data, "evaluation", transform)
     if not dataset.annotated:
@@ -67,10 +67,11 @@ def annotated(data: str, transform: Callable[[Sample], Sample] | None = None) ->
 
 
 def find_readable(data: str, images: int, *, progress: bool = True) -> tuple[list[int], dict[str, str]]:
-    """Which of the first `images` evaluation images of a folder can be read, each with its mask where there
-    are masks; and for each of the others, by its path inside the folder, a sentence that names the file.
+    """Sort the first `images` evaluation images of a folder into readable and unreadable ones.
 
-    Raises as `annotated`, and ValueError where none can be read.
+    Gives the indices of those that can be read, with their masks if the folder has masks; and for each other
+    one, by its path inside the folder, a sentence that names the file. Raises as `annotated`, and ValueError
+    if none can be read.
     """
     dataset = annotated(data)
     readable: list[int] = []
@@ -92,20 +93,19 @@ def score(
 ) -> tuple[Scored, Scored]:
     """Scores of a network, and of its mean hand, on the evaluation images of a folder with these indices.
 
-    Raises as `FreiHand` and `annotated`, and ValueError where the network gives numbers that are not finite.
+    Raises as `FreiHand` and `annotated`; ValueError or FileNotFoundError for an image that cannot be read,
+    FloatingPointError if the network's output is not finite.
     """
-    transform = CropTransform(network.config.image_size, share=network.config.crop)
-    dataset = Subset(annotated(data, transform), images)
-    place = pick_device(device)
-    network = network.eval().to(place)
-    regressor, mean = network.joint_regressor.double().cpu(), network.mean_hand.double().cpu()
+    dataset = annotated(data)
     ours, constant = _Tally(), _Tally()
-    for batch in _track(DataLoader(dataset, 32), "reconstructing", progress):
-        with torch.inference_mode():
-            vertices = network(batch["image"].to(place)).meshes[-1].double().cpu()
-        ours.add(regressor @ vertices, vertices, batch)
-        same = mean.expand_as(vertices)
-        constant.add(regressor @ same, same, batch)
+    mean_joints, mean = (points.numpy() for points in mean_hand_of(network))
+    hands = folder_hands(network, dataset, images, device=device, batch_size=32, progress=progress)
+    for index, hand in zip(images, hands, strict=True):
+        if isinstance(hand, Exception):
+            raise hand
+        truth = dataset.record(index)
+        ours.add(hand.joints, hand.vertices, truth)
+        constant.add(mean_joints, mean, truth)
     return ours.result(), constant.result()
 
 

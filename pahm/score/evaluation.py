@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from pahm.config import ModelConfig
-from pahm.data.augment import CropTransform
-from pahm.data.camera import solve_translation
+from pahm.data.crop import Request
 from pahm.data.freihand import FreiHand
-from pahm.data.open_image import read_image
-from pahm.hand.left import checked_left, mirror, mirror_intrinsics
+from pahm.hand.left import checked_left, mirror
 from pahm.hand.topology import HandTopology
-from pahm.infer.predictor import pick_device
+from pahm.infer.hand import Hand
+from pahm.infer.predictor import Predictor
+from pahm.infer.reconstruct import READERS, reconstruct_all
 from pahm.model.network import HandNet
 from pahm.score.metrics import HandMetrics, align_with_scale
-from pahm.train.losses import project
 
 COLUMNS = {
     "pa_mpjpe": "PA-MPJPE",
@@ -40,14 +38,14 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What `reconstruct` gives for `N` images."""
+    """What `reconstruct_folder` gives for `N` images."""
 
     joints: NDArray[np.float64]
     """`(N, 21, 3)` metres, camera space."""
     vertices: NDArray[np.float64]
     """`(N, 778, 3)` metres, camera space."""
     unreadable: tuple[str, ...]
-    """For each image that could not be read one sentence that names the file."""
+    """One sentence for each image that could not be read; it names the file."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Evaluation:
     vertices: NDArray[np.float64]
     """`(N, 778, 3)` metres, camera space."""
     scores: dict[str, float] | None
-    """As `HandMetrics`; None where the folder has no evaluation annotations."""
+    """As `HandMetrics`; None if the folder has no evaluation annotations."""
     mean_hand_scores: dict[str, float] | None
     """The same for the mean of the training hands, predicted for every image."""
 
@@ -71,35 +69,45 @@ class Evaluation:
         return {"images": float(len(self.joints)), **self.scores, **constant}
 
 
-class _Images(torch.utils.data.Dataset[dict[str, Any]]):
-    """Evaluation images as crops with K, scale and `error`, a sentence where the image cannot be read.
+def folder_hands(
+    network: HandNet,
+    dataset: FreiHand,
+    images: Sequence[int],
+    *,
+    use_scale: bool = False,
+    left: bool = False,
+    device: str | torch.device = "auto",
+    batch_size: int = 64,
+    readers: int = READERS,
+    progress: bool = True,
+) -> Generator[Hand | ValueError | FileNotFoundError, None, None]:
+    """The hands in the images of a data set with these indices; an error for an image that cannot be read.
 
-    The image is blank then; an exception in a worker would come out as pages of its traceback.
+    use_scale, left: see `reconstruct_folder`. readers: threads that read and crop images.
+
+    Raises FloatingPointError if the network's output is not finite.
     """
-
-    def __init__(self, dataset: FreiHand, config: ModelConfig, left: bool) -> None:
-        self.dataset, self.left = dataset, left
-        self.crop = CropTransform(config.image_size, share=config.crop)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.dataset.record(index)
-        sample = {key: record[key] for key in ("K", "scale", "index")}
-        error = ""
-        try:
-            image = read_image(self.dataset.root / record["name"])
-        except (FileNotFoundError, ValueError) as caught:
-            image, error = Image.new("RGB", (self.crop.size, self.crop.size)), str(caught)
-        if self.left:
-            # As in `Predictor`: the mirrored image, seen through the mirrored camera.
-            sample["K"] = mirror_intrinsics(sample["K"], image.width)
-            image = ImageOps.mirror(image)
-        return self.crop(sample | {"image": image}) | {"error": error}
+    network = Predictor(network, device).network  # type: ignore[assignment]
+    records = (dataset.record(index) for index in images)
+    requests = (
+        Request(
+            dataset.root / record["name"],
+            intrinsics=record["K"],
+            left=left,
+            upright=False,
+            bone=float(record["scale"]) if use_scale else None,
+        )
+        for record in records
+    )
+    pairs = reconstruct_all(network, requests, batch_size, readers)
+    console = Console(stderr=True)
+    for _, hand in track(pairs, "reconstructing", len(images), disable=not progress, console=console):
+        if isinstance(hand, FloatingPointError):
+            raise hand
+        yield hand  # type: ignore[misc]
 
 
-def reconstruct(
+def reconstruct_folder(
     network: HandNet,
     data: str | os.PathLike[str],
     *,
@@ -113,20 +121,21 @@ def reconstruct(
 ) -> Reconstruction:
     """Reconstruct every evaluation image of a folder in FreiHAND's layout, in camera space.
 
-    The network's mesh is relative to its root joint, and its translation is solved as in `Predictor`.
+    Hands are placed as by `pahm.infer.reconstruct.reconstruct`.
 
     Args:
-        use_scale: first multiply the mesh so that the middle finger's proximal bone, between joints 9 and
-            10, has the length that `evaluation_scale.json` gives. FreiHAND gives it at test time, since an
-            image alone leaves size and distance open.
+        use_scale: give the middle finger's proximal bone, between joints 9 and 10, the length that
+            `evaluation_scale.json` gives. FreiHAND gives it at test time, since an image alone leaves size
+            and distance open.
         left: the images show left hands; see `Predictor.predict`.
-        strict: an image that cannot be read ends the reconstruction. Otherwise its hand is the network's
-            mean hand in the median place of the others, and it is named on standard error, since a
-            submission needs a hand for every image.
+        strict: raise for the first image that cannot be read. Otherwise its hand is the network's mean hand
+            in the median place of the others, since a submission needs a hand for every image, and the image
+            is named on standard error.
+        workers: threads that read and crop images, at least one.
 
     Raises FileNotFoundError or ValueError for a folder that is not FreiHAND's layout (see `FreiHand`),
-    ValueError for a scale that is not positive, with `strict` for the first image that cannot be read, and
-    where none can; FloatingPointError where the network's output is not finite.
+    ValueError for a scale that is not positive and if no image can be read; FloatingPointError if the
+    network's output is not finite.
     """
     dataset = FreiHand(data, "evaluation")
     scales = dataset.tables["scale"]
@@ -134,47 +143,49 @@ def reconstruct(
         row = int(np.argmax(scales.rows <= 0))
         raise ValueError(f"{scales.path}: record {row} is {scales[row]:g}, expected a positive length")
     left = checked_left(left)
-    place = pick_device(device)
-    network = network.eval().to(place)
-    dtype = next((p.dtype for p in network.parameters()), torch.float32)
-    regressor = network.joint_regressor.double().cpu()
-    images = _Images(dataset, network.config, left)
-    loader = torch.utils.data.DataLoader(images, batch_size, num_workers=workers)
-    relatives, places = [], []
+    joints, vertices = np.zeros((len(dataset), 21, 3)), np.zeros((len(dataset), 778, 3))
     errors: dict[int, str] = {}
-    for batch in track(loader, "reconstructing", disable=not progress, console=Console(stderr=True)):
-        with torch.inference_mode():
-            prediction = network(batch["image"].to(place, dtype))
-        mesh, camera = prediction.meshes[-1].double().cpu(), prediction.camera.double().cpu()
-        wrong = ~(mesh.isfinite().flatten(1).all(1) & camera.isfinite().all(1))
-        if wrong.any():
-            name = dataset.record(int(batch["index"][wrong][0]))["name"]
-            raise FloatingPointError(f"{dataset.root / name}: the network's output is not finite")
-        errors |= {int(i): text for i, text in zip(batch["index"], batch["error"], strict=True) if text}
-        if strict and errors:
-            raise ValueError(next(iter(errors.values())))
-        pixels = ((project(mesh, camera) + 1) * network.config.image_size - 1) / 2
-        failed = torch.tensor([bool(text) for text in batch["error"]])
-        mesh = torch.where(failed[:, None, None], network.mean_hand.double().cpu(), mesh)
-        if use_scale:
-            joints = regressor @ mesh
-            bones = torch.linalg.vector_norm(joints[:, 9] - joints[:, 10], dim=1)
-            mesh = mesh * (batch["scale"].double() / bones)[:, None, None]
-        relatives.append(mesh)
-        places.append(_translations(mesh, pixels, batch["K"].double()))
-    vertices, translations = torch.cat(relatives), torch.cat(places)
+    found = folder_hands(
+        network,
+        dataset,
+        range(len(dataset)),
+        use_scale=use_scale,
+        left=left,
+        device=device,
+        batch_size=batch_size,
+        readers=workers,
+        progress=progress,
+    )
+    with closing(found) as hands:  # ends the progress bar before an error is printed
+        for index, hand in enumerate(hands):
+            if isinstance(hand, Hand):
+                joints[index], vertices[index] = hand.joints, hand.vertices
+            elif strict:
+                raise ValueError(str(hand))
+            else:
+                errors[index] = str(hand)
     if errors:
-        readable = np.setdiff1d(np.arange(len(vertices)), list(errors))
+        readable = np.setdiff1d(np.arange(len(dataset)), list(errors))
         if len(readable) == 0:
             raise ValueError(f"{dataset.root}: none of the evaluation images can be read: {errors[0]}")
-        roots = regressor[network.config.root_joint] @ vertices
-        found = (roots + translations)[readable].quantile(0.5, dim=0)
-        translations[list(errors)] = found - roots[list(errors)]
-        _report(errors, len(vertices))
-    vertices = vertices + translations[:, None]
-    if left:
-        vertices = mirror(vertices)
-    return Reconstruction((regressor @ vertices).numpy(), vertices.numpy(), tuple(errors.values()))
+        place = np.median(joints[readable, network.config.root_joint], axis=0)
+        mean_joints, mean = (points.numpy() for points in mean_hand_of(network, left))
+        for index in errors:
+            size = 1.0
+            if use_scale:
+                bone = np.linalg.norm(mean_joints[9] - mean_joints[10])
+                size = float(dataset.record(index)["scale"] / bone)
+            shift = place - size * mean_joints[network.config.root_joint]
+            joints[index], vertices[index] = size * mean_joints + shift, size * mean + shift
+        _report(errors, len(dataset))
+    return Reconstruction(joints, vertices, tuple(errors.values()))
+
+
+def mean_hand_of(network: HandNet, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Joints (21, 3) and vertices (778, 3) of the mean of the training hands, float64 on the CPU, metres."""
+    vertices = network.mean_hand.cpu().double()
+    vertices = mirror(vertices) if left else vertices
+    return network.joint_regressor.cpu().double() @ vertices, vertices
 
 
 def check_meshes(dataset: FreiHand, topology: HandTopology) -> None:
@@ -194,16 +205,16 @@ def evaluate(
     workers: int = 2,
     progress: bool = True,
 ) -> Evaluation:
-    """Reconstruct every evaluation image of a folder in FreiHAND's layout, and score where it is annotated.
+    """Reconstruct every evaluation image of a folder in FreiHAND's layout, and score it if it is annotated.
 
     The scores are relative ones beside the mean hand's, and the sizes of the hands are the network's own.
-    For `left`, `strict` and what is raised see `reconstruct`; ValueError also for annotations with the mesh
-    of another hand.
+    For `left`, `strict`, `workers` and what is raised see `reconstruct_folder`; ValueError also for
+    annotations with the mesh of another hand.
     """
     dataset = FreiHand(data, "evaluation")
     if dataset.annotated:
         check_meshes(dataset, network.topology)
-    hands = reconstruct(
+    hands = reconstruct_folder(
         network,
         data,
         use_scale=False,
@@ -216,12 +227,10 @@ def evaluate(
     )
     if not dataset.annotated:
         return Evaluation(hands.joints, hands.vertices, None, None)
-    mean = network.mean_hand.double().cpu()[None]
-    mean = mirror(mean) if left else mean
-    mean_joints = network.joint_regressor.double().cpu() @ mean
+    mean_joints, mean = mean_hand_of(network, checked_left(left))
     # Each process that evaluates sees every image: there is nothing to gather from others.
     ours, constant = (HandMetrics(sync_on_compute=False) for _ in range(2))
-    for rows in torch.arange(len(dataset)).split(batch_size):
+    for rows in np.split(np.arange(len(dataset)), range(batch_size, len(dataset), batch_size)):
         truth = [
             torch.from_numpy(dataset.tables[key].rows[rows % dataset.annotations])
             for key in ("joints", "vertices")
@@ -236,24 +245,18 @@ def evaluate(
 
 
 def _report(errors: dict[int, str], images: int) -> None:
-    """Name the images that could not be read, and say how many there are, on standard error."""
+    """Name and count the images that could not be read, on standard error."""
     for sentence in errors.values():
         print(sentence, file=sys.stderr)
     count = f"{len(errors)} of {images} images"
     print(f"{count} cannot be read: the mean hand stands for them", file=sys.stderr)
 
 
-def _translations(meshes: Tensor, pixels: Tensor, K: Tensor) -> Tensor:
-    """The root's place `(B, 3)` in camera space at which meshes project best onto pixels `(B, N, 2)`."""
-    rows = zip(meshes.numpy(), pixels.numpy(), K.numpy(), strict=True)
-    return torch.from_numpy(np.stack([solve_translation(mesh, uv, k) for mesh, uv, k in rows]))
-
-
 def mean_hand(vertices: NDArray[np.floating], rounds: int = 5) -> Tensor:
     """The Procrustes mean of hands `(N, 778, 3)`: `(778, 3)` float32 about its centroid, in the same unit.
 
-    Hands are aligned with scale to the mean so far and averaged, a few times over (Gower, 1975); of all
-    constant predictions this is close to the best one under scores that align.
+    Hands are aligned with scale to the mean so far and averaged, a few times over (Gower, 1975). This is
+    close to the best constant prediction under scores that align.
     """
     hands = torch.from_numpy(np.array(vertices, dtype=np.float64))
     mean = hands[0] - hands[0].mean(0)

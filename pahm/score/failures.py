@@ -1,4 +1,4 @@
-"""What makes a hand hard to reconstruct, as far as its truth and its mask tell (figure 4 of the paper)."""
+"""What makes a hand hard to reconstruct, read from its truth and its mask (figure 4 of the paper)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from pahm.synth.render import Scene, trace
 
 
 class Limit(NamedTuple):
-    """When a share counts as a reason: `usual` is what it is for an easy hand, `named` the least that names
-    it.
-    """
+    """When a share is a reason: `usual` is the share of an easy hand; from `named` on it counts."""
 
     usual: float
     named: float
@@ -24,21 +22,19 @@ class Limit(NamedTuple):
 LIMITS = {
     "occlusion": Limit(0.0, 0.10),
     "out of frame": Limit(0.0, 0.05),
-    # A hand that shows its palm or its back hides the other side: half of its vertices, and no difficulty.
+    # An open hand hides half of its vertices, those on its other side, and is still easy.
     "self-occlusion": Limit(0.50, 0.60),
 }
-"""For each reason, in the order of `Reasons`, the share from which `dominant` names it. The one place where
-these are set.
-"""
+"""For each reason, in the order of `Reasons`, the share from which `dominant` names it."""
 NONE = "none stands out"
-_DEPTH = 1e-3  # metres by which something must lie before a vertex to hide it
+_DEPTH = 1e-3  # metres; a surface hides a vertex if it is this much nearer
 
 
 class Reasons(NamedTuple):
-    """Shares from 0 to 1 that say how hard a hand is; what each means is written beside `find_reasons`."""
+    """Shares from 0 to 1 that say how hard a hand is; `find_reasons` explains each."""
 
     occlusion: float
-    """NaN where it is unknown."""
+    """NaN if it is unknown."""
     out_of_frame: float
     self_occlusion: float
 

@@ -31,8 +31,8 @@ _PAIRS = 1 << 22  # distances held at once while looking for nearest neighbours
 def align_with_scale(predicted: Tensor, truth: Tensor, *, reflection: bool = True) -> Tensor:
     """Bring predictions onto the truth by translation, rotation and scale (Procrustes analysis).
 
-    predicted, truth: (B, N, 3), metres. reflection: let the orthogonal matrix be a reflection where that
-    fits better, as the official script does; with False it is always a rotation (METRO, CMR).
+    predicted, truth: (B, N, 3), metres. reflection: allow a reflection if that fits better, as the official
+    script does; with False the orthogonal matrix is always a rotation (METRO, CMR).
     Returns the aligned predictions (B, N, 3) in float64. Raises ValueError for other shapes or points that
     are not finite.
     """
@@ -72,7 +72,7 @@ def f_scores(predicted: Tensor, truth: Tensor, thresholds: Sequence[float] = F_T
     """F-scores (B, T) at T distances in metres: the harmonic mean of precision and recall.
 
     Precision is the share of predicted points (B, N, 3) with a true point (B, M, 3) strictly nearer than the
-    threshold, recall the reverse; 0 where both are 0. Raises ValueError for other shapes.
+    threshold, recall the reverse; 0 if both are 0. Raises ValueError for other shapes.
     """
     predicted, truth = _points(predicted, truth, same_count=False)
     limits = torch.tensor(list(thresholds), dtype=torch.float64, device=truth.device)
@@ -92,7 +92,7 @@ def _f_scores(predicted: Tensor, truth: Tensor, limits: Tensor) -> Tensor:
     squares = left @ torch.cat([t, torch.ones_like(t_squares), t_squares], dim=-1).mT
     nearest = [squares.amin(2), squares.amin(1)]
     hits = [values[..., None] < limits**2 for values in nearest]
-    # Where that could decide a comparison, as for points exactly at a threshold, count without it.
+    # If that error could decide a comparison, as for points exactly at a threshold, compute it exactly.
     margin = 1e-13 * torch.maximum(p_squares.amax(1), t_squares.amax(1))[..., None]
     doubts = [((values[..., None] - limits**2).abs() <= margin).any(2).any(1) for values in nearest]
     for index in (doubts[0] | doubts[1]).nonzero().flatten().tolist():
@@ -131,8 +131,8 @@ class HandMetrics(Metric):
     vertices the joints alone are scored.
     `compute()` gives a dict of float64 scalars: `pa_mpjpe`, `pa_mpvpe` (mean error in mm after alignment
     with scale), `f5`, `f15` (F-scores of the aligned vertices at 5 and 15 mm), `auc_joints`, `auc_vertices`
-    (of PCK from 0 to 50 mm, aligned), and `mpjpe` (mm, both relative to the root joint, not aligned); NaN
-    where there was nothing to score.
+    (of PCK from 0 to 50 mm, aligned), and `mpjpe` (mm, both relative to the root joint, not aligned); NaN if
+    there was nothing to score.
 
     reflection: see `align_with_scale`. root_joint: index of the joint that `mpjpe` is relative to. raw:
     score the points as they came as well, in camera space: `raw_mpjpe`, `raw_mpvpe`, `raw_f5`, `raw_f15`,
@@ -170,6 +170,13 @@ class HandMetrics(Metric):
 
     def _add(self, name: str, dtype: torch.dtype = torch.float64, *size: int) -> None:
         self.add_state(name, torch.zeros(size, dtype=dtype), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
+        try:
+            fn(torch.zeros(1, dtype=torch.float64, device="cpu"))
+        except TypeError:
+            return self  # a device without float64, such as Apple's: the sums stay on the CPU
+        return super()._apply(fn, exclude_state)
 
     @torch.no_grad()
     def update(
@@ -247,7 +254,7 @@ def load_submission(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Read a `pred.json`; returns joints (N, 21, 3) and vertices (N, 778, 3), float64, of any size.
 
-    Raises FileNotFoundError, or ValueError naming the file where it is not such a submission.
+    Raises FileNotFoundError, or ValueError naming the file if it is not such a submission.
     """
     return _load(path, _submission)
 
@@ -313,4 +320,10 @@ def _points(predicted: Tensor, truth: Tensor, *, same_count: bool = True) -> tup
     for name, points in (("predicted", predicted), ("truth", truth)):
         if not torch.isfinite(points).all():
             raise ValueError(f"{name}: expected finite points, got NaN or infinity")
-    return predicted.detach().double(), truth.detach().double()
+    return _float64(predicted), _float64(truth)
+
+
+def _float64(points: Tensor) -> Tensor:
+    """In float64: on the points' device, or on the CPU for devices that have no float64."""
+    place = "cpu" if points.device.type == "mps" else points.device
+    return points.detach().to(place).double()

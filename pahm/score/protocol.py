@@ -42,11 +42,11 @@ def score_predictions(
     *,
     progress: bool = False,
 ) -> dict[str, float]:
-    """The scores of FreiHAND's evaluation script, as they are ("raw") and after alignment with scale.
+    """The scores of FreiHAND's evaluation script, without alignment ("raw") and after alignment with scale.
 
     xyz, true_xyz: (N, 21, 3) joints; verts, true_verts: (N, 778, 3) vertices, or None to score the joints
     alone; float64 numpy, metres, camera space. Returns the dict of `HandMetrics(raw=True)`, lengths in
-    millimetres, without what could not be scored, and `images`, which is N. Alignment may mirror, as in the
+    millimetres, without scores that are undefined, and `images`, which is N. Alignment may mirror, as in the
     script. Raises ValueError for other shapes, N = 0 and points that are not finite.
     """
     if len(xyz) == 0 or len(xyz) != len(true_xyz):
@@ -110,7 +110,7 @@ def write_scores(submission: str | os.PathLike[str], scores: dict[str, float]) -
 
 
 def print_submission_scores(scores: dict[str, float], console: Console | None = None) -> None:
-    """A table of the scores of `score_submission`, raw and aligned; what was not scored has a dash."""
+    """A table of the scores of `score_submission`, raw and aligned, with a dash for what was not scored."""
     table = Table(caption="lengths in mm; raw in camera space, aligned with rotation and scale")
     table.add_column(f"{scores['images']:.0f} images")
     for title in _COLUMNS.values():

@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pahm.config import LossConfig
-from pahm.model.extractor import expected_position
-from pahm.model.first_mesh import UNIT
-from pahm.model.network import Prediction
+from pahm.model.network import UNIT, Prediction, expected_position
 
 
 class Targets(NamedTuple):
@@ -35,17 +33,18 @@ class Targets(NamedTuple):
     mask: Tensor
     """`(B, 1, S, S)`, 1 on the hand."""
     has_mask: Tensor
-    """`(B,)` bool: which images have a mask; a folder may have none."""
+    """`(B,)` bool: which images have a mask."""
 
 
 def mesh_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """L_mesh of one level: mean L1 distance of coordinates; `(B, N, 3)` each, any one unit."""
+    """L_mesh of one level: mean L1 distance of coordinates; both `(B, N, 3)` in the same unit."""
     return (predicted - target).abs().mean()
 
 
 def joint_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """METRO's supervision of its joint queries: mean L1 distance of coordinates; `(B, 21, 3)` each, any one
-    unit.
+    """METRO's supervision of its joint queries: mean L1 distance of coordinates.
+
+    Both `(B, 21, 3)` in the same unit.
     """
     return (predicted - target).abs().mean()
 
@@ -75,8 +74,10 @@ def _edges(vertices: Tensor, faces: Tensor) -> Tensor:
 
 
 def silhouette_loss(logits: Tensor, mask: Tensor, has_mask: Tensor) -> Tensor:
-    """L_sil: binary cross entropy against the mask averaged down to the logits' size; images without one
-    count 0.
+    """L_sil: binary cross entropy against the mask, averaged down to the logits' size.
+
+    logits `(B, 1, h, w)`, mask `(B, 1, S, S)`, has_mask `(B,)` bool. Images without a mask are left out of
+    the mean.
     """
     target = F.adaptive_avg_pool2d(mask.float(), (logits.shape[-2], logits.shape[-1]))
     loss = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none").mean(dim=(1, 2, 3))
@@ -110,7 +111,7 @@ def position_loss(logits: Tensor, joints_2d: Tensor) -> Tensor:
     """Mean L1 distance of the heatmaps' soft-argmax to the joints; logits `(B, 21, h, w)`, joints `(B, 21,
     2)`.
 
-    The decoder lifts its first mesh from these positions (see `MeshDecoder`), which the cross entropy of the
+    The first mesh is lifted from these positions (see `FirstMesh`), which the cross entropy of the
     heatmaps supervises only indirectly (integral regression; Sun et al., ECCV 2018).
     """
     return (expected_position(logits) - joints_2d).abs().mean()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
+from itertools import chain
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pahm.config import Config
 from pahm.data.loading import Batch, seed_step
 from pahm.hand.topology import HandTopology
-from pahm.model.checkpoint import build_network
-from pahm.model.extractor import STRIDES, maps_needed
+from pahm.infer.reconstruct import see
+from pahm.model.build import build_network
 from pahm.model.network import HandNet
 from pahm.score.metrics import HandMetrics
 from pahm.train.losses import Targets, total_loss
@@ -23,15 +26,22 @@ from pahm.train.provenance import provenance
 
 LOG = logging.getLogger("pahm")
 
+READ_EVERY = 20
+"""Steps between two readings of values from the device, each of which makes the host wait for it."""
+
 
 class HandTraining(pl.LightningModule):
     """The network, its losses and its optimiser; logs every loss, and the scores on the evaluation images.
 
     load_backbone: see `build_network`. strict: an unreadable image ends the run, with ValueError.
     images: what the training images are, kept in the checkpoint (see `pahm.train.run_folder.Place`).
+
+    With `TrainConfig.ema`, `average` is a second network with the moving average of the weights. During an
+    evaluation it takes the place of `network`.
     """
 
     faces: Tensor
+    average: HandNet | None
 
     def __init__(
         self,
@@ -46,10 +56,11 @@ class HandTraining(pl.LightningModule):
         self.config = config
         self.strict = strict
         self.network = build_network(config, topology, load_backbone)
-        if maps_needed(config.model) < len(STRIDES):
+        if not config.model.cues:
             _freeze_unreached(self.network)
         if config.train.channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)
+        self.average = copy.deepcopy(self.network).requires_grad_(False) if config.train.ema else None
         self.register_buffer("faces", torch.as_tensor(self.network.faces), persistent=False)
         hierarchy = self.network.topology.hierarchy
         for i, level in enumerate(reversed(range(len(hierarchy.vertices)))):
@@ -58,8 +69,10 @@ class HandTraining(pl.LightningModule):
             )
         self.levels = len(hierarchy.vertices)
         self.metrics = HandMetrics()
+        self._evaluated: list[tuple[list[str], tuple[Tensor, Tensor, Tensor, Tensor]]] = []
         self._unreadable: set[str] = set()
         self._replaced = 0
+        self._unchecked: list[tuple[int, list[str], dict[str, Tensor]]] = []
 
     def targets(self, batch: Batch) -> Targets:
         """The truth of a batch of `CropTransform` samples, in the form that the losses take."""
@@ -101,23 +114,54 @@ class HandTraining(pl.LightningModule):
             images = images.contiguous(memory_format=torch.channels_last)
         prediction = self.network(images)
         loss, parts = total_loss(prediction, self.targets(batch), self.faces, self.config.loss)
-        # One exchange for what is logged. A process whose loss is not finite makes it so for all, so that
-        # all of them stop.
+        # A process whose loss is not finite makes it so for all of them, so that they stop together.
         values = torch.stack([loss, *parts.values()]).detach()
         if self.trainer.world_size > 1:
-            values = self.trainer.strategy.reduce(values, reduce_op="mean")
-        if not torch.isfinite(values).all():
-            self._stop(batch, dict(zip(["loss", *parts], values.tolist(), strict=True)))
-        self.log("loss", values[0], prog_bar=True)
-        self.log_dict({f"train/{name}": value for name, value in zip(parts, values[1:], strict=True)})
+            # Not by `strategy.reduce`: it begins with a barrier, at which the host waits for the device.
+            torch.distributed.all_reduce(values)
+            values = values / self.trainer.world_size
+        losses = dict(zip(["loss", *parts], values.unbind(), strict=True))
+        self._unchecked.append((self.global_step, batch["name"], losses))
+        if len(self._unchecked) == READ_EVERY:
+            self.check_losses()
+        self.log("loss", losses["loss"])
+        self.log_dict({f"train/{name}": losses[name] for name in parts})
         return loss
 
-    def _stop(self, batch: Batch, values: dict[str, float]) -> None:
-        raise FloatingPointError(
-            f"the loss is {values.pop('loss')} at step {self.global_step}, images "
-            f"{', '.join(self._of_all_processes(batch['name']))}: "
-            + ", ".join(f"{name} {value:.3g}" for name, value in values.items())
-        )
+    def check_losses(self) -> None:
+        """Raise FloatingPointError for the first step since the last call whose losses are not finite.
+
+        Called every `READ_EVERY` steps, and before anything is saved or evaluated.
+        """
+        steps, self._unchecked = self._unchecked, []
+        if not steps:
+            return
+        rows = torch.stack([torch.stack([*losses.values()]) for *_, losses in steps]).tolist()
+        for (step, names, losses), row in zip(steps, rows, strict=True):
+            if not all(map(math.isfinite, row)):
+                parts = [f"{name} {value:.3g}" for name, value in zip(losses, row, strict=True)]
+                images = ", ".join(self._of_all_processes(names))
+                raise FloatingPointError(
+                    f"the loss is {row[0]} at step {step}, images {images}: {', '.join(parts[1:])}"
+                )
+
+    def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
+        super().optimizer_step(*arguments, **keywords)
+        if self.average is not None:
+            # The first steps count for more, and the very first one for all: it replaces the random weights.
+            decay = min(self.config.train.ema, self.global_step / (self.global_step + 10))
+            # `AveragedModel`, Lightning's too, would wait for the device in every step, and average indices.
+            get_ema_multi_avg_fn(decay)(_floating(self.average), _floating(self.network), torch.empty(0))
+
+    def on_validation_start(self) -> None:
+        self._swap_average()
+
+    def on_validation_end(self) -> None:
+        self._swap_average()
+
+    def _swap_average(self) -> None:
+        if self.average is not None:
+            self.network, self.average = self.average, self.network
 
     def _of_all_processes(self, items: list[str]) -> list[str]:
         """The first process's, then the second's, and so on."""
@@ -141,23 +185,37 @@ class HandTraining(pl.LightningModule):
 
     def validation_step(self, batch: Batch, index: int) -> None:
         self._name_unreadable(batch, "in the scores the mean hand stands for it")
-        vertices = self.network(batch["image"]).meshes[-1] if batch else torch.zeros(0)
-        if self._in_any_process(not bool(torch.isfinite(vertices).all())):
-            raise FloatingPointError(
-                f"evaluation after step {self.global_step - 1}: meshes are not finite in this process or "
-                f"another, images {', '.join(batch.get('name', []))}"
-            )
         if not batch:
             return
+        seen = see(self.network, batch["image"], batch["K"])
         # As `pahm.score.evaluation` has it.
-        replaced = torch.tensor(batch["replaced"], device=vertices.device)
-        vertices = torch.where(replaced[:, None, None], self.network.mean_hand, vertices)
-        self.metrics.update(self.network.joints(vertices), batch["joints"], vertices, batch["vertices"])
+        replaced = torch.tensor(batch["replaced"], device=self.device)[:, None, None]
+        with torch.autocast(self.device.type, enabled=False):
+            mean_joints = self.network.joints(self.network.mean_hand)
+        vertices = torch.where(replaced, self.network.mean_hand, seen.vertices)
+        joints = torch.where(replaced, mean_joints, seen.joints)
+        # Scored at the end: looking at the numbers here would make a GPU wait at each step.
+        self._evaluated.append((batch["name"], (joints, batch["joints"], vertices, batch["vertices"])))
+
+    @staticmethod
+    def _broken(names: list[str], vertices: Tensor) -> list[str]:
+        """The names of the meshes that are not finite."""
+        finite = vertices.isfinite().flatten(1).all(1).tolist()
+        return [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
 
     def _in_any_process(self, found: bool) -> bool:
         return bool(self.trainer.strategy.reduce_boolean_decision(found, all=False))
 
     def on_validation_epoch_end(self) -> None:
+        evaluated, self._evaluated = self._evaluated, []
+        names = [name for names, (_, _, vertices, _) in evaluated for name in self._broken(names, vertices)]
+        if self._in_any_process(bool(names)):
+            raise FloatingPointError(
+                f"evaluation after step {self.global_step - 1}: meshes are not finite in this process or "
+                f"another, images {', '.join(names)}"
+            )
+        for _, points in evaluated:
+            self.metrics.update(*points)
         scores = {name: float(value) for name, value in self.metrics.compute().items()}
         self.metrics.reset()
         # The metric has already added up over the processes; sync_dist says so to Lightning.
@@ -182,8 +240,9 @@ class HandTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         train = self.config.train
-        # One pass over all parameters; Lightning cannot clip gradients for it under mixed precision.
-        options: dict[str, Any] = {"lr": train.learning_rate, "fused": train.precision == "32-true"}
+        # One pass over all parameters. Lightning cannot clip their gradients under mixed precision then.
+        fused = train.precision == "32-true" or not train.gradient_clip
+        options: dict[str, Any] = {"lr": train.learning_rate, "fused": fused}
         if train.optimizer == "adam":
             optimizer: torch.optim.Optimizer = torch.optim.Adam(
                 self.network.parameters(), weight_decay=train.weight_decay, **options
@@ -221,6 +280,12 @@ def _freeze_unreached(network: HandNet) -> None:
         parameter.requires_grad_(parameter.grad is not None)
     network.zero_grad()
     network.train()
+
+
+def _floating(network: HandNet) -> list[Tensor]:
+    """The parameters and buffers that can be averaged, in the same order for all copies of a network."""
+    tensors = chain(network.parameters(), network.buffers())
+    return [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
 
 
 class WarmupCosine:

@@ -1,8 +1,9 @@
-"""The folder of a training run: `last.ckpt`, written whole or not at all, and what says how it was made."""
+"""The folder of a training run: `last.ckpt`, written whole or not at all, the networks, and their history."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 import zipfile
@@ -14,14 +15,19 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.trainer.states import TrainerFn
 
 from pahm.config import Config, from_json
 from pahm.data.loading import Batch
-from pahm.model.checkpoint import check_same_network
+from pahm.model.checkpoint import check_same_network, save_checkpoint
+from pahm.model.network import HandNet
+from pahm.train.module import READ_EVERY, HandTraining
 from pahm.train.provenance import provenance
 from pahm.whole_file import whole_file
 
 LAST = "last.ckpt"
+BEST = "best.safetensors"
+EXPORT = "model.safetensors"
 CONFIG = "config.json"
 RECORD = "run.json"
 
@@ -86,12 +92,12 @@ def _check_sums(path: Path) -> None:
 
 def describe_run(folder: Path, config: Config, data: Sequence[str], eval_data: str | None) -> None:
     """Write `config.json`, which `pahm train --config` takes, and `run.json`: where the data lies on this
-    machine, the configuration, and `provenance`.
+    machine (nothing for images given from Python), the configuration, and `provenance`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     values = json.loads(config.to_json())
     record = {
-        "data": data[0] if len(data) == 1 else data,
+        "data": data[0] if len(data) == 1 else list(data) or None,
         "eval_data": eval_data,
         "config": values,
         "provenance": provenance(),
@@ -122,7 +128,8 @@ class WholeFiles(TorchCheckpointIO):
 
 class KeepLast(pl.callbacks.Checkpoint):
     """Saves `last.ckpt` at the end of every epoch, and within it every `every` steps and every `minutes`
-    minutes (0: not). Weights that are not finite are not saved: FloatingPointError.
+    minutes (0: not). After a loss that is not finite, and with such weights, nothing is saved:
+    FloatingPointError.
     """
 
     def __init__(self, path: Path, every: int, minutes: float) -> None:
@@ -140,8 +147,9 @@ class KeepLast(pl.callbacks.Checkpoint):
             self._check(trainer, pl_module, images)  # the epoch's end saves, after the evaluation
             return
         due = self.every > 0 and trainer.global_step % self.every == 0
-        if self.minutes > 0 and not due:
-            # Clocks differ, and all processes have to take part in saving.
+        asked = trainer.world_size == 1 or trainer.global_step % READ_EVERY == 0
+        if self.minutes > 0 and asked and not due:
+            # Clocks differ, and all processes have to take part in saving. To agree they wait for each other.
             due = time.monotonic() - self._time >= 60 * self.minutes
             due = trainer.strategy.reduce_boolean_decision(due, all=False)
         if due:
@@ -152,6 +160,8 @@ class KeepLast(pl.callbacks.Checkpoint):
         self._save(trainer)
 
     def _check(self, trainer: pl.Trainer, module: pl.LightningModule, images: str) -> None:
+        assert isinstance(module, HandTraining)
+        module.check_losses()
         for name, value in module.named_parameters():
             if not torch.isfinite(value).all():
                 raise FloatingPointError(
@@ -162,3 +172,40 @@ class KeepLast(pl.callbacks.Checkpoint):
     def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.path, weights_only=False)
         self._time = time.monotonic()
+
+
+class KeepBest(pl.Callback):
+    """Saves `best.safetensors` after each evaluation whose PA-MPJPE is the lowest so far, with its scores.
+
+    The scores are those of the weights before they are rounded to `TrainConfig.export`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.score = math.inf
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, HandTraining)
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        logged = trainer.callback_metrics.items()
+        scores = {name[5:]: float(value) for name, value in logged if name.startswith("eval/")}
+        if not scores["pa_mpjpe"] < self.score:
+            return
+        self.score = scores["pa_mpjpe"]
+        if trainer.is_global_zero:
+            held_out: Any = trainer.val_dataloaders
+            scores = {"images": float(held_out.sampler.count), **scores}
+            export(self.path, pl_module.network, pl_module.config, scores)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"score": self.score}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.score = state_dict["score"]
+
+
+def export(path: Path, network: HandNet, config: Config, scores: dict[str, float] | None = None) -> None:
+    """Write a network for `load_checkpoint`, in the type of weights that the configuration names."""
+    dtype = torch.float16 if config.train.export == "float16" else torch.float32
+    save_checkpoint(path, network, config, scores=scores, dtype=dtype, provenance=provenance())

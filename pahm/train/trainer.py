@@ -15,9 +15,10 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import LearningRateMonitor, RichProgressBar
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from pytorch_lightning.plugins.layer_sync import LayerSync
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -27,16 +28,24 @@ from pahm.data.freihand import FreiHand
 from pahm.data.loading import Batch, Batches, EvaluationKeys, FolderImages, Images, TrainingKeys, loader
 from pahm.data.shards import ShardImages, find_shards
 from pahm.hand.topology import HandTopology
-from pahm.model.batch_norm import synchronise
-from pahm.model.checkpoint import load_checkpoint, save_checkpoint
-from pahm.score.evaluation import check_meshes, evaluate, mean_hand
-from pahm.train.module import HandTraining, WarmupCosine
-from pahm.train.provenance import provenance
-from pahm.train.run_folder import LAST, KeepLast, Place, WholeFiles, describe_run, resume_place
+from pahm.model.checkpoint import load_checkpoint
+from pahm.score.evaluation import check_meshes, evaluate, mean_hand, print_scores
+from pahm.train.module import READ_EVERY, HandTraining, WarmupCosine
+from pahm.train.run_folder import (
+    BEST,
+    EXPORT,
+    LAST,
+    KeepBest,
+    KeepLast,
+    Place,
+    WholeFiles,
+    describe_run,
+    export,
+    resume_place,
+)
 
-__all__ = ["EXPORT", "LAST", "HandTraining", "WarmupCosine", "train"]
+__all__ = ["BEST", "EXPORT", "LAST", "HandTraining", "WarmupCosine", "train"]
 
-EXPORT = "model.safetensors"
 LOG = logging.getLogger("pahm")
 
 
@@ -55,7 +64,7 @@ def _without_notices() -> Iterator[None]:
 @_without_notices()
 def train(
     config: Config,
-    data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Images,
     out: str | os.PathLike[str],
     *,
     topology: HandTopology | None = None,
@@ -67,25 +76,33 @@ def train(
     nodes: int = 1,
     eval_data: str | os.PathLike[str] | None = None,
     strict: bool = False,
+    callbacks: Sequence[pl.Callback] = (),
+    loggers: Sequence[Logger] = (),
 ) -> dict[str, float]:
-    """Train a network, or go on with a stopped run in the same folder.
+    """Train a network, or resume an interrupted run in the same folder.
 
-    `out` receives `last.ckpt` (everything to go on from; saved after each epoch and within it, see
-    `TrainConfig`), TensorBoard's event files, `config.json`, `run.json` (where the data lies, and the run's
-    provenance) and, at the end, `model.safetensors` for `load_checkpoint`. A run whose `last.ckpt` exists
-    goes on from there, and ends with the bits that it would have had without a stop, on a CPU and with the
-    same number of processes.
+    `out` receives `last.ckpt` (everything to resume from; saved after each epoch and within it, see
+    `TrainConfig`), `best.safetensors` (the network of the epoch with the lowest PA-MPJPE), TensorBoard's
+    event files, `config.json`, `run.json` (where the data lies, and the run's provenance) and, at the end,
+    `model.safetensors` (the network after the last epoch). `load_checkpoint` reads either network. A run
+    whose `last.ckpt` exists resumes from it, and ends with the same bits as a run without a stop, on a CPU
+    and with the same number of processes.
 
     Args:
-        data: a folder in FreiHAND's layout, or tar shards of `pahm.data.shards.write_shards` (see
-            `find_shards`), which have no evaluation images and may be named in several parts.
+        data: a folder in FreiHAND's layout; or tar shards of `pahm.data.shards.write_shards` (see
+            `find_shards`), in one place or several; or images of your own, as `Images` describes them.
         topology: another hand than the shipped one (see `HandTopology.from_hand`).
         initial: a checkpoint of the same network whose weights a new run starts from.
         accelerator, devices, strategy: as Lightning's Trainer takes them; `train.batch_size` is divided over
             the devices of all nodes.
         nodes: machines that take part, each started by torchrun or SLURM.
-        eval_data: a folder in FreiHAND's layout whose evaluation images are scored, instead of `data`'s.
+        eval_data: a folder in FreiHAND's layout whose evaluation images are scored. The default is `data`, if
+            that is a folder.
+        progress: show a progress bar, and at the end the table of scores that `pahm eval` prints.
         strict: an image that cannot be read ends the run, instead of being named and replaced.
+        callbacks: Lightning callbacks of your own. `EarlyStopping` and `ModelCheckpoint` can monitor the
+            scores of each evaluation, logged as `eval/pa_mpjpe`, `eval/pa_mpvpe` and so on.
+        loggers: Lightning loggers besides TensorBoard's, e.g. `WandbLogger()`.
 
     Returns:
         the scores on the evaluation images (see `Evaluation.record`), empty where there are none.
@@ -97,13 +114,19 @@ def train(
             that cannot be divided; with `strict`, an unreadable image.
         FloatingPointError: the loss is not finite; its images are named.
     """
-    parts = [Path(part) for part in ([data] if isinstance(data, str | os.PathLike) else data)]
-    out, scored = Path(out), Path(parts[0] if eval_data is None else eval_data)
+    out = Path(out)
     place = resume_place(out, config)
     start = place or Place()
     pl.seed_everything(config.train.seed, verbose=False)
-    trainer = _trainer(config, out, start, accelerator, devices, nodes, strategy, progress)
-    images = _images(parts, config, strict)
+    trainer = _trainer(
+        config, out, start, accelerator, devices, nodes, strategy, progress, callbacks, loggers
+    )
+    if isinstance(data, Images):
+        images, parts, source = data, [], type(data).__name__
+    else:
+        parts = [Path(part) for part in ([data] if isinstance(data, str | os.PathLike) else data)]
+        images, source = _images(parts, config, strict), str(parts[0])
+    scored = Path(eval_data) if eval_data is not None else parts[0] if parts else None
     hands = images.vertices(2000)
     known_by = f"{len(images)} images, {hashlib.sha256(hands.tobytes()).hexdigest()}"
     if place is not None and place.images != known_by:
@@ -111,23 +134,24 @@ def train(
             f"resume: {out / LAST} was made from other training images; use another output folder"
         )
     training = training_loader(config, images, trainer, start)
-    trainer.log_every_n_steps = min(20, len(training))  # type: ignore[attr-defined]
-    held_out = evaluation_loader(config, scored, trainer)
+    trainer.log_every_n_steps = min(READ_EVERY, len(training))  # type: ignore[attr-defined]
+    held_out = None if scored is None else evaluation_loader(config, scored, trainer)
     module = HandTraining(
         config, topology, load_backbone=place is None and initial is None, strict=strict, images=known_by
     )
     if place is None and initial is not None:
         module.network.load_state_dict(_weights(initial, config, module.network.topology))
-    _check_hand(images, module.network.topology, parts[0])
+    _check_hand(images, module.network.topology, source)
     if held_out is not None:
+        assert scored is not None
         check_meshes(FreiHand(scored, "evaluation"), module.network.topology)
     module.network.mean_hand.copy_(mean_hand(hands))
     if trainer.is_global_zero:
         if config.model.cues and config.loss.silhouette and not images.has_masks:
-            LOG.warning("data: %s has no masks: silhouettes are not trained", parts[0])
-        where = None if eval_data is None else str(scored.resolve())
+            LOG.warning("data: %s has no masks: silhouettes are not trained", source)
+        where = None if eval_data is None else str(Path(eval_data).resolve())
         describe_run(out, config, [str(part.resolve()) for part in parts], where)
-    # What these say is either meant (a run goes on in its folder) or about Lightning's own code.
+    # What these say is either meant (a run resumes in its folder) or about Lightning's own code.
     for message in (
         "Checkpoint directory .* exists",
         "`isinstance.treespec, LeafSpec.` is deprecated",
@@ -138,23 +162,24 @@ def train(
     trainer.fit(module, training, held_out, ckpt_path=last, weights_only=True)
     if not trainer.is_global_zero:
         return {}
-    dtype = torch.float16 if config.train.export == "float16" else torch.float32
-    save_checkpoint(out / EXPORT, module.network, config, dtype=dtype, provenance=provenance())
+    export(out / EXPORT, module.average or module.network, config)
     if held_out is None:
         return {}
+    assert scored is not None
     # The scores are those of the weights in the file, rounded as they are.
     network = load_checkpoint(out / EXPORT)
-    workers = config.train.workers
-    scores = evaluate(
+    result = evaluate(
         network,
         scored,
         device=trainer.strategy.root_device,
         batch_size=config.train.batch_size,
-        workers=workers,
+        workers=config.train.workers,
         progress=progress,
-    ).record()
-    save_checkpoint(out / EXPORT, network, config, scores=scores, dtype=dtype, provenance=provenance())
-    return scores
+    )
+    export(out / EXPORT, network, config, result.record())
+    if progress:
+        print_scores(result)
+    return result.record()
 
 
 def _images(parts: Sequence[Path], config: Config, strict: bool) -> Images:
@@ -230,14 +255,14 @@ def _pins(trainer: pl.Trainer) -> bool:
     return bool(trainer.strategy.root_device.type == "cuda")
 
 
-def _check_hand(images: Images, topology: HandTopology, data: Path) -> None:
+def _check_hand(images: Images, topology: HandTopology, source: str) -> None:
     """Refuse images whose mesh is another hand's, as FreiHAND's are where `--mano` was forgotten."""
     for index in range(min(len(images), 100)):
         try:
             sample = images[index]
         except (ValueError, FileNotFoundError):
             continue  # the training says what it makes of an unreadable image
-        topology.check_joints(sample["vertices"], sample["joints"], f"data: {data}")
+        topology.check_joints(sample["vertices"], sample["joints"], f"data: {source}")
         return
 
 
@@ -250,14 +275,17 @@ def _trainer(
     nodes: int,
     strategy: str,
     progress: bool,
+    callbacks: Sequence[pl.Callback] = (),
+    loggers: Sequence[Logger] = (),
 ) -> pl.Trainer:
     train = config.train
-    callbacks: list[pl.Callback] = [
+    ours: list[pl.Callback] = [
         KeepLast(out / LAST, train.save_every, train.save_minutes),
+        KeepBest(out / BEST),
         LearningRateMonitor(),
     ]
     if progress:
-        callbacks.append(_ProgressBar())
+        ours.append(_ProgressBar())
     plugins: list[Any] = [WholeFiles()]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # Lightning would save a checkpoint of its own at a signal, and prefer that one to `last.ckpt`.
@@ -272,11 +300,11 @@ def _trainer(
         precision=train.precision,
         max_epochs=train.epochs,
         gradient_clip_val=train.gradient_clip or None,
-        callbacks=callbacks,
+        callbacks=[*ours, *callbacks],
         plugins=plugins,
         default_root_dir=out,
-        # TensorBoard drops what the stopped run had logged beyond the point that it goes on from.
-        logger=TensorBoardLogger(out, name=None, version="tensorboard", purge_step=start.total),
+        # TensorBoard drops what the stopped run had logged beyond the point that it resumes from.
+        logger=[TensorBoardLogger(out, name=None, version="tensorboard", purge_step=start.total), *loggers],
         use_distributed_sampler=False,
         enable_progress_bar=progress,
         enable_model_summary=False,
@@ -285,19 +313,31 @@ def _trainer(
 
 
 class _ProgressBar(RichProgressBar):
+    """Shows the loss of every `READ_EVERY`-th step; Lightning's own way reads it from the device in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loss: dict[str, float] = {}
+
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        if not self._loss or trainer.global_step % READ_EVERY == 0:
+            logged = trainer.callback_metrics
+            self._loss = {"loss": float(logged["loss"])} if "loss" in logged else {}
         metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)  # the end of the name of the logger's folder
-        return metrics
+        return self._loss | metrics
 
 
 class _SynchronisedLayers(LayerSync):
-    """Batch normalisation over all processes, where there are several."""
+    """Batch normalisation over the GPUs of all processes, by PyTorch's kernels, which take GPU tensors only.
+
+    The conversion is timm's. PyTorch's own, which Lightning uses, drops the activation of timm's layers.
+    """
 
     def apply(self, model: torch.nn.Module) -> torch.nn.Module:
         assert isinstance(model, HandTraining)
-        if model.trainer.world_size > 1:
-            synchronise(model.network, model.trainer.strategy.root_device.type)
+        if model.trainer.world_size > 1 and model.trainer.strategy.root_device.type == "cuda":
+            convert_sync_batchnorm(model.network)
         return model
 
     def revert(self, model: torch.nn.Module) -> torch.nn.Module:

@@ -9,6 +9,7 @@ from torch import nn
 
 from pahm.hand import HandModel
 from pahm.hand.topology import HandTopology
+from pahm.model.network import Prediction
 
 SIZE = 64
 TOPOLOGY = HandTopology.load()
@@ -46,7 +47,7 @@ class KnownNetwork(nn.Module):
         camera = self.camera.repeat(len(images), 1)
         camera[:, 1] += 0.1 * self.look * across
         levels = [mesh[:, TOPOLOGY.hierarchy.selection(level)] for level in (3, 2, 1, 0)]
-        return SimpleNamespace(meshes=levels, camera=camera)
+        return Prediction(levels, camera, [], [])
 
 
 def picture(seed=0, size=(90, 70)):

@@ -23,10 +23,10 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def live(config, data, out, death, options):
+def live(config, data, out, death, options, hold=False):
     """Train; `death` is None or (moment, number): before step `number` ("step"), after an epoch's evaluation
     and before its checkpoint ("border"), after its checkpoint ("saved"), inside the file of the checkpoint at
-    step `number` ("write"), or before the export ("export").
+    step `number` ("write"), or before the export ("export"). hold: batch normalisation keeps its statistics.
     """
     torch.set_num_threads(1)
     # The server's children would start loader workers by a server of their own, which imports all anew.
@@ -38,6 +38,8 @@ def live(config, data, out, death, options):
     def training_step(self, batch, index):
         if moment == "step" and self.global_step == number:
             die()
+        for layer in self.network.modules() if hold else ():
+            layer.train(not isinstance(layer, torch.nn.BatchNorm2d))
         loss = hooks["training_step"](self, batch, index)
         losses.append((self.global_step, float(self.trainer.callback_metrics["loss"])))
         return loss
@@ -67,21 +69,21 @@ def live(config, data, out, death, options):
     HandTraining.on_train_epoch_start = on_train_epoch_start
     torch.save = save
     if moment == "export":
-        pahm.train.trainer.save_checkpoint = export
+        pahm.train.trainer.export = export
     train(from_json(config), data, out, accelerator="cpu", progress=False, **options)
     (Path(out) / f"losses{os.environ.get('LOCAL_RANK', '0')}.json").write_text(json.dumps(losses))
 
 
-def start(config, data, out, death=None, **options):
+def start(config, data, out, death=None, hold=False, **options):
     CONTEXT.set_forkserver_preload(["pahm.train.trainer", "training_lives"])
-    process = CONTEXT.Process(target=live, args=(config.to_json(), str(data), str(out), death, options))
+    process = CONTEXT.Process(target=live, args=(config.to_json(), str(data), str(out), death, options, hold))
     process.start()
     return process
 
 
-def finish(config, data, out, death=None, **options):
+def finish(config, data, out, death=None, hold=False, **options):
     """The exit code of a run: 0, or -9 where it was killed."""
-    process = start(config, data, out, death, **options)
+    process = start(config, data, out, death, hold, **options)
     process.join(300)
     return process.exitcode
 
@@ -136,7 +138,8 @@ def main(data, out, config):
     out, text, rank = Path(out), Path(config).read_text(), os.environ["RANK"]
     options = {"devices": int(os.environ["WORLD_SIZE"])}
     found = {"scores": score(text, data, options)}
-    live(text, data, out, None, options)
+    train(from_json(text), data, out.with_name("plain"), accelerator="cpu", progress=False, **options)
+    live(text, data, out, None, options, hold=True)
     found["error"] = spoil(text, data, out.with_name("spoilt"), options)
     found["refused"] = refuse(text, out.with_name("damaged"), out.with_name("strict"), options)
     out.with_name(f"found{rank}.json").write_text(json.dumps(found))

@@ -1,10 +1,12 @@
 """The configuration: presets, overrides, the way to JSON and back."""
 
 import json
+from dataclasses import replace
 from importlib import resources
 
 import pytest
 
+from pahm.ablation.tables import configuration
 from pahm.config import PRESETS, Config, from_dict, from_file, from_json, preset
 
 
@@ -19,6 +21,7 @@ def test_paper_presets_have_the_papers_training():
         config = preset(name)
         train, loss = config.train, config.loss
         assert (config.model.backbone, config.model.image_size) == (backbone, 224)
+        assert train.precision == "bf16-mixed"
         assert (train.optimizer, train.learning_rate, train.batch_size, train.epochs) == (
             "adam",
             1e-4,
@@ -33,18 +36,26 @@ def test_paper_presets_have_the_papers_training():
         )
 
 
-def test_override_reads_text_by_the_fields_type():
+@pytest.mark.parametrize(
+    ("name", "variant"), [("table4_gcn", "gcn-stacked"), ("table4_metro", "metro-aligned")]
+)
+def test_presets_of_table_4_are_its_rows(name, variant):
+    row = configuration(preset("hrnet_w64"), variant)
+    assert replace(preset(name), name=variant) == row and row.train.precision == "bf16-mixed"
+
+
+def test_override_changes_a_copy():
     changed = Config().override(
         {
-            "train.epochs": "3",
-            "train.learning_rate": "1",
+            "train.epochs": 3,
+            "train.learning_rate": 1,
             "model.backbone": "resnet50",
-            "model.pretrained": "true",
-            "model.backbone_weights": "none",
-            "loss.mesh": "[1, 2, 3, 4]",
+            "model.pretrained": True,
+            "model.backbone_weights": None,
+            "loss.mesh": [1, 2, 3, 4],
         }
     )
-    assert changed.train.epochs == 3 and changed.train.learning_rate == 1.0
+    assert changed.train.epochs == 3 and type(changed.train.learning_rate) is float
     assert changed.model.backbone == "resnet50" and changed.model.pretrained is True
     assert changed.model.backbone_weights is None
     assert changed.loss.mesh == (1.0, 2.0, 3.0, 4.0)
@@ -62,7 +73,8 @@ def test_override_reads_text_by_the_fields_type():
         ),
         ({"train": 3}, r"no value named 'train'; pahm/config\.py lists them all"),
         ({"train.epochs.x": 3}, r"no value named 'train\.epochs\.x'"),
-        ({"train.epochs": "many"}, r"train\.epochs: expected int, got 'many'"),
+        ({"train.epochs": "3"}, r"train\.epochs: expected int, got '3'"),
+        ({"train.decay": "much"}, r"train\.decay: expected float, got 'much'"),
         ({"train.epochs": 2.5}, r"train\.epochs: expected int, got 2\.5"),
         ({"train.schedule": "linear"}, r"train\.schedule: expected one of 'step', 'cosine', got 'linear'"),
         ({"loss.mesh": [1, 2]}, r"loss\.mesh: expected 4 values of type float, got \[1, 2\]"),
@@ -76,7 +88,10 @@ def test_wrong_overrides_are_named(values, sentence):
 def test_unknown_names_and_presets_are_refused():
     with pytest.raises(ValueError, match=r"no value named 'model\.depth'"):
         from_dict({"model": {"depth": 3}})
-    with pytest.raises(ValueError, match="one of hrnet_w64, resnet18, resnet50, tiny, got 'resnet101'"):
+    with pytest.raises(
+        ValueError,
+        match="one of hrnet_w64, resnet18, resnet50, table4_gcn, table4_metro, tiny, got 'resnet101'",
+    ):
         preset("resnet101")
     with pytest.raises(ValueError, match="expected a JSON object, got list"):
         from_json("[]")

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pahm.config import preset
 from pahm.infer.predictor import Predictor
-from pahm.model import HandNet, load_checkpoint
+from pahm.model import build_network, load_checkpoint
 from pahm_ops import MeshPool, SpiralConv, mesh_pool, spiral_conv, vertex_sample
 from pahm_ops.mesh import MeshHierarchy, spiral_indices
 
@@ -230,15 +230,15 @@ def test_predictors_feed_a_network_in_its_own_dtype(dtype, millimetres):
 def test_networks_of_every_dtype_run(decoder):
     changes = {"model.backbone": "test_resnet", "model.pretrained": False, "model.image_size": 64}
     changes |= {"model.decoder": decoder, "model.transformer_channels": [32, 32, 32]}
-    config = preset("tiny").override(changes).model
+    config = preset("tiny").override(changes)
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
-        net = HandNet(config).eval().to(dtype)
+        net = build_network(config).eval().to(dtype)
         with torch.no_grad():
             assert net(torch.randn(1, 3, 64, 64, dtype=dtype)).meshes[-1].isfinite().all()
     torch.set_default_dtype(torch.float64)
     try:
         with torch.no_grad():
-            assert HandNet(config).eval()(torch.randn(1, 3, 64, 64)).meshes[-1].dtype == torch.float64
+            assert build_network(config).eval()(torch.randn(1, 3, 64, 64)).meshes[-1].dtype == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
 

@@ -246,7 +246,7 @@ def make_yaml(folder: Path) -> None:
 
 def read_yaml(folder: Path) -> Any:
     from pahm.config import from_file
-    from pahm.model.checkpoint import build_network
+    from pahm.model import build_network
 
     config = from_file(folder / "own.yaml")
     config = config.override({"model.pretrained": False, "model.backbone_weights": None})

@@ -229,13 +229,9 @@ def test_a_resumed_run_counts_what_was_replaced_before_the_stop(damaged, tmp_pat
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_strict_ends_a_run_at_a_damaged_image(damaged, tmp_path, capsys, workers):
-    changes = [f"--set={name}={value}" for name, value in [("train.workers", workers), ("train.epochs", 1)]]
-    changes += [
-        "--set=model.backbone=test_resnet",
-        "--set=model.pretrained=false",
-        "--set=model.image_size=64",
-    ]
-    changes += ["--set=train.batch_size=9", "--preset=tiny", "--accelerator=cpu", "--strict"]
+    changes = [f"--train.workers={workers}", "--train.epochs=1", "--train.batch-size=9"]
+    changes += ["--model.backbone=test_resnet", "--model.pretrained=False", "--model.image-size=64"]
+    changes += ["--preset=tiny", "--accelerator=cpu", "--strict"]
     assert main(["train", "--data", str(damaged), "--out", str(tmp_path / "run"), *changes]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pahm train:")]
     assert len(error) == 1 and "/training/rgb/0000000" in error[0] and "not a readable image" in error[0]

@@ -353,10 +353,10 @@ def test_training_on_shards_by_the_command_line(data, tmp_path, capsys, monkeypa
     second = tmp_path / "another disk"
     second.mkdir()
     (out / "train-000001.tar").rename(second / "train-000001.tar")
-    changes = ["model.backbone=test_resnet", "model.pretrained=false", "model.image_size=64"]
-    changes += ["train.batch_size=4", "train.epochs=1", "train.workers=0"]
+    changes = ["--model.backbone=test_resnet", "--model.pretrained=False", "--model.image-size=64"]
+    changes += ["--train.batch-size=4", "--train.epochs=1", "--train.workers=0"]
     command = ["train", "--eval-data", str(data), "--out", str(tmp_path / "run"), "--preset", "tiny"]
-    command += ["--accelerator", "cpu", *(part for change in changes for part in ("--set", change))]
+    command += ["--accelerator", "cpu", *changes]
     places = [f"{out}/train-{{000000..000000}}.tar", str(second)]
     assert main([*command, "--data", *places]) == 0
     assert len(set(seen)) == 8 and all(name.startswith("train-00000") for name in seen)

@@ -1,21 +1,16 @@
-"""The network: shapes, alignment of features and vertices, gradients, checkpoints."""
+"""The paper's network: shapes, alignment of features and vertices, gradients."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
-import timm
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from pahm.config import ModelConfig, preset
 from pahm.hand.topology import HandTopology
-from pahm.model import HandNet, load_checkpoint, read_metadata, save_checkpoint
-from pahm.model.decoder import MeshConv, SelfAttention
-from pahm.model.extractor import Extractor, Fusion, create_backbone
-from pahm.model.mapping import PixelAligned
+from pahm.model import HandNet
+from pahm.model.backbone import create_backbone
+from pahm.model.network import Extractor, Fusion, MeshConv, PixelAligned, SelfAttention
 
 SIZES = (98, 195, 389, 778)
 TINY = preset("tiny").override({"model.pretrained": False})
@@ -81,8 +76,11 @@ def test_mapping_reads_the_pixel_under_the_vertex():
     # Centre of pixel (x=2, y=1) in normalised coordinates, and a vertex far outside, clamped to the corner.
     points = torch.tensor([[[0.25, -0.25, 9.0], [99.0, 99.0, 0.0]]])
     camera = torch.tensor([[2.0, 0.0, 0.0]])
-    sampled = PixelAligned()(features, points / 2, camera)
+    others = torch.full((1, 1, 2, 2), 99.0)
+    sampled = PixelAligned([1], 1)([others, features, others], points / 2, camera)
     assert sampled[0, :, 0].tolist() == [6.0, 15.0]
+    both = PixelAligned([1, 2], 2)([others, features, others], points / 2, camera)
+    assert both[0].tolist() == [[6.0, 99.0], [15.0, 99.0]]
 
 
 def test_attention_and_spirals_move_information_between_vertices():
@@ -117,110 +115,19 @@ def test_fusion_is_a_pointwise_function_of_both_maps():
         assert (difference[~torch.eye(5, dtype=torch.bool)] == 0).all() and difference.trace() > 0
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet18", "resnet50", "hrnet_w64", "mobilenetv4_conv_small", "tf_efficientnet_lite0"]
-)
-def test_backbones_give_the_four_strides(name):
-    with torch.device("meta"):
-        backbone = create_backbone(name)
-        maps = backbone(torch.empty(1, 3, 224, 224))
-    assert [m.shape[-1] for m in maps] == [56, 28, 14, 7]
-
-
 def test_paper_scale_hourglass_has_the_papers_maps():
     with torch.device("meta"):
-        maps, ((pose, silhouette),) = Extractor(ModelConfig())(torch.empty(1, 3, 224, 224))
+        channels = ModelConfig().feature_channels
+        extractor = Extractor(create_backbone("resnet18"), [64, 128, 256, 512], channels)
+        maps, joints_2d, ((pose, silhouette),) = extractor(torch.empty(1, 3, 224, 224))
     assert [tuple(m.shape[1:]) for m in maps] == [(256, 7, 7), (256, 14, 14), (128, 28, 28), (64, 56, 56)]
+    assert joints_2d.shape == (1, 21, 2)
     assert pose.shape == (1, 21, 56, 56) and silhouette.shape == (1, 1, 56, 56)
 
 
-def test_backbone_weights_come_from_a_local_file(tmp_path):
-    source = create_backbone("test_resnet")
-    path = tmp_path / "weights.pth"
-    torch.save(source.state_dict(), path)
-    loaded = create_backbone("test_resnet", weights=str(path))
-    for (name, a), b in zip(source.state_dict().items(), loaded.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-    (tmp_path / "bad.pth").write_bytes(b"no weights")
-    with pytest.raises(ValueError, match=r"bad\.pth does not fit 'test_resnet'"):
-        create_backbone("test_resnet", weights=str(tmp_path / "bad.pth"))
-    with pytest.raises(FileNotFoundError, match="no file at"):
-        create_backbone("test_resnet", weights=str(tmp_path / "none.pth"))
-
-
-def test_weights_that_cannot_be_downloaded_say_what_to_do(monkeypatch):
-    def create(name, pretrained=False, create=timm.create_model, **options):
-        if pretrained:
-            raise OSError("no route to host")
-        return create(name, **options)
-
-    monkeypatch.setattr("timm.create_model", create)
-    with pytest.raises(
-        ConnectionError, match=r"'test_resnet' could not be downloaded.*model\.backbone_weights"
-    ):
-        create_backbone("test_resnet", pretrained=True)
-
-
-def test_unfit_backbones_and_images_are_refused(network):
-    with pytest.raises(ValueError, match="has no model named 'resnet19'"):
-        create_backbone("resnet19")
-    with pytest.raises(ValueError, match=r"gives no feature maps|has features at strides"):
-        create_backbone("vit_tiny_patch16_224")
+def test_images_of_another_size_are_refused(network):
     with pytest.raises(ValueError, match=r"expected \(B, 3, 96, 96\), got \(1, 3, 224, 224\)"):
         network(images(1, 224))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_checkpoint_gives_the_same_network_back(network, tmp_path, dtype):
-    path = tmp_path / "net.safetensors"
-    # Where the first weights of a run lay is nobody else's business.
-    started = TINY.override({"model.backbone_weights": "/home/somebody/weights.pth"})
-    save_checkpoint(path, network, started, scores={"pa_mpjpe": 9.5}, dtype=dtype)
-    loaded = load_checkpoint(path, expect=TINY)
-    assert read_metadata(path) == (TINY, {"pa_mpjpe": 9.5})
-    tolerance = 0 if dtype == torch.float32 else 1e-3
-    with torch.no_grad():
-        before, after = network(images(1)), loaded(images(1))
-    assert (before.meshes[-1] - after.meshes[-1]).abs().max() <= tolerance
-    assert not loaded.training
-    assert np.array_equal(loaded.faces, network.faces)
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_wrong_checkpoint_is_refused_with_the_reason(network, tmp_path):
-    path = tmp_path / "net.safetensors"
-    save_checkpoint(path, network, TINY)
-    other = TINY.override({"model.spiral_length": 12})
-    with pytest.raises(ValueError, match=r"model\.spiral_length = 9, expected 12"):
-        load_checkpoint(path, expect=other)
-    save_checkpoint(path, network, other)
-    with pytest.raises(ValueError, match="do not fit its configuration"):
-        load_checkpoint(path)
-    (tmp_path / "text").write_text("not weights")
-    with pytest.raises(ValueError, match="is not a safetensors file"):
-        load_checkpoint(tmp_path / "text")
-    with pytest.raises(FileNotFoundError, match="no file at"):
-        load_checkpoint(tmp_path / "none")
-
-
-def test_a_checkpoint_of_another_version_or_without_its_hand_is_named(network, tmp_path):
-    path = tmp_path / "net.safetensors"
-    save_checkpoint(path, network, TINY)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    del metadata["sha256"]  # as files were written before
-    config = json.loads(metadata["config"])
-    config["model"]["mystery"] = 1
-    for changed in ({"config": json.dumps(config)}, {"config": "{"}, {"config": None}):
-        made = {name: value for name, value in {**metadata, **changed}.items() if value is not None}
-        save_file(tensors, path, made)
-        with pytest.raises(ValueError, match=r"net\.safetensors does not describe a network of this version"):
-            read_metadata(path)
-    for name in ("topology.joint_regressor", "topology.faces_0"):
-        save_file({key: value for key, value in tensors.items() if key != name}, path, metadata)
-        with pytest.raises(ValueError, match=r"net\.safetensors has no whole hand \("):
-            load_checkpoint(path)
 
 
 def test_the_network_compiles_to_one_graph(topology):

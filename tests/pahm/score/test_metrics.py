@@ -328,3 +328,17 @@ def test_bad_submissions_are_refused(tmp_path):
         path.write_bytes(text.encode("latin-1"))
         with pytest.raises(ValueError, match=r"pred.json is not a FreiHAND submission"):
             load_submission(path)
+
+
+def test_sums_stay_on_the_cpu_for_a_device_without_float64():
+    def to_device(values):
+        if values.dtype == torch.float64:
+            raise TypeError("Cannot convert a tensor to float64 there")
+        return values.to("meta")
+
+    metrics = HandMetrics()
+    metrics._apply(to_device)
+    hands = torch.randn(2, 21, 3, generator=torch.Generator().manual_seed(0))
+    metrics.update(hands, hands)
+    assert float(metrics.compute()["pa_mpjpe"]) == pytest.approx(0, abs=1e-4)
+    assert metrics.samples.device.type == "cpu"

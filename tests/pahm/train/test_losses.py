@@ -8,7 +8,7 @@ import torch
 
 from pahm.config import LossConfig
 from pahm.model import Prediction
-from pahm.model.extractor import Cues
+from pahm.model.network import Cues
 from pahm.train.losses import (
     Targets,
     edge_loss,

@@ -21,6 +21,7 @@ CONFIG = preset("tiny").override(
         "train.batch_size": 4,
         "train.workers": 0,
         "train.save_every": 4,
+        "train.ema": 0.9,
     }
 )
 STEPS = 6  # an epoch
@@ -41,10 +42,11 @@ def whole(data, tmp_path_factory):
 
 
 def check_same_end(one, other):
-    exports = [load_file(out / "model.safetensors") for out in (one, other)]
-    assert exports[0].keys() == exports[1].keys()
-    assert all(torch.equal(value, exports[1][name]) for name, value in exports[0].items())
-    assert read_metadata(one / "model.safetensors")[1] == read_metadata(other / "model.safetensors")[1] != {}
+    for file in ("model.safetensors", "best.safetensors"):
+        exports = [load_file(out / file) for out in (one, other)]
+        assert exports[0].keys() == exports[1].keys()
+        assert all(torch.equal(value, exports[1][name]) for name, value in exports[0].items())
+        assert read_metadata(one / file)[1] == read_metadata(other / file)[1] != {}
     states = [torch.load(out / "last.ckpt", weights_only=True) for out in (one, other)]
     assert states[0]["pahm_place"] == states[1]["pahm_place"] == [3, 0]
     assert states[0]["lr_schedulers"] == states[1]["lr_schedulers"]

@@ -14,9 +14,11 @@ from PIL import Image, ImageDraw
 
 from pahm.data.augment import crop_matrix, warp
 from pahm.hand.topology import level_name
-from pahm.infer.predictor import HandPrediction, Predictor
+from pahm.infer.drawing import BASELINE, PREDICTED, TRUE, Colour, mesh_cutout, overlay
+from pahm.infer.hand import Hand
+from pahm.infer.predictor import Predictor
 from pahm.model.network import HandNet
-from pahm.report.pictures import BASELINE, PREDICTED, TRUE, Colour, from_the_side, mesh_cutout, overlay
+from pahm.report.pictures import from_the_side
 from pahm.score.metrics import align_with_scale
 
 Array = npt.NDArray[np.float64]
@@ -34,15 +36,15 @@ class Picture:
     title: str
     """Of its column."""
     source: str
-    """A data URI; empty where there is no picture."""
+    """A data URI; empty if there is no picture."""
     alt: str
     mesh: str = ""
-    """Key of one of the hand's meshes."""
+    """Key of one of the row's meshes."""
 
 
 @dataclass
-class Hand:
-    """A hand of the page."""
+class Row:
+    """A row of the page: one hand."""
 
     index: int
     pictures: list[Picture] = field(default_factory=list)
@@ -86,72 +88,70 @@ class Meshes:
 
 
 class Photographer:
-    """Makes the page's hands: predictions of our network, and of a baseline where there is one."""
+    """Makes the page's rows: hands from our network, and from a baseline if there is one."""
 
     def __init__(self, ours: Predictor, baseline: Predictor | None) -> None:
         self.ours, self.baseline = ours, baseline
         network: HandNet = ours.network  # type: ignore[assignment]
         self.network = network
 
-    def row(self, sample: dict[str, Any], kind: str) -> Hand:
+    def row(self, sample: dict[str, Any], kind: str) -> Row:
         """A row of the page for an annotated sample of `FreiHand`; kind: "grid" or "failure"."""
         return self._grid_row(sample) if kind == "grid" else self._failure_row(sample)
 
-    def _grid_row(self, sample: dict[str, Any]) -> Hand:
+    def _grid_row(self, sample: dict[str, Any]) -> Row:
         """Figure 3: input, overlays, the meshes coarse to fine, truth."""
-        hand, view = self._begin(sample)
-        prediction = view.predictions.get("ours")
+        row, view = self._begin(sample)
+        hand = view.hands.get("ours")
         titles: list[str] = []
-        for i, mesh in enumerate(prediction.meshes if prediction else []):
+        for i, mesh in enumerate(hand.meshes if hand else []):
             titles.append(level_name(len(mesh)))
             again = titles.count(titles[-1])
             title = titles[-1] + (f", {again}" if again > 1 else "")
-            hand.pictures.append(view.mesh(mesh, title, f"mesh {title} of ours", f"ours-{i}"))
-        hand.pictures.append(view.truth())
-        return hand
+            row.pictures.append(view.mesh(mesh, title, f"mesh {title} of ours", f"ours-{i}"))
+        row.pictures.append(view.truth())
+        return row
 
-    def _failure_row(self, sample: dict[str, Any]) -> Hand:
+    def _failure_row(self, sample: dict[str, Any]) -> Row:
         """Figure 4: input, overlays, our mesh and the truth from the camera and from the side."""
-        hand, view = self._begin(sample)
-        prediction = view.predictions.get("ours")
-        if prediction:
-            last = f"ours-{len(prediction.meshes) - 1}"
-            hand.pictures.append(view.mesh(prediction.vertices, "our mesh", "mesh of ours", last))
-        hand.pictures.append(view.truth())
-        if prediction:
-            hand.pictures.append(
-                view.mesh(prediction.vertices, "our mesh, side", "mesh of ours", last, side=True)
-            )
-        hand.pictures.append(view.truth(side=True))
-        return hand
+        row, view = self._begin(sample)
+        hand = view.hands.get("ours")
+        if hand:
+            last = f"ours-{len(hand.meshes) - 1}"
+            row.pictures.append(view.mesh(hand.vertices, "our mesh", "mesh of ours", last))
+        row.pictures.append(view.truth())
+        if hand:
+            row.pictures.append(view.mesh(hand.vertices, "our mesh, side", "mesh of ours", last, side=True))
+        row.pictures.append(view.truth(side=True))
+        return row
 
-    def _begin(self, sample: dict[str, Any]) -> tuple[Hand, _View]:
-        hand, view = Hand(int(sample["index"])), _View(sample, self.network)
+    def _begin(self, sample: dict[str, Any]) -> tuple[Row, _View]:
+        row, view = Row(int(sample["index"])), _View(sample, self.network)
         for name, predictor in (("baseline", self.baseline), ("ours", self.ours)):
             if predictor is not None:
                 try:
-                    view.predictions[name] = predictor.predict(sample["image"], intrinsics=sample["K"])
+                    view.hands[name] = predictor.predict(sample["image"], intrinsics=sample["K"])
                 except FloatingPointError:
-                    # An untrained network; `_overlays` says so in the picture's place.
+                    # An untrained network; `_overlays` says so instead of a picture.
                     continue
-        hand.pictures = [view.input()]
-        hand.pictures += self._overlays(view)
+        row.pictures = [view.input()]
+        row.pictures += self._overlays(view)
         meshes = Meshes(view.true, self.network)
-        if "ours" in view.predictions:
-            for i, mesh in reversed(list(enumerate(view.predictions["ours"].meshes))):
+        if "ours" in view.hands:
+            for i, mesh in reversed(list(enumerate(view.hands["ours"].meshes))):
                 meshes.add(f"ours-{i}", f"ours, {level_name(len(mesh))}", mesh)
-        if "baseline" in view.predictions:
-            meshes.add("baseline", "baseline", view.predictions["baseline"].vertices)
+        if "baseline" in view.hands:
+            meshes.add("baseline", "baseline", view.hands["baseline"].vertices)
         meshes.add_truth()
-        hand.meshes = meshes.found
-        return hand, view
+        row.meshes = meshes.found
+        return row, view
 
     def _overlays(self, view: _View) -> list[Picture]:
         wanted = {"baseline": (self.baseline, BASELINE), "ours": (self.ours, PREDICTED)}
         found = []
         for name, (predictor, colour) in wanted.items():
-            if name in view.predictions:
-                found.append(view.overlay(view.predictions[name], name, colour))
+            if name in view.hands:
+                found.append(view.overlay(view.hands[name], name, colour))
             elif predictor is not None:
                 found.append(Picture(name, "", "no hand that fits in front of the camera"))
         return found
@@ -171,24 +171,24 @@ class _View:
         self.true: Array = np.asarray(sample["vertices"], np.float64)
         self.share = network.config.crop
         self.hierarchy = network.topology.hierarchy
-        self.predictions: dict[str, HandPrediction] = {}
+        self.hands: dict[str, Hand] = {}
 
     def input(self) -> Picture:
-        """The image, with the outline of the square that the network sees where that is not all of it."""
+        """The image; the square that the network sees is outlined if it is not the whole image."""
         drawn, what = self.image, f"evaluation image {self.index}"
         if self.share < 1:
             drawn, what = drawn.copy(), f"{what}, the square that the network sees outlined"
             first, last = (round(CELL * (1 + sign * self.share) / 2) for sign in (-1, 1))
             draw = ImageDraw.Draw(drawn)
-            # Black about white, so that one of them shows on any background.
+            # Black around white: one of them shows on any background.
             draw.rectangle((first - 1, first - 1, last, last), outline="black")
             draw.rectangle((first, first, last - 1, last - 1), outline="white")
         return Picture("input", data_uri(drawn), what)
 
-    def overlay(self, prediction: HandPrediction, name: str, colour: Colour) -> Picture:
+    def overlay(self, hand: Hand, name: str, colour: Colour) -> Picture:
         faces = self.hierarchy.faces[0]
-        drawn = overlay(self.image, prediction.vertices, faces, self.camera, colour=colour)
-        key = f"ours-{len(prediction.meshes) - 1}" if name == "ours" else name
+        drawn = overlay(self.image, hand.vertices, faces, self.camera, colour=colour)
+        key = f"ours-{len(hand.meshes) - 1}" if name == "ours" else name
         return Picture(name, data_uri(drawn), f"image {self.index} with the mesh of {name} over it", key)
 
     def mesh(self, mesh: Array, title: str, what: str, key: str, *, side: bool = False) -> Picture:

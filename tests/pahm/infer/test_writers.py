@@ -10,10 +10,10 @@ import trimesh
 from known_hand import KnownNetwork, enclosed, known_hand, picture
 from PIL import Image, ImageOps
 
-import pahm.infer.files
+import pahm.infer.writers
 from pahm.cli import main
-from pahm.infer.files import KINDS, predict_files, write, write_many
 from pahm.infer.predictor import Predictor
+from pahm.infer.writers import FACES, FORMATS, predict_files, write_many
 
 
 @pytest.fixture
@@ -24,35 +24,36 @@ def predictor():
 def test_written_files_hold_the_prediction(tmp_path):
     picture().save(tmp_path / "hand.png")
     predictor = Predictor(KnownNetwork(known_hand(), [8.0, 0, 0]), "cpu")
-    prediction = predictor.predict(tmp_path / "hand.png", left=True)
-    paths = write(prediction, tmp_path / "out", "hand")
-    names = ["hand.glb", "hand.json", "hand.ply", "hand_overlay.png"]
+    hand = predictor.predict(tmp_path / "hand.png", left=True)
+    paths = hand.save(tmp_path / "out", formats=FORMATS)
+    names = ["hand.glb", "hand.json", "hand.obj", "hand.ply", "hand_overlay.png"]
     assert sorted(path.name for path in paths) == names
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["faces.json", *names]
 
-    mesh = trimesh.load(tmp_path / "out" / "hand.ply", process=False)
-    np.testing.assert_allclose(mesh.vertices, prediction.vertices, atol=1e-6)
-    np.testing.assert_array_equal(mesh.faces, prediction.faces)
+    for name in ("hand.ply", "hand.obj"):
+        mesh = trimesh.load(tmp_path / "out" / name, process=False)
+        np.testing.assert_allclose(mesh.vertices, hand.vertices, atol=1e-6)
+        np.testing.assert_array_equal(mesh.faces, hand.faces)
     scene = trimesh.load(tmp_path / "out" / "hand.glb", process=False)
     (shape,) = scene.geometry.values()
-    np.testing.assert_allclose(shape.vertices, prediction.vertices * [1, -1, -1], atol=1e-6)
-    np.testing.assert_array_equal(shape.faces, prediction.faces)
+    np.testing.assert_allclose(shape.vertices, hand.vertices * [1, -1, -1], atol=1e-6)
+    np.testing.assert_array_equal(shape.faces, hand.faces)
 
     with Image.open(tmp_path / "out" / "hand_overlay.png") as drawn:
-        changed = np.abs(np.asarray(drawn, int) - np.asarray(prediction.image, int)).max(2) > 8
-    on_hand = prediction.vertices_2d.round().astype(int)
+        changed = np.abs(np.asarray(drawn, int) - np.asarray(hand.image, int)).max(2) > 8
+    on_hand = hand.vertices_2d.round().astype(int)
     inside = (on_hand >= 0).all(1) & (on_hand < (90, 70)).all(1)
     hit = changed[on_hand[inside, 1], on_hand[inside, 0]]
     assert changed.shape == (70, 90) and hit.mean() > 0.6 and changed.mean() < 0.9
 
     record = json.loads((tmp_path / "out" / "hand.json").read_text())
     shapes = {"vertices": (778, 3), "joints": (21, 3), "vertices_2d": (778, 2), "joints_2d": (21, 2)}
-    shapes |= {"faces": (1538, 3), "K": (3, 3), "weak_perspective": (3,), "crop_box": (4,)}
-    assert set(record) == {*shapes, "image", "image_size", "left", "intrinsics_assumed"}
+    shapes |= {"K": (3, 3), "weak_perspective": (3,), "crop_box": (4,)}
+    assert set(record) == {*shapes, "image", "image_size", "left", "intrinsics_assumed", "confidence"}
     for key, shape in shapes.items():
         assert np.shape(record[key]) == shape
-    np.testing.assert_allclose(record["vertices"], prediction.vertices, atol=1e-7)
-    assert record["intrinsics_assumed"] is True and record["left"] is True
+    np.testing.assert_allclose(record["vertices"], hand.vertices, atol=1e-7)
+    assert record["intrinsics_assumed"] is True and record["left"] is True and record["confidence"] is None
     assert record["image"] == str(tmp_path / "hand.png") and record["image_size"] == [90, 70]
 
 
@@ -64,29 +65,31 @@ def test_images_of_the_same_name_do_not_overwrite_each_other(tmp_path):
         for name in ("a/hand.png", "b/hand.png", "a/hand.jpg"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             picture().save(tmp_path / name)
-            written.append([path.name for path in write(predictor.predict(tmp_path / name), out, "hand")])
+            written.append(
+                [path.name for path in predictor.predict(tmp_path / name).save(out, "hand", FORMATS)]
+            )
     assert written[:3] == written[3:]
-    assert len({name for names in written for name in names}) == 12
+    assert len({name for names in written for name in names}) == 15
     records = [json.loads((out / names[-1]).read_text())["image"] for names in written[:3]]
     assert records == [str(tmp_path / name) for name in ("a/hand.png", "b/hand.png", "a/hand.jpg")]
     (out / "other.json").write_text("not ours")
-    assert write(predictor.predict(picture()), out, "other")[-1].name == "other-2.json"
+    assert predictor.predict(picture()).save(out, "other", ["json"])[-1].name == "other-2.json"
     assert (out / "other.json").read_text() == "not ours"
 
 
 def test_a_json_that_cannot_be_read_is_another_predictions(predictor, tmp_path):
-    prediction = predictor.predict(picture())
+    hand = predictor.predict(picture())
     (tmp_path / "hand.json").mkdir()
     (tmp_path / "hand-2.json").write_text("[" * 100_000)
-    assert [path.name for path in write(prediction, tmp_path, "hand")][-1] == "hand-3.json"
-    error, paths = write_many([("a" * 300, prediction), ("b", prediction)], tmp_path, ["json"])
+    assert [path.name for path in hand.save(tmp_path, "hand", FORMATS)][-1] == "hand-3.json"
+    error, paths = write_many([("a" * 300, hand), ("b", hand)], tmp_path, ["json"])
     assert isinstance(error, OSError) and paths == [tmp_path / "b.json"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_ends_in_the_middle_leaves_the_file_as_it_was(kind, predictor, tmp_path, monkeypatch):
-    prediction = predictor.predict(picture())
-    (path,) = write(prediction, tmp_path, "hand", [kind])
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_ends_in_the_middle_leaves_the_file_as_it_was(form, predictor, tmp_path, monkeypatch):
+    hand = predictor.predict(picture())
+    (path,) = hand.save(tmp_path, "hand", [form])
     before = path.read_bytes()
 
     def stopped(partial, name):
@@ -95,19 +98,20 @@ def test_what_ends_in_the_middle_leaves_the_file_as_it_was(kind, predictor, tmp_
 
     monkeypatch.setattr("pathlib.Path.replace", stopped)
     with pytest.raises(KeyboardInterrupt):
-        write(prediction, tmp_path, "hand", [kind])
-    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
+        hand.save(tmp_path, "hand", [form])
+    assert {entry.name for entry in tmp_path.iterdir()} <= {path.name, FACES} and path.read_bytes() == before
 
 
 def read_back(folder, stem):
-    """(vertices, faces) in camera space of the GLB, the PLY and the JSON of a prediction."""
+    """(vertices, faces) in camera space of the GLB, the PLY and the JSON of a hand."""
     scene = trimesh.load(folder / f"{stem}.glb", process=False)
     (shape,) = scene.geometry.values()
     ply = trimesh.load(folder / f"{stem}.ply", process=False)
     record = json.loads((folder / f"{stem}.json").read_text())
     yield np.asarray(shape.vertices) * [1, -1, -1], np.asarray(shape.faces)
     yield np.asarray(ply.vertices), np.asarray(ply.faces)
-    yield np.asarray(record["vertices"]), np.asarray(record["faces"])
+    faces = json.loads((folder / FACES).read_text())["left" if record["left"] else "right"]
+    yield np.asarray(record["vertices"]), np.asarray(faces)
 
 
 @pytest.mark.parametrize("width", [90, 91])
@@ -119,8 +123,8 @@ def test_files_of_a_left_hand_hold_the_mirrored_mesh_with_normals_outward(predic
     left = predictor.predict(
         ImageOps.mirror(image), bbox=(width - 82, 7.5, 30, 25), intrinsics=mirrored_K, left=True
     )
-    write(right, tmp_path, "right")
-    write(left, tmp_path, "left")
+    right.save(tmp_path, "right", FORMATS)
+    left.save(tmp_path, "left", FORMATS)
     mirror = np.array([-1.0, 1.0, 1.0])
     for (theirs, their_faces), (ours, faces) in zip(
         read_back(tmp_path, "right"), read_back(tmp_path, "left"), strict=True
@@ -132,41 +136,56 @@ def test_files_of_a_left_hand_hold_the_mirrored_mesh_with_normals_outward(predic
 
 
 def test_only_what_is_asked_for_is_written(predictor, tmp_path):
-    prediction = predictor.predict(picture())
-    paths = write(prediction, tmp_path, "hand", ["json", "overlay"])
+    hand = predictor.predict(picture())
+    paths = hand.save(tmp_path, "hand", ["json", "png"])
     assert [path.name for path in paths] == ["hand_overlay.png", "hand.json"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hand.json", "hand_overlay.png"]
-    with pytest.raises(ValueError, match="kinds: expected some of overlay, glb, ply, json, got 'obj'"):
-        write(prediction, tmp_path, "hand", ["ply", "obj"])
-    with pytest.raises(ValueError, match=r"kinds: expected some of .*, got 'none'"):
-        write(prediction, tmp_path, "hand", [])
-    for stem in ("", "..", "a/b"):
-        with pytest.raises(ValueError, match="stem: expected a plain file name"):
-            write(prediction, tmp_path, stem)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FACES, "hand.json", "hand_overlay.png"]
+    with pytest.raises(ValueError, match="formats: expected some of png, glb, ply, obj, json, got 'stl'"):
+        hand.save(tmp_path, "hand", ["ply", "stl"])
+    with pytest.raises(ValueError, match=r"formats: expected some of .*, got 'none'"):
+        hand.save(tmp_path, "hand", [])
+    for name in ("", "..", "a/b"):
+        with pytest.raises(ValueError, match="name: expected a plain file name"):
+            hand.save(tmp_path, name)
 
 
 def test_an_overlay_keeps_every_bit_of_what_was_drawn(predictor, tmp_path):
-    prediction = predictor.predict(picture())
-    drawn = pahm.infer.files.overlay(prediction.image, prediction.vertices, prediction.faces, prediction.K)
-    write(prediction, tmp_path, "hand")
+    hand = predictor.predict(picture())
+    hand.save(tmp_path, "hand")
     with Image.open(tmp_path / "hand_overlay.png") as written:
-        assert np.array_equal(written, drawn)
+        assert np.array_equal(written, hand.overlay())
+
+
+def test_faces_are_written_once_a_folder(predictor, tmp_path):
+    picture().save(tmp_path / "faces.png")
+    right, left = (predictor.predict(tmp_path / "faces.png", left=left) for left in (False, True))
+    assert right.save(tmp_path / "out", formats=["json"]) == [tmp_path / "out" / "faces-2.json"]
+    path = tmp_path / "out" / FACES
+    before = path.stat().st_mtime_ns
+    left.save(tmp_path / "out", formats=["json"])
+    assert path.stat().st_mtime_ns == before
+    faces = json.loads(path.read_text())
+    np.testing.assert_array_equal(faces["right"], right.faces)
+    np.testing.assert_array_equal(faces["left"], left.faces)
+    path.write_text("damaged")
+    left.save(tmp_path / "out", formats=["json"])
+    assert json.loads(path.read_text()) == faces
 
 
 def test_names_of_one_run_differ_without_json_and_the_order_stays(predictor, tmp_path, monkeypatch):
-    original = pahm.infer.files._write
+    original = pahm.infer.writers._write
 
     busy = []
 
-    def slower_at_first(prediction, folder, stem, kinds):
-        assert stem not in busy, "two threads write the same file"
-        busy.append(stem)
-        time.sleep(0.5 if stem == "hand" else 0)
-        paths = original(prediction, folder, stem, kinds)
-        busy.remove(stem)
+    def slower_at_first(hand, folder, name, formats):
+        assert name not in busy, "two threads write the same file"
+        busy.append(name)
+        time.sleep(0.5 if name == "hand" else 0)
+        paths = original(hand, folder, name, formats)
+        busy.remove(name)
         return paths
 
-    monkeypatch.setattr(pahm.infer.files, "_write", slower_at_first)
+    monkeypatch.setattr(pahm.infer.writers, "_write", slower_at_first)
     sources = []
     for name in ("a/hand.png", "b/hand.png", "a/hand.png", "c/hand-2.png"):
         path = tmp_path / name
@@ -179,19 +198,19 @@ def test_names_of_one_run_differ_without_json_and_the_order_stays(predictor, tmp
 
 
 def test_the_next_hand_is_made_while_one_is_written(predictor, tmp_path, monkeypatch):
-    prediction, made = predictor.predict(picture()), threading.Event()
-    original = pahm.infer.files._write
+    hand, made = predictor.predict(picture()), threading.Event()
+    original = pahm.infer.writers._write
 
     def waits(*arguments):
         assert made.wait(30), "nothing was made meanwhile"
         return original(*arguments)
 
     def results():
-        yield "a", prediction
+        yield "a", hand
         made.set()
-        yield "b", prediction
+        yield "b", hand
 
-    monkeypatch.setattr(pahm.infer.files, "_write", waits)
+    monkeypatch.setattr(pahm.infer.writers, "_write", waits)
     written = list(write_many(results(), tmp_path, ["ply"]))
     assert [[path.name for path in paths] for paths in written] == [["a.ply"], ["b.ply"]]
 
@@ -199,15 +218,15 @@ def test_the_next_hand_is_made_while_one_is_written(predictor, tmp_path, monkeyp
 def test_what_cannot_be_written_stops_no_other(predictor, tmp_path):
     (tmp_path / "out" / "b.ply").mkdir(parents=True)
     error = ValueError("no hand")
-    prediction = predictor.predict(picture())
-    results = [("a", prediction), ("b", prediction), ("c", error), ("d", prediction)]
-    kinds = ["overlay", "ply"]
-    written = list(write_many(results, tmp_path / "out", kinds))
+    hand = predictor.predict(picture())
+    results = [("a", hand), ("b", hand), ("c", error), ("d", hand)]
+    formats = ["png", "ply"]
+    written = list(write_many(results, tmp_path / "out", formats))
     assert [path.name for path in written[0]] == ["a_overlay.png", "a.ply"]
     assert isinstance(written[1], OSError) and "b.ply" in str(written[1]) and written[2] is error
     assert all(path.is_file() for path in written[3])
     with pytest.raises(IsADirectoryError):
-        write(prediction, tmp_path / "out", "b", kinds)
+        hand.save(tmp_path / "out", "b", formats)
 
 
 def test_a_folder_stands_for_its_images(predictor, tmp_path):
@@ -270,8 +289,8 @@ def test_bad_images_among_many_are_named_and_the_others_written(command, tmp_pat
     errors = printed.err.splitlines()
     assert len(errors) == 2 and all(line.startswith("pahm predict: ") for line in errors)
     assert "2.png is not a readable image" in errors[0] and "4.png does not exist" in errors[1]
-    names = [f"{i}{suffix}" for i in (0, 1, 3) for suffix in KINDS.values()]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
+    names = [f"{i}{suffix}" for i in (0, 1, 3) for form, suffix in FORMATS.items() if form != "obj"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*names, FACES])
     assert printed.out.splitlines() == [str(tmp_path / "out" / name) for name in names]
 
 
@@ -283,7 +302,7 @@ def test_the_command_writes_what_is_asked_for(command, tmp_path, capsys):
     assert suffixes == {".ply", ".json"}
     assert json.loads((tmp_path / "out" / "3.json").read_text())["left"] is True
     capsys.readouterr()
-    assert run("--write", "png") == 2
-    assert "expected some of overlay, glb, ply, json, got 'png'" in capsys.readouterr().err
+    assert run("--write", "stl") == 2
+    assert "expected some of png, glb, ply, obj, json, got 'stl'" in capsys.readouterr().err
     assert run("--batch-size", "0") == 2
     assert "batch_size: expected a whole number of at least 1, got 0" in capsys.readouterr().err
