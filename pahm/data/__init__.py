@@ -1,1 +1,1 @@
-"""Images in, tensors out: readers, the crop, augmentation, loading, shards."""
+"""Turns images into tensors: readers, cropping, augmentation, loading and shards."""

@@ -1,4 +1,4 @@
-"""FreiHAND's annotation files: long JSON arrays, parsed once and kept as memory-mapped tables."""
+"""FreiHAND's annotation files: long JSON arrays, parsed once and cached as memory-mapped tables."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _DECODER = json.JSONDecoder()
 
 
 def iterate_array(path: Path) -> Iterator[object]:
-    """Yield the elements of the JSON array in `path`, holding a few megabytes of it at a time.
+    """Yield the elements of the JSON array in `path`, with a few megabytes in memory at a time.
 
-    The real `training_verts.json` has 76 million numbers, which `json.load` turns into several gigabytes.
-    Raises ValueError, naming the file and the element, where the text is not one complete JSON array.
+    FreiHAND's `training_verts.json` has 76 million numbers; `json.load` would take several gigabytes.
+    Raises ValueError, naming the file and the element, if the text is not one complete JSON array.
     """
     count = 0
     with path.open(encoding="utf-8") as stream:
@@ -66,7 +66,7 @@ def iterate_array(path: Path) -> Iterator[object]:
                     continue
                 state = "ends inside" if ended else "is not JSON at"
                 raise ValueError(f"{path} {state} element {count} ({error.msg})") from error
-            # "1." at the end of a chunk parses as 1: what follows an element must be in sight.
+            # "1." at the end of a chunk would parse as 1, so the next character must be in the buffer.
             if text[end : end + 1] not in _AFTER and not ended and len(text) - at < _CHUNK:
                 refill()
                 continue
@@ -87,12 +87,12 @@ def parse_table(
 ) -> npt.NDArray[np.floating]:
     """Parse a JSON array of records of the given shape into an array `(count, *shape)` of `dtype`.
 
-    Raises ValueError, naming the file and the record, for another shape or a number that is not finite.
+    Raises ValueError, naming the file and the record, for a wrong shape or a number that is not finite.
     """
     rows: list[npt.NDArray[np.floating]] = []
     for index, value in enumerate(iterate_array(path)):
         try:
-            with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
+            with np.errstate(over="ignore"):  # too large a number becomes infinite and is rejected below
                 row = np.asarray(value, dtype=dtype)
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path}: record {index} is not an array of numbers ({error})") from error
@@ -105,7 +105,7 @@ def parse_table(
 
 
 class _Digested:
-    """Writes to a stream and keeps a digest of what was written."""
+    """Writes to a stream and keeps a digest of the data."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.total = stream, hashlib.sha256()
@@ -116,12 +116,12 @@ class _Digested:
 
 
 class Table:
-    """Records of one annotation file as a float32 array, memory-mapped from a cache beside the file.
+    """The records of one annotation file as a float32 array, memory-mapped from a cache next to the file.
 
-    The cache `<stem>.<size>-<ctime>.npy` is written on the first read where the folder is writable, whole
-    or not at all, and ends with its own digest. It is made anew where that does not fit and when the JSON
-    file has changed: its ctime tells of every change, while copies keep the mtime. Pickling a table that has
-    a cache sends its path, so that data loader workers share the pages.
+    The first read writes the cache `<stem>.<size>-<ctime>.npy`, completely or not at all, if the folder is
+    writable. The cache ends with its own digest. It is rebuilt if the digest does not match or the JSON file
+    has changed. The name uses the ctime because copies keep the mtime. Pickling a table that has a cache
+    sends its path, so data loader workers share the memory pages.
 
     Parameters: `path`, the JSON file; `shape`, the shape of one record.
     Raises FileNotFoundError for a missing file and ValueError for a malformed one.
@@ -175,12 +175,12 @@ class Table:
         return rows.dtype == np.float32 and rows.shape[1:] == self.shape
 
     def _write(self, cache: Path, rows: npt.NDArray[np.floating]) -> bool:
-        """Write the cache and drop those of earlier versions of the file; False where that is not allowed."""
+        """Write the cache and delete those of earlier versions of the file; False if writing fails."""
         try:
             with whole_file(cache, shared=True) as partial, partial.open("wb") as stream:
                 digested = _Digested(stream)
                 np.save(digested, rows)
-                stream.write(digested.total.digest())  # np.load does not look behind the array
+                stream.write(digested.total.digest())  # np.load ignores bytes after the array
         except OSError:
             return False
         for old in self.path.parent.glob(f"{self.path.stem}.*-*.npy"):

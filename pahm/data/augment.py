@@ -1,4 +1,4 @@
-"""Crops of hand images: geometry, colour, and what both do to the intrinsics and the 3D labels."""
+"""Crops of hand images: geometry and colour, and their effect on the intrinsics and the 3D labels."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ _FILL = tuple(round(255 * value) for value in IMAGENET_MEAN)
 
 
 def _tensor(values: object) -> Tensor:
-    """On the CPU in float32, whatever the defaults are."""
+    """A float32 tensor on the CPU, whatever torch's defaults are."""
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 _LUMA = _tensor([0.299, 0.587, 0.114])
 _RGB_TO_YIQ = _tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 _YIQ_TO_RGB = torch.linalg.inv(_RGB_TO_YIQ)
-_MAX_SHRINK = 1.2  # input pixels per output pixel above which bilinear sampling alone would alias
+_MAX_SHRINK = 1.2  # input pixels per output pixel; above this, bilinear sampling alone would alias
 
 Matrix = npt.NDArray[np.float64]
 
 
 def crop_matrix(box: Sequence[float], size: int, *, rotation: float = 0.0, mirror: bool = False) -> Matrix:
-    """Matrix (3, 3) that maps pixels of an image to pixels of a square crop of it.
+    """The matrix (3, 3) that maps pixels of an image to pixels of a square crop of it.
 
     box: `(x, y, width, height)` of the square region in pixels, measured from the outer corner of the
-    top-left pixel as image libraries do, so that `(0, 0, W, H)` is the whole image; width equals height.
-    size: the crop's side in pixels. rotation: radians, x towards y (clockwise on the screen), about the
-    box's centre. mirror: flip left and right afterwards. The matrix acts on homogeneous pixels `(u, v, 1)`
-    measured from the centre of the top-left pixel on both sides: u' = s (u - x + 0.5) - 0.5.
+    top-left pixel as image libraries do: `(0, 0, W, H)` is the whole image. Width equals height. size: the
+    crop's side in pixels. rotation: radians about the box's centre, x towards y (clockwise on the screen).
+    mirror: flip left and right afterwards. The matrix acts on homogeneous pixels `(u, v, 1)`. Input and
+    output are measured from the centre of the top-left pixel: u' = s (u - x + 0.5) - 0.5.
     """
     x, y, width, height = (float(value) for value in box)
     scale = size / width
     if not math.isclose(width, height, rel_tol=1e-6):
         raise ValueError(f"box: expected a square, got width {width} and height {height}")
     cos, sin = scale * math.cos(rotation), scale * math.sin(rotation)
-    # The pixel-centre coordinate of the box's centre goes to that of the crop's centre.
+    # The box's centre maps to the crop's centre, both in pixel-centre coordinates.
     u, v, centre = x + width / 2 - 0.5, y + height / 2 - 0.5, (size - 1) / 2
     matrix = np.array(
         [[cos, -sin, centre - cos * u + sin * v], [sin, cos, centre - sin * u - cos * v], [0.0, 0.0, 1.0]]
@@ -59,9 +59,9 @@ def crop_matrix(box: Sequence[float], size: int, *, rotation: float = 0.0, mirro
 def warp(image: Image.Image, matrix: Matrix, size: int) -> Image.Image:
     """Resample a PIL image ("RGB" or "L") into a `size` x `size` crop.
 
-    matrix: (3, 3), image pixels to crop pixels as from `crop_matrix`. Bilinear; where the crop shrinks the
-    image it is first reduced with an antialiasing filter. Outside the image an RGB crop gets ImageNet's mean
-    colour (zero once normalised), an L crop 0.
+    matrix: (3, 3), image pixels to crop pixels, as from `crop_matrix`. Sampling is bilinear. If the crop
+    shrinks the image, the image is first reduced with an antialiasing filter. Outside the image, an RGB crop
+    has ImageNet's mean colour (zero once normalised) and an L crop has 0.
     """
     shrink = 1.0 / math.sqrt(abs(np.linalg.det(matrix[:2, :2])))
     half = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
@@ -71,7 +71,7 @@ def warp(image: Image.Image, matrix: Matrix, size: int) -> Image.Image:
         ratio = np.diag([width / image.width, height / image.height, 1.0])
         image = image.resize((width, height), Image.Resampling.HAMMING)  # as cheap as bilinear, sharper
         inverse = ratio @ inverse
-    # Round-off of a few 1e-16 would put the border pixels of an exact copy outside the image.
+    # Rounding errors of a few 1e-16 would put the border pixels of an exact copy outside the image.
     coefficients = tuple(np.round(inverse[:2].reshape(-1), 9))
     fill = _FILL if image.mode == "RGB" else 0
     return image.transform(
@@ -82,9 +82,9 @@ def warp(image: Image.Image, matrix: Matrix, size: int) -> Image.Image:
 def colour_matrix(mean: float, brightness: float, contrast: float, saturation: float, hue: float) -> Tensor:
     """Affine map (3, 4) of RGB in [0, 1] that changes brightness, contrast, saturation and hue at once.
 
-    mean: the image's mean luminance, the fixed point of the contrast. brightness, contrast, saturation:
+    mean: the image's mean luminance, which contrast leaves unchanged. brightness, contrast, saturation:
     factors, 1 for no change. hue: radians, a rotation about the grey axis of YIQ. All four are affine, so
-    their product costs one pass over the pixels, a fifth of the time of torchvision's four functions.
+    their product needs one pass over the pixels, a fifth of the time of torchvision's four functions.
     """
     cos, sin = math.cos(hue), math.sin(hue)
     turn = _tensor([[1.0, 0.0, 0.0], [0.0, cos, -sin], [0.0, sin, cos]])
@@ -98,7 +98,7 @@ def colour_matrix(mean: float, brightness: float, contrast: float, saturation: f
 def normalise(image: Image.Image, colour: Tensor | None = None) -> Tensor:
     """Turn an RGB image into a float32 tensor (3, H, W) normalised with ImageNet's mean and deviation.
 
-    colour: optional (3, 4) map from `colour_matrix`; its result is clamped to [0, 1] before normalising.
+    colour: optional (3, 4) map from `colour_matrix`. Its result is clamped to [0, 1] before normalising.
     """
     pixels = torch.from_numpy(np.array(image)).reshape(-1, 3).t().to(torch.float32).div_(255.0)
     if colour is not None:
@@ -108,19 +108,19 @@ def normalise(image: Image.Image, colour: Tensor | None = None) -> Tensor:
 
 
 class CropTransform:
-    """Turns a sample of `FreiHand` into the tensors that a network is trained on.
+    """Turns a sample of `FreiHand` into the tensors for training a network.
 
     size: the crop's side S in pixels. augment: ranges of the random changes, or None for the square about the
-    image's centre. seed: the changes of a sample are a function of the seed, of the epoch that the call
-    names, and of the sample's index alone: no process and no order of calls has a part in them. share: the
-    square's side as a fraction of the image's longer side (`ModelConfig.crop`); 1 shows the whole image.
+    image's centre. seed: the random changes of a sample depend only on the seed, the epoch of the call and
+    the sample's index, not on the process or the order of calls. share: the square's side as a fraction of
+    the image's longer side (`ModelConfig.crop`); 1 shows the whole image.
 
-    Called with a sample (and an epoch, 0 by default), returns a dict: `image` (3, S, S) float32, ImageNet
+    Call it with a sample (and an epoch, 0 by default). It returns a dict: `image` (3, S, S) float32, ImageNet
     normalised; `mask` (1, S, S) float32, 0 or 1; `K` (3, 3) float32, maps the camera space of the labels to
     crop pixels; `joints` (21, 3) and `vertices` (778, 3) float32, metres in the camera space after the
     in-plane rotation; `joints_2d` (21, 2) float32, pixels of the crop; `scale` () float32, metres; `index` ()
-    int64. Keys that the sample does not have are absent. With the rotation R_z of the image by A (image
-    pixels to crop pixels): X' = R_z X and K' = A K R_z^T, so that K' X' ~ A K X holds exactly.
+    int64. Keys missing from the sample are missing here. A maps image pixels to crop pixels and rotates the
+    image by R_z. Then X' = R_z X and K' = A K R_z^T, so K' X' ~ A K X holds exactly.
 
     Raises ValueError for a size below 8 pixels or a share that is not positive and finite.
     """

@@ -1,6 +1,6 @@
-"""Pinhole cameras: reading intrinsics, rays of pixels, and placing meshes on those rays.
+"""Pinhole cameras: reading intrinsics, casting rays through pixels, and placing meshes on those rays.
 
-Camera space is x right, y down, z forward, in metres; pixels count from the centre of the top-left one.
+Camera space is x right, y down, z forward, metres. Pixels are measured from the centre of the top-left pixel.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ FOCAL = (1, 10**7)  # pixels
 
 
 def assumed_intrinsics(width: int, height: int) -> Array:
-    """Intrinsics (3, 3) of an unknown camera: focal length = the image's diagonal, centre = the image's.
+    """Assumed intrinsics (3, 3) of an unknown camera: the focal length is the image's diagonal, and the
+    principal point is the image's centre.
 
-    That is a field of view of 53 degrees over the diagonal, between a phone's and a portrait lens.
+    The diagonal field of view is 53 degrees, between those of a phone and a portrait lens.
     """
     focal = math.hypot(width, height)
     return np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]], np.float64)
 
 
 def check_intrinsics(values: npt.ArrayLike) -> Array:
-    """Intrinsics as a float64 array (3, 3); ValueError if they are not a camera matrix."""
+    """Intrinsics as a float64 array (3, 3). Raises ValueError if they are not a camera matrix."""
     try:
         K = np.asarray(values, np.float64)
     except (TypeError, ValueError, OverflowError) as error:
@@ -59,8 +60,8 @@ def check_intrinsics(values: npt.ArrayLike) -> Array:
 
 
 def read_intrinsics(path: str | os.PathLike[str]) -> Array:
-    """Intrinsics (3, 3) from a JSON file: `{"K": [[...], [...], [...]]}`, the bare matrix, a list of one;
-    or from a .npy file with the matrix.
+    """Read intrinsics (3, 3) from a JSON file with `{"K": [[...], [...], [...]]}`, the bare matrix or a list
+    of one matrix, or from a .npy file with the matrix.
 
     Raises FileNotFoundError, or ValueError naming the file.
     """
@@ -86,20 +87,20 @@ def rays(pixels: Tensor, K: Tensor) -> Tensor:
 
 
 def ray_rotation(K: Tensor, pixel: Tensor) -> Tensor:
-    """The smallest rotations (..., 3, 3) that take the optical axis to the ray of `pixel` (2,) of each camera
-    K (..., 3, 3).
+    """The smallest rotations (..., 3, 3) that turn the optical axis of each camera K (..., 3, 3) to the ray
+    of `pixel` (2,).
     """
     x, y = rays(pixel[None], K)[..., 0, :].unbind(-1)
     z = 1 / (x * x + y * y + 1).sqrt()
     x, y = x * z, y * z
-    # Rodrigues' formula for the axis (-y, x, 0), whose length is the sine and z the cosine of the angle.
+    # Rodrigues' formula for the axis (-y, x, 0). Its length is the sine of the angle, z the cosine.
     xx, xy, yy = x * x / (1 + z), x * y / (1 + z), y * y / (1 + z)
     return torch.stack([1 - xx, -xy, x, -xy, 1 - yy, y, -x, -y, z], -1).unflatten(-1, (3, 3))
 
 
 def rotate(points: Tensor, rotation: Tensor) -> Tensor:
-    """Points (..., N, 3) turned by rotations (..., 3, 3)."""
-    # Not a matrix product: those may run in TF32 or bfloat16, which loses tenths of a millimetre.
+    """Rotate points (..., N, 3) by rotations (..., 3, 3)."""
+    # A matrix product may run in TF32 or bfloat16 and lose tenths of a millimetre, so multiply and sum.
     return (points[..., None, :] * rotation[..., None, :, :]).sum(-1)
 
 
@@ -121,7 +122,7 @@ def solve_translation(points: Tensor, pixels: Tensor, K: Tensor) -> Tensor:
 
 
 def project_weakly(points: Tensor, camera: Tensor, size: int) -> Tensor:
-    """Pixels (..., N, 2) of crops where their weak-perspective cameras see `points` (..., N, 3), metres.
+    """Project `points` (..., N, 3), metres, with weak-perspective cameras to crop pixels (..., N, 2).
 
     camera: (..., 3) [s, tx, ty], -1 and 1 at the edges of the crop. size: the crop's side in pixels.
     """

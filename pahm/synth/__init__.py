@@ -1,1 +1,1 @@
-"""Renders hands: poses, skin, backgrounds, cameras, pictures and the folder that holds them."""
+"""Renders hands: poses, skin, backgrounds, cameras, pictures and the output folder."""

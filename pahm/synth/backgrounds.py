@@ -1,4 +1,4 @@
-"""What stands behind a synthetic hand: procedural pictures, or crops of a user's own."""
+"""Backgrounds of synthetic hands: procedural pictures, or crops of the user's own images."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _WOOD = np.array([(205, 170, 125), (160, 110, 70), (110, 72, 45), (222, 196, 160
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The image files below `folder`, by suffix, in a fixed order.
+    """List the image files in `folder` and its subfolders, recognised by suffix, in sorted order.
 
-    Raises FileNotFoundError where there is no such folder, ValueError where it has no images.
+    Raises FileNotFoundError if the folder does not exist, ValueError if it has no images.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"backgrounds: {folder} is not a folder")
@@ -53,8 +53,9 @@ def crop_background(rng: np.random.Generator, path: Path, size: int) -> Float:
 
 
 def next_background(rng: np.random.Generator, paths: list[Path], size: int) -> tuple[Float, tuple[str, ...]]:
-    """`crop_background` of a random path, or of the next one that can be read, with a sentence for each that
-    cannot. Raises ValueError where none can.
+    """Crop a random path, or the next readable one; also return a sentence for each unreadable path.
+
+    Raises ValueError if none can be read.
     """
     first, sentences = int(rng.integers(len(paths))), list[str]()
     for step in range(len(paths)):
@@ -66,7 +67,7 @@ def next_background(rng: np.random.Generator, paths: list[Path], size: int) -> t
 
 
 def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> Float:
-    """Uniform noise on a `cells` grid, interpolated to (size, size), about 0 to 1."""
+    """Uniform noise on a grid of `cells`, interpolated to (size, size); values are about 0 to 1."""
     grid = rng.random((cells + 1, cells + 1), dtype=np.float32)
     filtering = Image.Resampling.BICUBIC if cells < size // 4 else Image.Resampling.BILINEAR
     return np.asarray(Image.fromarray(grid).resize((size, size), filtering))
@@ -83,7 +84,7 @@ def _octaves(rng: np.random.Generator, size: int) -> Float:
 
 
 def palette(rng: np.random.Generator, count: int) -> Float:
-    """`count` colours (count, 3) that go together: vivid, muted, grey, of wood, or of skin."""
+    """`count` matching colours (count, 3): vivid, muted, grey, wood or skin."""
     kind = rng.choice(5, p=(0.25, 0.35, 0.15, 0.13, 0.12))
     if kind <= 2:
         spread = (0.9, 0.35, 0.05)[kind]
@@ -105,7 +106,7 @@ def _ramp(value: Float, colours: Float) -> Float:
 
 
 def _grid(rng: np.random.Generator, size: int) -> tuple[Float, Float]:
-    """Coordinates over the image, from about -1 to 1, turned by a random angle."""
+    """Image coordinates from about -1 to 1, rotated by a random angle."""
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     angle = rng.uniform(0, 2 * np.pi)
     cosine, sine = np.float32(np.cos(angle)), np.float32(np.sin(angle))
@@ -137,7 +138,7 @@ def _layer(rng: np.random.Generator, size: int) -> Float:
 
 
 def _draw_shapes(rng: np.random.Generator, image: Image.Image) -> None:
-    """Paint polygons, ellipses, boxes and thick lines, as clutter."""
+    """Paint clutter: polygons, ellipses, boxes and thick lines."""
     size = image.width
     draw = ImageDraw.Draw(image)
     count = int(rng.integers(1, 14))
@@ -163,7 +164,7 @@ def _draw_shapes(rng: np.random.Generator, image: Image.Image) -> None:
 def procedural_background(rng: np.random.Generator, size: int) -> Float:
     """A random picture (size, size, 3), sRGB in [0, 1]: noise, patterns, surfaces and clutter."""
     pixels = _layer(rng, size)
-    if rng.random() < 0.35:  # two surfaces, such as a table before a wall
+    if rng.random() < 0.35:  # two surfaces, such as a table in front of a wall
         u, _ = _grid(rng, size)
         pixels = np.where((u < np.float32(rng.uniform(-0.6, 0.6)))[..., None], _layer(rng, size), pixels)
     image = Image.fromarray((pixels * 255).astype(np.uint8))

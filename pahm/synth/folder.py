@@ -1,4 +1,4 @@
-"""The folder that `pahm synth` fills: FreiHAND's layout, written so that a stop leaves nothing half done."""
+"""The output folder of `pahm synth`: FreiHAND's layout. An interrupted run leaves no partial files."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ FIELDS: dict[Split, tuple[str, ...]] = {
 
 
 def image_paths(out: Path, split: Split, index: int) -> tuple[Path, Path]:
-    """Where picture and mask of a sample lie."""
+    """The paths of a sample's picture and mask."""
     name = f"{index:08d}.jpg"
     return out / split / "rgb" / name, out / split / "mask" / name
 
 
 def is_finished(path: Path) -> bool:
-    """Whether an image is there; only whole ones ever have their name."""
+    """Whether an image exists. Images get their final name only once they are complete."""
     try:
         return path.stat().st_size > 0
     except FileNotFoundError:
@@ -39,8 +39,8 @@ def is_finished(path: Path) -> bool:
 
 
 def save_image(image: Image.Image, path: Path, quality: int) -> None:
-    """Write a JPEG, whole or not at all."""
-    encoded = io.BytesIO()  # Pillow does not see that a full disk took a part only, Python does
+    """Write a JPEG completely or not at all."""
+    encoded = io.BytesIO()  # Pillow does not notice a short write on a full disk; Python does
     image.save(encoded, format="JPEG", quality=quality)
     with whole_file(path) as partial:
         partial.write_bytes(encoded.getbuffer())
@@ -48,9 +48,9 @@ def save_image(image: Image.Image, path: Path, quality: int) -> None:
 
 @contextmanager
 def annotation_files(out: Path, split: Split) -> Iterator[Callable[[dict[str, str]], None]]:
-    """Give a function that appends one sample, its fields as JSON text, to the split's annotation files.
+    """Yield a function that appends one sample, with fields as JSON text, to the split's annotation files.
 
-    They take their names when all are complete; what is incomplete is removed.
+    The files get their names when all are complete. Incomplete files are removed.
     """
     with ExitStack() as stack:
         paths = [stack.enter_context(whole_file(out / f"{split}_{field}.json")) for field in FIELDS[split]]
@@ -71,12 +71,12 @@ def annotation_files(out: Path, split: Split) -> Iterator[Callable[[dict[str, st
 
 
 class Manifest:
-    """`synth.json`: what a folder is made of, and how many samples of each split were finished."""
+    """`synth.json`: the options of a folder, and how many samples of each split are finished."""
 
     def __init__(self, out: Path, options: dict[str, Any]) -> None:
-        """Take up the folder `out`, or begin it, with options that decide what its samples look like.
+        """Start the folder `out`, or continue it. `options` determine what its samples look like.
 
-        Raises ValueError where the folder was begun with other options or holds something else.
+        Raises ValueError if the folder was started with other options or holds something else.
         """
         self.path = out / MANIFEST
         self._options = options
@@ -126,7 +126,7 @@ class Manifest:
 
 
 def check_count(out: Path, split: Split, count: int) -> None:
-    """Refuse a count that would leave images of an earlier run without annotation.
+    """Reject a count that would leave images of an earlier run without annotations.
 
     Raises ValueError.
     """

@@ -42,15 +42,15 @@ from pahm.synth.workers import start_worker
 
 LOG = logging.getLogger("pahm")
 VERSION = 1
-"""Raised whenever the same seed would give other annotations or pictures."""
-_CHUNK = 16  # samples a task
+"""Incremented whenever the same seed would give different annotations or pictures."""
+_CHUNK = 16  # samples per task
 _IN_FLIGHT = 64  # tasks
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What every worker needs to know."""
+    """The settings that every worker needs."""
 
     out: Path
     seed: int
@@ -60,8 +60,8 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Finished samples: for each its annotation fields as JSON text; how many pictures were drawn; and a
-    sentence for each background that cannot be read.
+    """Finished samples: the annotation fields of each as JSON text, the number of pictures drawn, and a
+    sentence for each unreadable background.
     """
 
     records: list[dict[str, str]]
@@ -74,7 +74,7 @@ def _numbers(values: Any) -> str:
 
 
 def make_samples(job: _Job, split: Split, indices: range) -> _Chunk:
-    """Draw those pictures that are not there yet, and return the annotations of all."""
+    """Draw the missing pictures and return all annotations."""
     records, drawn, unreadable = [], 0, list[str]()
     for index in indices:
         annotation = sample_annotation(job.seed, split, index, job.size)
@@ -100,7 +100,7 @@ def make_samples(job: _Job, split: Split, indices: range) -> _Chunk:
 
 @contextmanager
 def _single_threaded_children() -> Iterator[None]:
-    """Processes started inside inherit an environment that asks numpy's BLAS for one thread."""
+    """Limit numpy's BLAS to one thread, through the environment, in processes started inside."""
     before = {name: os.environ.get(name) for name in _THREAD_SETTINGS}
     os.environ.update(dict.fromkeys(_THREAD_SETTINGS, "1"))
     try:
@@ -115,7 +115,7 @@ def _single_threaded_children() -> Iterator[None]:
 
 @contextmanager
 def _workers(count: int) -> Iterator[Executor | None]:
-    """Processes that draw; None for one worker, which is the calling process."""
+    """A pool of worker processes, or None for one worker, which is the calling process."""
     if count == 1:
         yield None
         return
@@ -126,7 +126,7 @@ def _workers(count: int) -> Iterator[Executor | None]:
 
 
 def _run(job: _Job, split: Split, count: int, pool: Executor | None) -> Iterator[_Chunk]:
-    """The split's chunks in order, a few of them in flight."""
+    """The split's chunks in order, with several in flight."""
     tasks = (range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
     if pool is None:
         for task in tasks:
@@ -165,22 +165,22 @@ def generate(
     workers: int | None = None,
     progress: bool = True,
 ) -> None:
-    """Render `train` + `eval` hands into the folder `out`, laid out and annotated as FreiHAND is.
+    """Render `train` + `eval` hands into the folder `out`, in FreiHAND's layout and annotation format.
 
-    The same `seed` gives the same annotations everywhere, whatever the number of `workers` (processes; all
-    cores if None; 1 stays in this process). `backgrounds` is a folder of images, searched with its
-    subfolders; without it backgrounds are procedural. A run that was stopped, even by a kill or a full disk,
-    goes on when called again; a finished folder can be extended with larger counts. Annotation files are
-    written when all images of their split are there. `training_mano.json` holds the parameters of the
-    package's own hand in FreiHAND's arrangement, not MANO's.
+    The same `seed` gives the same annotations on every machine and for any number of `workers` (processes;
+    None uses all cores; 1 stays in this process). `backgrounds` is a folder of images, searched recursively;
+    without it backgrounds are procedural. Call it again to resume an interrupted run, even after a kill or a
+    full disk. Larger counts extend a finished folder. Annotation files are written once all images of their
+    split exist. `training_mano.json` holds the parameters of the package's own hand in FreiHAND's
+    arrangement, not MANO's.
 
     Worker processes are spawned, so a script must call this under `if __name__ == "__main__":`.
 
     Raises ValueError for negative counts, seed, size or workers, and for a folder that holds something else
-    or was begun with another seed, size or backgrounds; NotADirectoryError where `out` is a file;
-    FileNotFoundError where `backgrounds` is no folder; OSError with one sentence where the disk is full;
-    ChildProcessError where a worker process was ended from outside.
-    A keyboard interrupt ends it with SystemExit(130) and a sentence that says how to go on.
+    or was started with another seed, size or backgrounds; NotADirectoryError if `out` is a file;
+    FileNotFoundError if `backgrounds` is not a folder; OSError with one sentence if the disk is full;
+    ChildProcessError if a worker process was killed from outside.
+    A keyboard interrupt raises SystemExit(130) with a sentence that says how to resume.
     """
     for name, value, least in (
         ("train", train, 0), ("eval", eval, 0), ("seed", seed, 0), ("image_size", image_size, 32),

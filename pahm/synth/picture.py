@@ -1,4 +1,4 @@
-"""One synthetic picture of a hand: skin, light, background, objects, and what a camera does to them."""
+"""One synthetic picture of a hand: skin, light, background, objects and camera defects."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _NOISE_SIDE = 512
 
 
 class Picture(NamedTuple):
-    """A picture as it is written to disk."""
+    """A picture ready to be written to disk."""
 
     image: Image.Image
     """RGB, `size` x `size`."""
     mask: Image.Image
-    """L, 255 where the centre of a pixel sees the hand itself, not the forearm or an object."""
+    """L, 255 where a pixel's centre shows the hand itself, not the forearm or an object."""
     quality: int
     """JPEG quality of the image."""
     unreadable: tuple[str, ...] = ()
-    """A sentence for each background that was to be behind the hand and cannot be read."""
+    """A sentence for each background that was chosen but cannot be read."""
 
 
 def sample_light(rng: np.random.Generator) -> Light:
-    """A key light from the camera's side of the hand, warm to cool, and a softer ambient light."""
+    """A warm to cool key light from the camera's side of the hand, and a softer ambient light."""
     direction = rng.normal(0, 1, 3)
     direction[2] = -abs(direction[2]) - 0.15
     direction[1] -= 0.4  # more often from above
@@ -61,7 +61,7 @@ def sample_light(rng: np.random.Generator) -> Light:
 
 @cache
 def _noise() -> Float:
-    """A fixed field of standard normal noise; a picture takes a random part of it."""
+    """A fixed field of standard normal noise. Each picture uses a random part of it."""
     return np.random.default_rng(0).standard_normal((_NOISE_SIDE, _NOISE_SIDE, 3), np.float32)
 
 
@@ -76,7 +76,7 @@ def _noise_patch(rng: np.random.Generator, size: int) -> Float:
 
 
 def _compose(rng: np.random.Generator, rendering: Rendering, background: Float) -> Float:
-    """Expose the rendered parts so that skin is neither dark nor burnt out; put them on the background."""
+    """Expose the rendering so that skin is neither too dark nor burnt out; paste it on the background."""
     covered = rendering.alpha > 0
     alpha = rendering.alpha[covered][:, None]
     radiance = rendering.rgb[covered]
@@ -91,7 +91,7 @@ def _compose(rng: np.random.Generator, rendering: Rendering, background: Float) 
 
 
 def _degrade(rng: np.random.Generator, pixels: Float) -> Image.Image:
-    """Blur, lost resolution, noise, gain, gamma and colour cast, as a camera's."""
+    """Add a camera's defects: blur, lost resolution, noise, gain, gamma and colour cast."""
     size = len(pixels)
     image = Image.fromarray((np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8))
     blur = rng.random()
@@ -121,11 +121,11 @@ def draw(
     backgrounds: list[Path] | None = None,
     annotation: Annotation | None = None,
 ) -> Picture:
-    """Picture `index` of `split` of the data set of `seed`, `size` pixels wide and high.
+    """Draw picture `index` of `split` for the data set of `seed`, `size` pixels wide and high.
 
-    `backgrounds` are images to take backgrounds from, procedural ones if None; `annotation` saves sampling it
-    again. The annotations do not depend on either. Where a background cannot be read, the next one is taken.
-    Raises what `sample_annotation` raises, and ValueError where no background can be read.
+    `backgrounds` are image files to crop backgrounds from; None draws procedural ones. Pass `annotation` to
+    avoid sampling it again. The annotations depend on neither. An unreadable background is replaced by the
+    next one. Raises what `sample_annotation` raises, and ValueError if no background can be read.
     """
     _, rng = generators(seed, split, index)
     if annotation is None:

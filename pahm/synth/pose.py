@@ -1,4 +1,4 @@
-"""Random poses, rotations and shapes that a hand can take."""
+"""Random hand poses, rotations and shapes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 
 
 class Posture(NamedTuple):
-    """A typical hand shape: degrees of flexion of the long fingers, spread, and the thumb's five angles."""
+    """A typical posture: flexion of the long fingers in degrees, spread, and the thumb's five angles."""
 
     mcp: tuple[float, float, float, float]
     pip: tuple[float, float, float, float]
@@ -49,22 +49,22 @@ POSTURES: dict[str, Posture] = {
     "claw": Posture((-5, -5, -5, -5), (55, 58, 58, 55), 1.0, (55, 30, 5, 5, 35), 0.7),
     "roof": Posture((65, 68, 70, 70), (8, 8, 8, 8), 0.2, (35, 45, 10, 10, 10), 0.7),
 }
-"""What `sample_pose` mixes."""
+"""The postures that `sample_pose` mixes."""
 
 _SPREAD: Array = np.array([[-2.0, 0.0, 3.0, 6.0], [13.0, 2.0, -6.0, -13.0]])
-"""Abduction of the four fingers closed and spread."""
+"""Abduction of the four fingers in degrees, closed and spread."""
 _REST_FLEXION: Array = np.array([[10.0, 15.0, 9.0]] * 4)
 _REST_THUMB: Array = np.array([58.0, 25.0, 0.0, 8.0, 8.0])
 
 
 def sample_pose(rng: np.random.Generator, count: int, hand: HandModel | None = None) -> Array:
-    """Random poses within anatomical limits, float64 `(count, 16, 3)` axis-angle, the wrist unturned.
+    """Random poses within anatomical limits, float64 `(count, 16, 3)` axis-angle, without wrist rotation.
 
-    A pose lies between two of `POSTURES`, one in four is a free mixture finger by finger; then come a
-    common variation of all fingers and smaller ones of each. DIP follows PIP. Where fingers would run
-    into each other, the thumb, or the other fingers, are taken back step by step towards an open hand. hand:
-    whose skeleton the axes come from, None for the shipped hand. The same generator state gives the same
-    poses, to rounding, on every machine. Raises ValueError for a negative count.
+    A pose lies between two of `POSTURES`; one in four is a free mixture finger by finger. A variation
+    common to all fingers and smaller ones of each finger are added. DIP follows PIP. If fingers collide, the
+    thumb or the other fingers move step by step towards an open hand. hand: the skeleton that defines the
+    axes, None for the shipped hand. The same generator state gives the same poses, to rounding, on every
+    machine. Raises ValueError for a negative count.
     """
     _check(rng, count)
     body = _default() if hand is None else _articulation(hand)
@@ -73,14 +73,14 @@ def sample_pose(rng: np.random.Generator, count: int, hand: HandModel | None = N
 
 
 def sample_rotation(rng: np.random.Generator, count: int) -> Array:
-    """Rotations drawn uniformly from all of SO(3), float64 `(count, 3)` axis-angle."""
+    """Random rotations, uniform over SO(3), float64 `(count, 3)` axis-angle."""
     _check(rng, count)
     quaternions = rng.standard_normal((count, 4))
     return Rotation.from_quat(quaternions).as_rotvec() if count else np.zeros((0, 3))
 
 
 def sample_shape(rng: np.random.Generator, count: int, components: int = 10, limit: float = 2.5) -> Array:
-    """Shape coefficients of the population, float64 `(count, components)`: normal, clipped at +-limit."""
+    """Random shape coefficients, float64 `(count, components)`: standard normal, clipped at +-limit."""
     _check(rng, count)
     return np.clip(rng.standard_normal((count, components)), -limit, limit)
 
@@ -114,7 +114,7 @@ def _sample_angles(rng: np.random.Generator, count: int) -> tuple[Array, Array, 
     thumbs = np.array([p.thumb for p in table], dtype=np.float64)
     spreads = np.array([p.spread for p in table])
 
-    # Every pose takes the same number of draws, so that pose i does not depend on what befalls the others.
+    # Every pose uses the same number of draws, so pose i does not depend on the others.
     draws = rng.random((count, 14))
     noise = rng.standard_normal((count, 24))
     which = np.searchsorted(odds / odds[-1], draws[:, :6], side="right")
@@ -124,7 +124,7 @@ def _sample_angles(rng: np.random.Generator, count: int) -> tuple[Array, Array, 
     thumb = thumbs[which[:, 0]] + mix * (thumbs[which[:, 1]] - thumbs[which[:, 0]])
     spread = spreads[which[:, 0]] + mix[:, 0] * (spreads[which[:, 1]] - spreads[which[:, 0]])
 
-    # Free mixtures: each finger from a posture of its own, drawn towards its neighbours.
+    # Free mixtures: each finger takes its own posture, pulled towards its neighbours.
     free = draws[:, 7] < 0.25
     own = np.stack([curl[which[:, 2 + i], :, i] for i in range(4)], -1)
     shared = 0.55 * own + 0.45 * own.mean(-1, keepdims=True)
@@ -140,7 +140,7 @@ def _sample_angles(rng: np.random.Generator, count: int) -> tuple[Array, Array, 
     low, high = FLEXION_LIMITS.T
     flexion = np.clip(np.stack([mcp, pip, dip], -1), low, high)
 
-    # A bent finger has no room to spread: its ligaments are tight.
+    # A bent finger cannot spread: its ligaments are tight.
     spread = np.clip(spread + 0.2 * noise[:, 17], -0.1, 1.1)[:, None]
     abduction = _SPREAD[0] + spread * (_SPREAD[1] - _SPREAD[0]) + 2.0 * noise[:, 18:22]
     slack = 1.0 - 0.8 * np.clip(flexion[..., 0] / 90.0, 0.0, 1.0)
@@ -152,7 +152,7 @@ def _sample_angles(rng: np.random.Generator, count: int) -> tuple[Array, Array, 
 
 
 def _untangle(body: Articulation, flexion: Array, abduction: Array, thumb: Array) -> Array:
-    """Poses of the angles; colliding ones are taken back in fifths towards an open hand."""
+    """Poses of the angles; colliding fingers move in steps of a fifth towards an open hand."""
     pose = body.pose(flexion, abduction, thumb)
     fingers_back, thumb_back = np.zeros(len(pose)), np.zeros(len(pose))
     open_abduction = _SPREAD.mean(0)
@@ -162,7 +162,7 @@ def _untangle(body: Articulation, flexion: Array, abduction: Array, thumb: Array
         hit = of_thumb | of_fingers
         if not hit.any():
             break
-        # A thumb already out of the way cannot be at fault: then the fingers give.
+        # If the thumb is already fully out of the way, the fingers move instead.
         stuck = of_thumb & (thumb_back[left] > 0.99)
         thumb_back[left] = np.minimum(thumb_back[left] + 0.2 * of_thumb, 1.0)
         fingers_back[left] = np.minimum(fingers_back[left] + 0.2 * (of_fingers | stuck), 1.0)

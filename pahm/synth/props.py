@@ -1,4 +1,4 @@
-"""What else a synthetic picture shows, as coloured triangles: the forearm and objects before the hand."""
+"""The forearm, and objects in front of the hand, as coloured triangles for synthetic pictures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pahm.synth.skin import linear
 Float = NDArray[np.float32]
 Int = NDArray[np.int32]
 
-_CLEARANCE = 0.12  # metres; nothing comes closer to the camera
+_CLEARANCE = 0.12  # metres; the forearm and objects stay at least this far from the camera
 MAX_COVER = 0.35  # share of the hand's pixels that an object may hide
 
 
@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
 
 def join(parts: list[Part]) -> Part:
-    """One part with the faces of all, the first part's first."""
+    """Join parts into one. Faces keep the order of the parts."""
     starts = np.cumsum([0, *(len(part.vertices) for part in parts[:-1])])
     faces = [part.faces + np.int32(start) for part, start in zip(parts, starts, strict=True)]
     return Part(
@@ -41,7 +41,7 @@ def join(parts: list[Part]) -> Part:
 
 
 def boundary_loop(faces: NDArray[np.integer]) -> NDArray[np.int64]:
-    """The vertices of the mesh's one boundary, in the order in which its faces run along it."""
+    """The vertices of the mesh's only boundary, in the order of its faces' edges."""
     edges = {(int(face[i]), int(face[i - 2])) for face in faces for i in range(3)}
     following = {a: b for a, b in edges if (b, a) not in edges}
     loop = [min(following)]
@@ -52,7 +52,7 @@ def boundary_loop(faces: NDArray[np.integer]) -> NDArray[np.int64]:
 
 @cache
 def _wrist() -> tuple[NDArray[np.int64], Float]:
-    """The wrist's boundary loop, and the rest direction (3,) from the hand to the elbow."""
+    """The wrist's boundary loop, and the direction (3,) from hand to elbow in the rest pose."""
     hand = shipped_hand()
     joints = (hand.joint_regressor @ hand.template).numpy()
     away = joints[0] - joints[ROOT]
@@ -60,10 +60,10 @@ def _wrist() -> tuple[NDArray[np.int64], Float]:
 
 
 def hand_and_forearm(rng: np.random.Generator, annotation: Annotation, skin: Float) -> Part:
-    """The hand, its faces first, and a forearm that goes on from its open wrist, bare or in a sleeve.
+    """The hand and a bare or sleeved forearm that continues from its open wrist; the hand's faces come first.
 
-    `skin` (778, 3) are the hand's linear colours. The arm bends at the wrist by some 15 degrees and ends
-    before it comes near the camera. It is part of the picture only, neither of the mask nor of the mesh.
+    `skin` (778, 3) are the hand's linear colours. The arm bends at the wrist by about 15 degrees and ends
+    before it gets close to the camera. It appears in the picture only, not in the mask or the mesh.
     """
     loop, rest_axis = _wrist()
     rim = annotation.vertices[loop]
@@ -83,7 +83,7 @@ def hand_and_forearm(rng: np.random.Generator, annotation: Annotation, skin: Flo
     growth = rng.uniform(0.1, 0.45)
 
     def ring(distance: float, widening: float = 1.0) -> NDArray[np.float64]:
-        flat = max(0.0, 1 - distance / 0.03)  # the rim is not plane; the arm's sections are
+        flat = max(0.0, 1 - distance / 0.03)  # the rim is not planar; the arm's sections are
         width = widening * (1 + growth * min(distance / 0.2, 1))
         return centre + distance * axis + width * radial + np.outer(flat * heights, axis)
 
@@ -113,7 +113,7 @@ def hand_and_forearm(rng: np.random.Generator, annotation: Annotation, skin: Flo
 
 
 def _tube_faces(around: int, breaks: list[int]) -> Int:
-    """Faces of tubes made of rings of `around` vertices; ring indices in `breaks` end a tube."""
+    """Faces of tubes made of rings of `around` vertices. A tube ends before each ring index in `breaks`."""
     j = np.arange(around)
     following = (j + 1) % around
     faces, first = [], 0
@@ -132,7 +132,7 @@ def _tube_faces(around: int, breaks: list[int]) -> Int:
 
 @cache
 def _primitives() -> tuple[tuple[Float, Int], ...]:
-    """Unit solids with |vertex| of about 1: a ball, a capsule, a can, a box with sharp edges."""
+    """Solids of about unit radius: a ball, a capsule, and a can and a box with sharp edges."""
     ball = trimesh.creation.icosphere(subdivisions=2)
     capsule = trimesh.creation.capsule(height=1.5, radius=0.4, count=[12, 12])
     capsule.vertices -= capsule.vertices.mean(axis=0)
@@ -146,7 +146,7 @@ def _primitives() -> tuple[tuple[Float, Int], ...]:
 
 
 def _object(rng: np.random.Generator, centre: NDArray[np.float64], radius: float) -> Part:
-    """A coloured solid of random kind, proportions, attitude and texture about `centre`."""
+    """A coloured solid of random kind, proportions, orientation and texture around `centre`."""
     unit, faces = _primitives()[int(rng.integers(4))]
     turn = rotation_matrix(rng.normal(0, 1.5, 3))
     vertices = (unit * rng.uniform(0.45, 1.2, 3) * radius) @ turn.T + centre
@@ -161,9 +161,9 @@ def _object(rng: np.random.Generator, centre: NDArray[np.float64], radius: float
 
 
 def occluder(rng: np.random.Generator, annotation: Annotation, size: int) -> Part | None:
-    """An object before or against the hand that hides at most 35 % of it; None where none was found."""
+    """An object in front of or touching the hand that hides at most 35 % of it, or None if none fits."""
     faces = shipped_hand().faces.numpy()
-    half = (size // 2, size // 2)  # a quarter of the pixels is enough to judge by
+    half = (size // 2, size // 2)  # a quarter of the pixels is accurate enough
     K = np.array([[0.5, 0, -0.25], [0, 0.5, -0.25], [0, 0, 1]]) @ annotation.K
     hand_depth, hand_faces = trace(annotation.vertices, faces, K, half)
     hand = hand_faces >= 0

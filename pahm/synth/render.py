@@ -1,7 +1,7 @@
 """A small ray caster for triangle meshes: Embree finds what each pixel sees, numpy shades it.
 
 Camera space is OpenCV's: x right, y down, z forward, metres. Pixels are measured from the centre of the
-top-left pixel, so that the ray of pixel (row i, column j) is the set of points that K projects to (j, i).
+top-left pixel: K projects every point on the ray of pixel (row i, column j) to (j, i).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Int = NDArray[np.int32]
 
 _SUBPIXELS = np.array([[-0.125, -0.375], [0.375, -0.125], [0.125, 0.375], [-0.375, 0.125]], np.float32)
 _BIAS = (
-    1e-3  # metres; shadow rays start this far off the surface, as its smooth normals do not fit its facets
+    1e-3  # metres; shadow rays start this far off the surface, since smooth normals differ from facet normals
 )
-_REACH = 0.06  # metres; how far the rays of ambient occlusion look for other surfaces
+_REACH = 0.06  # metres; the length of ambient-occlusion rays
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Light:
     """One distant light and an ambient term, in linear RGB where 1 is white.
 
     `direction` points from the surface to the light, in camera space; it need not have unit length.
-    `wrap` in [0, 1] lets the light reach around the surface, as it does in skin. `specular` is the height of
-    a highlight with exponent `shininess`. `shadow` in [0, 1] is how dark cast shadows are, and
-    `occlusion_rays` the number of directions probed for ambient occlusion at each vertex, 0 for none.
+    `wrap` in [0, 1] lets light reach around the surface, as skin does. `specular` is the height of a
+    highlight with exponent `shininess`. `shadow` in [0, 1] is how dark cast shadows are. `occlusion_rays` is
+    the number of directions probed for ambient occlusion at each vertex, 0 for none.
     """
 
     direction: tuple[float, float, float] = (-0.4, -0.6, -0.8)
@@ -53,12 +53,12 @@ class Light:
 
 
 class Rendering(NamedTuple):
-    """What `render_mesh` returns: arrays of one image of height H and width W."""
+    """The arrays that `render_mesh` returns for one image of height H and width W."""
 
     rgb: Float
     """`(H, W, 3)`, 0 to 1: the shaded mesh over the background, silhouettes anti-aliased."""
     alpha: Float
-    """`(H, W)`, the part of each pixel that the mesh covers, in quarters."""
+    """`(H, W)`, the fraction of each pixel that the mesh covers, in quarters."""
     mask: NDArray[np.bool_]
     """`(H, W)`, whether the ray through the pixel's centre hits the mesh."""
     depth: Float
@@ -81,10 +81,10 @@ def _device() -> EmbreeDevice:
 
 
 class Scene:
-    """A triangle mesh in camera space that can be asked what rays hit.
+    """A triangle mesh in camera space that rays can be cast at.
 
     Parameters: `vertices` (N, 3), metres; `faces` (F, 3), indices into them.
-    Raises ValueError or TypeError, naming the argument, for another shape or dtype, for vertices that are
+    Raises ValueError or TypeError, naming the argument, for a wrong shape or dtype, for vertices that are
     not finite and for indices out of range.
     """
 
@@ -126,7 +126,7 @@ class Scene:
         return Hits(faces, depth, np.stack([1 - u - v, u, v], axis=1))
 
     def blocked(self, origins: Float, directions: Float, reach: float = 1e37) -> NDArray[np.bool_]:
-        """Whether rays from `origins` (n, 3) meet the mesh within `reach`; `directions` (n, 3) or (1, 3)."""
+        """Whether rays from `origins` (n, 3) hit the mesh within `reach`; `directions` (n, 3) or (1, 3)."""
         if not (len(origins) and len(self.faces)):
             return np.zeros(len(origins), bool)
         found: Int = self._embree.run(origins, directions, dists=reach, query="OCCLUDED")
@@ -153,9 +153,9 @@ def sphere_directions(count: int) -> Float:
 
 
 def ambient_occlusion(scene: Scene, normals: Float, rays: int) -> Float:
-    """The cosine-weighted share (N,) of each vertex's hemisphere without a surface within 6 cm.
+    """The cosine-weighted share (N,) of each vertex's hemisphere that is free of surfaces within 6 cm.
 
-    It is 1 at vertices that face away from the camera so far that no pixel can show them.
+    It is 1 at vertices that face so far away from the camera that no pixel can show them.
     """
     directions = sphere_directions(rays)
     cosine = normals @ directions.T
@@ -171,7 +171,7 @@ def ambient_occlusion(scene: Scene, normals: Float, rays: int) -> Float:
 
 
 def _pixel_rays(inverse: NDArray[np.float64], u: Float, v: Float) -> Float:
-    """Directions (n, 3) with z = 1 of the rays through the pixels (u, v)."""
+    """Directions (n, 3), with z = 1, of the rays through the pixels (u, v)."""
     pixels = np.stack([u, v, np.ones_like(u)], axis=1)
     return np.ascontiguousarray(pixels @ inverse.T.astype(np.float32))
 
@@ -201,7 +201,7 @@ def _shade(
     light: Light,
     openness: Float | None,
 ) -> Float:
-    """Linear colours (n, 3) of hits, all of which are on the mesh."""
+    """Linear colours (n, 3) of hits. Every hit must be on the mesh."""
     table = colours if openness is None else np.concatenate([colours, openness[:, None]], axis=1)
     table = np.concatenate([normals, table], axis=1)
     values = _interpolate(table, scene.faces[hits.faces], hits.weights)
@@ -230,7 +230,7 @@ def _shade(
 
 
 def _edges(hits: Hits, height: int, width: int) -> NDArray[np.bool_]:
-    """Pixels (height, width) beside a step in depth: silhouettes, and where one finger passes another."""
+    """Mask (height, width) of pixels next to a depth step: silhouettes and fingers crossing each other."""
     hit = (hits.faces >= 0).reshape(height, width)
     depth = np.where(hit, hits.depth.reshape(height, width), 0)
     edge = np.zeros((height, width), bool)
@@ -265,7 +265,7 @@ def _check_colours(colours: ArrayLike, count: int) -> Float:
 
 
 class _Window(NamedTuple):
-    """The part of the image that a mesh can touch, and what the rays through its pixels' centres hit."""
+    """The part of the image that a mesh can touch, and the hits of the rays through its pixel centres."""
 
     box: tuple[slice, slice]
     inverse: NDArray[np.float64]
@@ -276,7 +276,7 @@ class _Window(NamedTuple):
 
 
 def _trace(scene: Scene, camera: NDArray[np.float64], size: tuple[int, int]) -> _Window | None:
-    """Cast one ray a pixel inside the mesh's projected box; None where that is outside the image."""
+    """Cast one ray per pixel of the mesh's projected box; None if the box is outside the image."""
     behind = int((scene.vertices[:, 2] <= 0).sum())
     if behind:
         raise ValueError(
@@ -299,9 +299,9 @@ def _trace(scene: Scene, camera: NDArray[np.float64], size: tuple[int, int]) -> 
 
 
 def trace(vertices: ArrayLike, faces: ArrayLike, K: ArrayLike, size: tuple[int, int]) -> tuple[Float, Int]:
-    """Depth (H, W) float32 and face ids (H, W) int32 at the pixels' centres, without shading.
+    """Depth (H, W) float32 and face ids (H, W) int32 at the pixel centres, without shading.
 
-    Infinity and -1 where nothing is hit. Parameters and errors are those of `render_mesh`.
+    Infinity and -1 where nothing is hit. Parameters and errors are as in `render_mesh`.
     """
     camera = _check_camera(K, size)
     depth, ids = np.full(size, np.inf, np.float32), np.full(size, -1, np.int32)
@@ -325,12 +325,12 @@ def render_mesh(
     """Render a triangle mesh through an exact pinhole camera.
 
     Parameters: `vertices` (N, 3) floating, camera space, metres; `faces` (F, 3) integer, counter-clockwise
-    seen from outside; `K` (3, 3), pixels measured from the centre of the top-left one; `size` (H, W);
-    `colours`, linear RGB, one `(3,)` or one a vertex `(N, 3)`; `light`; `background`, one colour `(3,)` or
-    an image `(H, W, 3)`. One ray a pixel inside the mesh's box, four at edges.
+    seen from outside; `K` (3, 3), pixels measured from the centre of the top-left pixel; `size` (H, W);
+    `colours`, linear RGB, one `(3,)` or one per vertex `(N, 3)`; `light`; `background`, one colour `(3,)` or
+    an image `(H, W, 3)`. Casts one ray per pixel of the mesh's box, four at edges.
 
-    Raises ValueError or TypeError, naming the argument, for another shape, dtype or index out of range, and
-    for a mesh of which a vertex is not in front of the camera (z <= 0).
+    Raises ValueError or TypeError, naming the argument, for a wrong shape, a wrong dtype or an index out of
+    range, and if any vertex is not in front of the camera (z <= 0).
     """
     camera = _check_camera(K, size)
     scene = Scene(vertices, faces)

@@ -1,6 +1,6 @@
-"""What a synthetic image shows, as numbers: pose, shape, view and camera of a hand, drawn from a seed.
+"""Sample the annotation of a synthetic image from a seed: the hand's pose and shape, the view and the camera.
 
-Everything here is a pure function of (seed, split, index), in float64 and rounded, so that the same seed
+Everything here is a pure function of (seed, split, index), in float64 and rounded. The same seed therefore
 gives the same annotations on every machine and with any number of workers.
 """
 
@@ -19,16 +19,16 @@ from pahm.synth.pose import sample_pose, sample_rotation, sample_shape
 
 Float = NDArray[np.float64]
 
-ROOT, ROOT_CHILD = 9, 10  # the middle finger's proximal bone, from which FreiHAND takes root and scale
+ROOT, ROOT_CHILD = 9, 10  # the middle finger's proximal bone, which gives FreiHAND's root and scale
 _DECIMALS = 6  # micrometres
 _FOCAL = (400.0, 600.0)  # pixels at 224, as in FreiHAND
 _DEPTH = (0.4, 1.0)  # metres
-_FILL = (0.45, 0.75)  # longer side of the hand's box over the image's side
-_NEAREST = 0.2  # metres; no part of a hand comes closer to the camera
+_FILL = (0.45, 0.75)  # longer side of the hand's box divided by the image's side
+_NEAREST = 0.2  # metres; the hand stays at least this far from the camera
 
 
 class Annotation(NamedTuple):
-    """One hand as FreiHAND annotates it: camera space, metres, pixels from the top-left pixel's centre."""
+    """One hand's FreiHAND annotation: camera space, metres, pixels from the top-left pixel's centre."""
 
     K: Float
     """`(3, 3)` intrinsics in pixels."""
@@ -57,12 +57,12 @@ class Annotation(NamedTuple):
 
 @cache
 def shipped_hand() -> HandModel:
-    """The package's hand in float64, loaded once a process."""
+    """The package's hand in float64, loaded once per process."""
     return HandModel.load(dtype=torch.float64)
 
 
 def generators(seed: int, split: Split, index: int) -> tuple[np.random.Generator, np.random.Generator]:
-    """Two independent generators of one sample: for its annotation and for its appearance."""
+    """Two independent generators for one sample: one for its annotation, one for its appearance."""
     root = np.random.SeedSequence((seed, get_args(Split).index(split), index))
     annotation, appearance = root.spawn(2)
     return np.random.default_rng(annotation), np.random.default_rng(appearance)
@@ -77,10 +77,10 @@ def rotation_matrix(axis_angle: Float) -> Float:
 
 
 def _view(rng: np.random.Generator, fingers: Float) -> Float:
-    """A global rotation (3,): any view, but seldom along the arm.
+    """A random global rotation (3,): any view, but rarely along the arm.
 
-    `fingers` (3,) is the rest direction from wrist to fingers. Of a hand that points at the camera or away
-    from it little can be seen; an arm that comes from the camera would hide the hand.
+    `fingers` (3,) is the direction from wrist to fingers in the rest pose. Little can be seen of a hand that
+    points at the camera or away from it, and an arm coming from the camera would hide the hand.
     """
     while True:
         rotation = np.asarray(sample_rotation(rng, 1)[0], dtype=np.float64)
@@ -93,7 +93,7 @@ def _view(rng: np.random.Generator, fingers: Float) -> Float:
 
 
 def _place(vertices: Float, K: Float, size: int, fill: float, centre: Float) -> Float:
-    """The translation (3,) that gives the projected box `fill` of the image's side, centred at `centre`.
+    """The translation (3,) that makes the projected box span `fill` of the image's side, centred at `centre`.
 
     Depths stay in FreiHAND's range, so a fist that would have to come closer stays smaller.
     """
@@ -116,10 +116,10 @@ def _place(vertices: Float, K: Float, size: int, fill: float, centre: Float) -> 
 
 
 def sample_annotation(seed: int, split: Split, index: int, image_size: int = 224) -> Annotation:
-    """The hand that image `index` of `split` shows in the data set of `seed`.
+    """Sample the hand in image `index` of `split` of the data set of `seed`.
 
-    Views cover all sides of the hand and all in-plane angles; focal length, depth and the size and place of
-    the hand in the image follow FreiHAND: 400 to 600 px at 224, 0.4 to 1.0 m, 45 to 75 % of the image.
+    Views cover all sides of the hand and all in-plane angles. Focal length, depth, and the hand's size and
+    place in the image follow FreiHAND: 400 to 600 px at 224, 0.4 to 1.0 m, 45 to 75 % of the image.
     Raises ValueError for a negative seed or index, an unknown split or an image size below 1.
     """
     for name, value, least in (("seed", seed, 0), ("index", index, 0), ("image_size", image_size, 1)):

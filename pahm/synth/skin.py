@@ -1,4 +1,4 @@
-"""Colours of a synthetic hand's skin, one a vertex."""
+"""Skin colours of a synthetic hand, one per vertex."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _NAIL = np.array((236, 190, 180), np.float32) / 255
 
 
 class Surface(NamedTuple):
-    """The hand's rest surface, as far as its colour depends on it; every weight lies in [0, 1]."""
+    """The properties of the hand's rest surface that affect its colour. Every weight is in [0, 1]."""
 
     rest: Float
     """`(778, 3)` rest vertices in metres."""
     palm: Float
-    """`(778,)`, 1 on the palm's side."""
+    """`(778,)`, 1 on the palm side."""
     nail: Float
     """`(778,)`, 1 on finger nails."""
     knuckle: Float
@@ -33,7 +33,7 @@ class Surface(NamedTuple):
 
 
 def linear(colours: NDArray[np.floating]) -> Float:
-    """Linear light of sRGB values in [0, 1]."""
+    """Convert sRGB values in [0, 1] to linear light."""
     return np.power(np.clip(colours, 0, 1), 2.2, dtype=np.float32)
 
 
@@ -62,7 +62,7 @@ def hand_surface() -> Surface:
         along = chain[3] - chain[2]
         length = np.linalg.norm(along)
         along /= length
-        back = -out_of_palm if finger else radial - 0.5 * out_of_palm  # the thumb is turned
+        back = -out_of_palm if finger else radial - 0.5 * out_of_palm  # the thumb is rotated
         back = back - (back @ along) * along
         back /= np.linalg.norm(back)
         position = (rest - chain[2]) @ along / length  # 0 at the last joint, 1 at the tip
@@ -79,7 +79,7 @@ def hand_surface() -> Surface:
 
 
 def skin_tone(rng: np.random.Generator) -> Float:
-    """A plausible skin colour (3,), sRGB in [0, 1]: between two of the table's, slightly off."""
+    """A random skin colour (3,), sRGB in [0, 1]: between two neighbours in `SKIN`, slightly varied."""
     place = rng.uniform(0, len(SKIN) - 1)
     low = int(place)
     tone = SKIN[low] + (place - low) * (SKIN[min(low + 1, len(SKIN) - 1)] - SKIN[low])
@@ -87,7 +87,7 @@ def skin_tone(rng: np.random.Generator) -> Float:
 
 
 def skin_colours(rng: np.random.Generator, tone: Float) -> Float:
-    """Linear colours (778, 3) of a hand of that tone, with palm, nails, knuckles and blotches."""
+    """Linear colours (778, 3) of a hand with this skin tone, including palm, nails, knuckles and blotches."""
     surface = hand_surface()
     brightness = float(tone.mean())
     pale = tone + (0.12 + 0.5 * (0.6 - brightness) * (brightness < 0.6)) * (

@@ -1,4 +1,4 @@
-"""What processes that work for another one have in common."""
+"""The set-up that all worker processes share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def start_worker() -> None:
-    """One thread a worker; end at once when the parent does, however it ends, and leave Ctrl-C to it."""
+    """Use one thread, leave Ctrl-C to the parent, and exit as soon as the parent does, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     parent = parent_process()
