@@ -105,14 +105,14 @@ def rotate(points: Tensor, rotation: Tensor) -> Tensor:
 
 
 def solve_translation(points: Tensor, pixels: Tensor, K: Tensor) -> Tensor:
-    """The translations t (..., 3) that best put `points` (..., N, 3) on the rays of `pixels` (..., N, 2) of
+    """The translations t (..., 3) that best place `points` (..., N, 3) on the rays of `pixels` (..., N, 2) of
     cameras K (..., 3, 3).
 
-    With the ray (x, y, 1) of a pixel: X + t_x = x (Z + t_z) and Y + t_y = y (Z + t_z), 2 N linear equations
-    in t, solved in the least-squares sense. A hand far away spans a small angle, so use float64.
+    For the ray (x, y, 1) of a pixel, X + t_x = x (Z + t_z) and Y + t_y = y (Z + t_z). These 2 N linear
+    equations in t are solved by least squares. A distant hand spans a small angle, so use float64.
     """
     xy = rays(pixels, K)
-    # For any t_z the best (t_x, t_y) is the mean of `offset` + t_z `xy`; what is left is a line through 0.
+    # For any t_z the best (t_x, t_y) is the mean of `offset` + t_z `xy`; the rest is a line through 0.
     offset = xy * points[..., 2:] - points[..., :2]
     mean_xy, mean_offset = xy.mean(-2, keepdim=True), offset.mean(-2, keepdim=True)
     spread = xy - mean_xy

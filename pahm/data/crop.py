@@ -1,4 +1,4 @@
-"""Images of hands, read and cropped for a network."""
+"""Reads images of hands and crops them for a network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]
 
 SMALLEST_BOX = 2  # pixels
 LARGEST_BOX = 10  # times the image's longer side
-HAND_SHARE = 0.6  # the hand's box takes about this part of a training image's side
+HAND_SHARE = 0.6  # the hand's box spans about this fraction of a training image's side
 
 
 class Request(NamedTuple):
@@ -34,24 +34,24 @@ class Request(NamedTuple):
     place: str = "image"
     """What to call an image that is not a file."""
     bone: float | None = None
-    """Length in metres of the bone between joints 9 and 10, if it is known. It sets the hand's size."""
+    """Length in metres of the bone between joints 9 and 10, if known. It sets the hand's size."""
     upright: bool = True
-    """Turn the image as its EXIF tag says. A data set's annotations are of the stored pixels instead."""
+    """Rotate the image according to its EXIF tag. Annotations of data sets refer to the stored pixels."""
 
     @property
     def name(self) -> str:
-        """What errors call the image: its path as it was given, or `place`."""
+        """The image's name in error messages: its path as given, or `place`."""
         return os.fspath(self.image) if isinstance(self.image, (str, os.PathLike)) else self.place
 
 
 class Crop(NamedTuple):
-    """A request made ready for the network, which sees right hands: a left hand's crop is mirrored."""
+    """A request prepared for the network. The network sees right hands, so a left hand's crop is mirrored."""
 
     request: Request
     image: Image.Image
     """The whole image, RGB, not mirrored."""
     source: str | None
-    """Absolute path of the image, where it was a file."""
+    """Absolute path of the image, if it was a file."""
     box: Box
     """The square crop in `image`."""
     K: Array
@@ -59,19 +59,19 @@ class Crop(NamedTuple):
     pixels: Image.Image
     """The crop as the network sees it."""
     matrix: Array
-    """`(3, 3)`, pixels of `image` to those of `pixels`."""
+    """`(3, 3)`, maps pixels of `image` to pixels of `pixels`."""
 
     @property
     def seen_K(self) -> Array:
-        """`(3, 3)` intrinsics of the camera that sees in `pixels` what the network is to reconstruct: the
-        hand, or the mirror image of a left one.
+        """`(3, 3)` intrinsics, in `pixels`, of the hand that the network reconstructs: the hand itself, or the
+        mirror image of a left hand.
         """
         x = -1.0 if self.request.left else 1.0
         return np.asarray(self.matrix @ self.K @ np.diag([x, 1.0, 1.0]))
 
 
 def read_crop(request: Request, size: int, share: float) -> Crop | Exception:
-    """The crop of `size` x `size` pixels for a request, or the error that names the image.
+    """Crop a request's image to `size` x `size` pixels, or return an error that names the image.
 
     share: the fraction of the training images' sides that the network sees, `ModelConfig.crop`.
     """
@@ -90,7 +90,7 @@ def read_crop(request: Request, size: int, share: float) -> Crop | Exception:
 
 
 def _named(error: Exception, name: str) -> Exception:
-    """The error, its message starting with the image's name."""
+    """The error, with a message that starts with the image's name."""
     if str(error).startswith((f"{name}: ", f"image: {name} ")):
         return error
     kind = next(kind for kind in (FileNotFoundError, TypeError, ValueError) if isinstance(error, kind))
@@ -100,12 +100,12 @@ def _named(error: Exception, name: str) -> Exception:
 
 
 def load_image(image: ImageSource, upright: bool = True) -> tuple[Image.Image, str | None]:
-    """An RGB image and the absolute path that it came from, if any.
+    """Load an RGB image; also return its absolute path if it came from a file.
 
-    upright: turn the image as its EXIF tag says.
+    upright: rotate the image according to its EXIF tag.
 
-    Raises FileNotFoundError or ValueError as `pahm.data.open_image.read_image`, TypeError or ValueError
-    for an array of another dtype or shape.
+    Raises FileNotFoundError or ValueError as `pahm.data.open_image.read_image`, and TypeError or ValueError
+    for an array of a wrong dtype or shape.
     """
     if isinstance(image, (str, os.PathLike)):
         return read_image(image, upright=upright), str(Path(image).resolve())
@@ -123,10 +123,10 @@ def load_image(image: ImageSource, upright: bool = True) -> tuple[Image.Image, s
 def hand_box(size: tuple[int, int], bbox: npt.ArrayLike | None, share: float = 1.0) -> Box:
     """The square crop (x, y, side, side) for a hand's box in an image of `size` (width, height).
 
-    Without a box the crop is the middle of the image, with `share` of its longer side, as in training.
+    Without a box, the crop is centred in the image with `share` of its longer side, as in training.
 
-    Raises ValueError for a box that is not four finite numbers with a positive size, for one outside the
-    image, and for one that is far too small or too large to hold a hand.
+    Raises ValueError for a box that is not four finite numbers with a positive size, is outside the image,
+    or is far too small or too large to hold a hand.
     """
     width, height = size
     if bbox is None:

@@ -1,4 +1,4 @@
-"""FreiHAND (Zimmermann et al., ICCV 2019) as a data set: the real one and those that `pahm synth` makes."""
+"""Data sets in FreiHAND's layout (Zimmermann et al., ICCV 2019): FreiHAND itself and folders of `pahm synth`."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class FreiHand(Dataset[Sample]):
 
     The folder has `training/rgb/%08d.jpg`, `training/mask/%08d.jpg` and `training_{K,scale,xyz,verts}.json`,
     and the same with `evaluation`. Masks are optional (FreiHAND has none for evaluation), and so are
-    evaluation's xyz and verts (they came in 2022). A split needs nothing of the other one, and files besides
-    these are left alone.
-    There may be several images an annotation, as in FreiHAND, which shows each of 32,560 poses before 4
-    backgrounds: image i has annotation and mask i % 32560.
+    evaluation's xyz and verts (published in 2022). Each split works without the other. Other files in the
+    folder are ignored.
+    An annotation can have several images. FreiHAND shows each of 32,560 poses on 4 backgrounds: image i has
+    annotation and mask i % 32560.
 
-    Item i is a dict: `image` PIL RGB; `mask` PIL L, where there are masks; `K` (3, 3), intrinsics in pixels;
-    `joints` (21, 3) and `vertices` (778, 3), metres in camera space, where annotated; `scale`, the length of
+    Item i is a dict: `image` PIL RGB; `mask` PIL L, if the split has masks; `K` (3, 3), intrinsics in pixels;
+    `joints` (21, 3) and `vertices` (778, 3), metres in camera space, if annotated; `scale`, the length of
     the middle finger's proximal bone in metres; all float32 numpy; `index` int; `name`, the image's path
-    inside the folder. With `transform` the item is what that returns for the dict.
+    inside the folder. With `transform`, the item is the transformed dict.
 
-    Annotations are parsed once and cached as `.npy` beside the JSON files (see `Table`).
+    Annotations are parsed once and cached as `.npy` next to the JSON files (see `Table`).
 
-    Raises FileNotFoundError naming the missing file or folder, ValueError for an unknown split and for
-    annotation files that do not fit each other or the images, IndexError for an index out of range.
+    Raises FileNotFoundError naming the missing file or folder, ValueError for an unknown split or for
+    annotation files that do not match each other or the images, IndexError for an index out of range.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class FreiHand(Dataset[Sample]):
                 f"{self.root}: {split}/rgb has {self.images} images for the {self.annotations} records of "
                 f"{split}_K.json, expected a positive multiple"
             )
-        # A camera without a focal length has no rays, and would fail far from here.
+        # A camera without a focal length has no rays and would fail far from here.
         bad = np.flatnonzero((self.tables["K"].rows[:, (0, 1), (0, 1)] <= 0).any(1))
         if len(bad):
             fx, fy = np.diag(self.tables["K"][bad[0]])[:2]
@@ -105,7 +105,7 @@ class FreiHand(Dataset[Sample]):
         return sample if self.transform is None else self.transform(sample)
 
     def record(self, index: int) -> Sample:
-        """Item `index` without image and mask, which are not read, and not transformed.
+        """Item `index`, untransformed and without image and mask, which are not read.
 
         Raises IndexError for an index out of range.
         """
@@ -121,7 +121,7 @@ class FreiHand(Dataset[Sample]):
             raise FileNotFoundError(f"root: {self.root} is not in FreiHAND's layout, {relative} is missing")
 
     def _count(self, kind: str) -> int:
-        """Number of files 00000000.jpg, 00000001.jpg, ... in a folder of the split; no gap is allowed."""
+        """Count the files 00000000.jpg, 00000001.jpg, ... in a folder of the split. Gaps are not allowed."""
         folder = self.root / self.split / kind
         names = {name for name in os.listdir(folder) if len(name) == 12 and name.endswith(".jpg")}
         for index in range(len(names)):

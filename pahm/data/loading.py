@@ -1,7 +1,7 @@
 """Batches for training and evaluation: which images a process reads, when, and with which augmentation.
 
-All of it is a function of the seed, the epoch and the step. Neither the number of processes and of loader
-workers nor a stop in between changes what a step sees.
+All of this depends only on the seed, the epoch and the step. The number of processes, the number of loader
+workers and interruptions do not change the batch of a step.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pahm.data.augment import CropTransform
 from pahm.data.freihand import FreiHand, Sample
 
 Batch = dict[str, Any]
-"""What `CropTransform` gives, stacked over the images; `name`, their files' names in the data folder; and
-`unreadable`, one sentence for each image that could not be read, and `replaced`, a bool for each place of the
-batch, in training: another image stands in; in evaluation: the image is black. Empty for no images.
+"""The output of `CropTransform`, stacked over the images; `name`, the files' names in the data folder;
+`unreadable`, one sentence for each image that could not be read; and `replaced`, a bool for each place in the
+batch. Training replaces an unreadable image by another one, evaluation by a black one. Empty for no images.
 """
 
 _MAX_UNREADABLE = 100
@@ -29,10 +29,10 @@ _MAX_UNREADABLE = 100
 
 @runtime_checkable
 class Images(Protocol):
-    """Training images: a folder's (`FolderImages`), those of tar shards (`ShardImages`), or your own.
+    """Training images from a folder (`FolderImages`), from tar shards (`ShardImages`), or your own.
 
-    A subclass of your own has `has_masks`, `__len__`, `vertices` and `__getitem__`. The last gives the dict
-    that `FreiHand` describes. It raises FileNotFoundError or ValueError, naming the image, for one that
+    Your own subclass defines `has_masks`, `__len__`, `vertices` and `__getitem__`. `__getitem__` returns the
+    dict that `FreiHand` describes. It raises FileNotFoundError or ValueError, naming the image, if the image
     cannot be read.
     """
 
@@ -43,11 +43,11 @@ class Images(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
     def order(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-        """The indices of all images in an epoch's order, the same in every process: a new permutation."""
+        """The indices of all images in the order of an epoch: a new permutation, equal in every process."""
         return np.random.default_rng((seed, epoch)).permutation(len(self))
 
     def vertices(self, count: int) -> npt.NDArray[np.floating]:
-        """`(N, 778, 3)` metres: the vertices of the first hands, at most `count`."""
+        """`(N, 778, 3)` metres: the vertices of at most `count` first hands."""
 
 
 class FolderImages(Images):
@@ -64,7 +64,7 @@ class FolderImages(Images):
         return self.dataset[index]
 
     def black(self, index: int) -> Sample:
-        """Item `index` with a black image, for the evaluation where its own cannot be read."""
+        """Item `index` with a black image. Evaluation uses it if the image cannot be read."""
         sample = self.dataset.record(index)
         sample["image"] = Image.new("RGB", (224, 224))
         if self.dataset.has_masks:
@@ -78,8 +78,8 @@ class FolderImages(Images):
 class Batches(Dataset[Batch]):
     """Whole batches of transformed images.
 
-    An item's key is an epoch and the indices of its images. An image that cannot be read is replaced by what
-    `instead(index)` gives, in training by the next one that can, with ValueError after 100 in a row.
+    An item's key is an epoch and the indices of its images. `instead(index)` replaces an unreadable image.
+    In training the next readable one replaces it; 100 unreadable images in a row raise ValueError.
     """
 
     def __init__(
@@ -115,14 +115,14 @@ class Batches(Dataset[Batch]):
 
 
 class TrainingKeys(Sampler[tuple[int, list[int]]]):
-    """The keys of one process's batches in an epoch: its part of every global batch, equally large in every
-    process. What does not fill a global batch at an epoch's end is left out.
+    """The keys of one process's batches in an epoch: its part of every global batch. All parts have the same
+    size. Images that do not fill a global batch at the end of an epoch are left out.
 
     Args:
-        batch_size: images a step over all processes, a multiple of their number.
-        processes: how many there are.
-        rank: gives the number of this process, once known.
-        start: epoch, and step within it, at which a resumed run begins.
+        batch_size: images per step over all processes, a multiple of their number.
+        processes: the number of processes.
+        rank: returns the number of this process, once known.
+        start: the epoch, and the step within it, at which a resumed run starts.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class TrainingKeys(Sampler[tuple[int, list[int]]]):
         self.epoch, self.first = start
 
     def set_epoch(self, epoch: int) -> None:
-        """Go on to an epoch. Lightning names each one, but a resumed run's first only after its start."""
+        """Move to an epoch. Lightning sets each one, but sets a resumed run's first only after its start."""
         if epoch != self.epoch:
             self.epoch, self.first = epoch, 0
 
@@ -155,9 +155,9 @@ class TrainingKeys(Sampler[tuple[int, list[int]]]):
 
 
 class EvaluationKeys(Sampler[tuple[int, list[int]]]):
-    """The keys of one process's evaluation batches: of all batches every `processes`-th one, whole, so that
-    each image is scored once and in the company that it has in a single process. A process that gets one
-    batch less than others ends with an empty one, since all have to take the same number of steps.
+    """The keys of one process's evaluation batches: every `processes`-th batch, whole. Each image is scored
+    once, in the same batch as in a single process. All processes must take the same number of steps, so a
+    process with one batch less ends with an empty one.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class EvaluationKeys(Sampler[tuple[int, list[int]]]):
 def loader(
     batches: Batches, keys: Sampler[tuple[int, list[int]]], workers: int, pin: bool
 ) -> DataLoader[Batch]:
-    """A loader of the batches of `keys`; `pin` puts them into page-locked memory, for a GPU."""
+    """A loader for the batches of `keys`. `pin` puts them into page-locked memory, for a GPU."""
     return DataLoader(
         batches,
         batch_size=None,
@@ -195,6 +195,6 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make what a training step draws from torch's generators a function of seed, step and process."""
+    """Seed torch's generators so that a training step's draws depend only on seed, step and process."""
     state = np.random.SeedSequence((seed, step, rank)).generate_state(2, np.uint32)
     torch.manual_seed(int(state[0]) << 32 | int(state[1]))

@@ -1,4 +1,4 @@
-"""Images from files, from bytes and from memory, decoded in one place for all that read images."""
+"""Decodes images from files, bytes and memory, in one place for the whole package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
-"""Pillow's own limit, beyond which it warns."""
+"""Pillow's own limit, above which it warns."""
 LONGEST_SIDE = 65_535
 MOST_BYTES = 1 << 30
 _ORIENTATION = 0x112  # EXIF
@@ -21,11 +21,11 @@ def read_image(path: str | os.PathLike[str], mode: str = "RGB", *, upright: bool
     """Decode the image file at `path` into a PIL image of the given mode ("RGB" or "L").
 
     Args:
-        upright: turn the image as its EXIF tag says. EXIF data that cannot be read counts as none.
+        upright: rotate the image according to its EXIF tag. Unreadable EXIF data is ignored.
 
-    Of an animation, the first frame. 16 bits a channel become 8. Raises FileNotFoundError, or ValueError
-    naming the file where it is not a whole image of at most `MOST_PIXELS` pixels, or holds numbers of which
-    nobody can tell how bright they are.
+    An animation gives its first frame. 16 bits per channel become 8. Raises FileNotFoundError, or ValueError
+    naming the file if it is not a complete image of at most `MOST_PIXELS` pixels, or holds numbers of unknown
+    brightness.
     """
     name = os.fspath(path)
     try:
@@ -33,7 +33,7 @@ def read_image(path: str | os.PathLike[str], mode: str = "RGB", *, upright: bool
             raise ValueError(f"image: {name} is not a readable image (it is not a file)")
         if status.st_size > MOST_BYTES:
             raise ValueError(f"image: {name} is not a readable image (it has {status.st_size} bytes)")
-        content = Path(path).read_bytes()  # in one piece: Pillow alone makes about thirty reads of a file
+        content = Path(path).read_bytes()  # one read; Pillow itself makes about thirty
     except FileNotFoundError:
         raise FileNotFoundError(f"image: {name} does not exist") from None
     except OSError as error:
@@ -42,26 +42,26 @@ def read_image(path: str | os.PathLike[str], mode: str = "RGB", *, upright: bool
 
 
 def decode_image(content: bytes, name: str, mode: str = "RGB", *, upright: bool = False) -> Image.Image:
-    """Decode an image file's bytes as `read_image`; raises ValueError that begins with `name`."""
+    """Decode an image file's bytes as `read_image` does. Raises ValueError whose message starts with `name`."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             return convert_image(image, name, mode, upright=upright)
-    except UnidentifiedImageError as error:  # whose text is the buffer's address, another one each time
+    except UnidentifiedImageError as error:  # its text has the buffer's address, which varies
         raise ValueError(f"{name} is not a readable image (its format is not known)") from error
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is not a readable image (it has more than {MOST_PIXELS} pixels)") from error
-    except Exception as error:  # each of Pillow's readers has exceptions of its own for damage
+    except Exception as error:  # each Pillow reader has its own exceptions for damaged files
         raise ValueError(f"{name} is not a readable image ({_words(error)})") from error
 
 
 class ImageError(ValueError):
-    """An image that was opened and cannot be used; the message names it."""
+    """An image was opened but cannot be used; the message names it."""
 
 
 def convert_image(image: Image.Image, name: str, mode: str = "RGB", *, upright: bool = False) -> Image.Image:
-    """An image of the given mode out of an opened one, as `read_image`; ImageError begins with `name`."""
+    """Convert an opened image to `mode` as `read_image` does. ImageError's message starts with `name`."""
     width, height = image.size
     if width == 0 or height == 0:
         raise ImageError(f"{name} is not a readable image (it has {width} x {height} pixels)")
@@ -74,24 +74,24 @@ def convert_image(image: Image.Image, name: str, mode: str = "RGB", *, upright: 
         converted = _eight_bits(image, name).convert(mode)
     except ImageError:
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # as in `decode_image`
         raise ImageError(f"{name} is not a readable image ({_words(error)})") from error
     return _turned(image, converted) if upright else converted
 
 
 def _turned(image: Image.Image, converted: Image.Image) -> Image.Image:
-    """`converted`, turned as the EXIF tag of `image` says."""
+    """Rotate `converted` according to the EXIF tag of `image`."""
     tag = Image.Exif()
     try:
         tag[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # of a block that is no EXIF: viewers show such an image as it is
+    except Exception:  # invalid EXIF data; viewers show such an image unrotated
         return converted
     converted.info["exif"] = tag.tobytes()
     return ImageOps.exif_transpose(converted)
 
 
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:
-    """An image whose numbers are 8 bits a channel; others have no scale that `convert` knows."""
+    """An image with 8 bits per channel. `convert` does not know the scale of other types."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image, np.float64)
         return Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
@@ -109,7 +109,7 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
 
 
 def _words(error: Exception) -> str:
-    """What a reader of Pillow's says; with the error's type where that is a programmer's."""
+    """The message of an error from Pillow, with the error's type if it looks like a programming error."""
     text = " ".join(str(error).split())[:200]
     if isinstance(error, (OSError, ValueError, SyntaxError)) and text:
         return text

@@ -1,11 +1,11 @@
 """Training images in tar shards, in webdataset's layout: a few large files instead of many small ones.
 
-Each image is a run of files of one key: `.jpg`, `.mask.jpg` where there are masks, `.json` (index, name, K,
-scale, and a checksum of it all), `.joints.npy` and `.vertices.npy`. Images lie in the shards in a random
-order that is fixed. They are read where they lie, each with one read, in the order of seed and epoch. A
-resumed run reads nothing of what it has seen, and processes and workers share an epoch as they share a
-folder's. The webdataset package reads a shard from front to back and gives each worker shards of its own, so
-that it could keep neither of these promises.
+Each image is a run of files with the same key: `.jpg`, `.mask.jpg` if there are masks, `.json` (index, name,
+K, scale, and a checksum of everything), `.joints.npy` and `.vertices.npy`. The images of the shards are in a
+fixed random order. Each image takes one read at its place in the shard, in the order of seed and epoch. A
+resumed run does not reread images that it has seen, and processes and workers share an epoch as they share a
+folder's. The webdataset package can do neither: it reads a shard from front to back and gives each worker its
+own shards.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ _NAME = "train-{:06d}.tar"
 _PARTS = ("jpg", "mask.jpg", "json", "joints.npy", "vertices.npy")
 _NEEDED = frozenset(_PARTS) - {"mask.jpg"}
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_BLOCK = 512  # a tar file's unit
-# A tar file ends with two blocks of zeros, and more up to a whole record of 20 blocks.
+_BLOCK = 512  # bytes in a tar block
+# A tar file ends with two blocks of zeros, padded with more up to a whole record of 20 blocks.
 _END = range(2 * _BLOCK, 21 * _BLOCK + 1)
-_MOST = 10**6  # shards, as their names have six digits
-_OPEN = 32  # shards that a process keeps open
+_MOST = 10**6  # shards; their names have six digits
+_OPEN = 32  # shards kept open per process
 
 
 def write_shards(data: str | os.PathLike[str], out: str | os.PathLike[str], size: int = 1000) -> int:
-    """Pack the training images of a folder in FreiHAND's layout, `size` a shard, into `train-000000.tar`, ...
+    """Pack the training images of a folder in FreiHAND's layout into `train-000000.tar`, ..., `size` per shard.
 
-    Files are copied as they are. A shard has its name once it is whole; those that are there are not written
-    again, so that a stopped call can be repeated. Returns the number of shards.
+    Files are copied unchanged. A shard gets its name once it is complete. Existing shards are not rewritten,
+    so an interrupted call can be repeated. Returns the number of shards.
 
     Raises FileNotFoundError or ValueError as `FreiHand`, and ValueError for a size below 1 or a folder `out`
-    that was begun with another number of images, other annotations or another size.
+    that was started with another number of images, other annotations or another size.
     """
     if size < 1:
         raise ValueError(f"size: expected at least 1 image a shard, got {size}")
@@ -69,7 +69,7 @@ def write_shards(data: str | os.PathLike[str], out: str | os.PathLike[str], size
         raise ValueError(f"out: {out / MANIFEST} lacks the annotations' sha256; choose another folder")
     elif begun != made_of:
         raise ValueError(f"out: {out} was begun with {begun}, got {made_of}; choose another folder")
-    # Neighbours in FreiHAND are alike, and a buffer does not reach far.
+    # Neighbours in FreiHAND look alike, and the shuffle buffer is too small to separate them.
     order = np.random.default_rng(0).permutation(len(dataset))
     shards = [order[at : at + size] for at in range(0, len(order), size)]
     for number, indices in enumerate(shards):
@@ -111,7 +111,7 @@ def _files(dataset: FreiHand, index: int) -> dict[str, bytes]:
 
 
 def _checksum(files: dict[str, bytes], values: dict[str, Any]) -> int:
-    """Of an image's other files, and of the values in its JSON file besides this one."""
+    """The checksum of an image's other files and of the other values in its JSON file."""
     total = zlib.crc32(
         json.dumps({name: value for name, value in values.items() if name != "crc32"}).encode()
     )
@@ -122,7 +122,7 @@ def _checksum(files: dict[str, bytes], values: dict[str, Any]) -> int:
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
-    """What a folder's shards were begun with; None where it does not say."""
+    """What a folder's shards were started with, or None without a manifest."""
     path = folder / MANIFEST
     if not path.exists():
         return None
@@ -145,11 +145,11 @@ def _write(path: Path, content: bytes | memoryview) -> None:
 
 
 def find_shards(data: str | os.PathLike[str]) -> list[Path]:
-    """The shards that `data` names: a tar file, several as `train-{000000..000009}.tar`, or a folder of them;
-    none where it names something else.
+    """Find the shards that `data` names: a tar file, several as `train-{000000..000009}.tar`, or a folder of
+    them. The list is empty if `data` names something else.
 
-    Raises FileNotFoundError for a shard that is missing, in a folder for one that its manifest counts, and
-    ValueError for a manifest that cannot be read.
+    Raises FileNotFoundError for a missing shard (in a folder: one that its manifest counts), and ValueError
+    for a manifest that cannot be read.
     """
     text = os.fspath(data)
     if text.endswith(".tar"):
@@ -171,7 +171,7 @@ def find_shards(data: str | os.PathLike[str]) -> list[Path]:
 
 
 def _expected(path: Path, default: int) -> int:
-    """The number of images that a shard was written with; `default` where no manifest beside it says so."""
+    """The number of images that a shard was written with, or `default` without a manifest next to it."""
     number, made_of = re.fullmatch(r"train-(\d+)\.tar", path.name), _manifest(path.parent)
     if number is None or made_of is None:
         return default
@@ -195,14 +195,14 @@ def _expand(text: str) -> list[str]:
 
 
 class ShardImages:
-    """The training images of tar shards, as `FolderImages` gives a folder's; `name` of a sample begins with
-    its shard's.
+    """The training images of tar shards, in the form of `FolderImages`. A sample's `name` starts with the name
+    of its shard.
 
-    Parameters: `paths` of the shards; `buffer`, the number of images among which an epoch's order draws the
-    next one, over shards in a random order; `strict`, refuse a shard that is not whole.
-    What is whole in a shard before its end or its first damaged header is used, and one sentence names the
-    shard. Raises ValueError with `strict`, and where no whole image is left; an item that cannot be read
-    raises ValueError naming shard and image.
+    Parameters: `paths` of the shards; `buffer`, the number of images from which an epoch's order draws the
+    next one, over shards in a random order; `strict`, reject an incomplete shard.
+    The complete images before a shard's end or its first damaged header are used, and one sentence names the
+    shard. Raises ValueError for such a shard with `strict`, and if no complete image is left; an item that
+    cannot be read raises ValueError naming shard and image.
     """
 
     def __init__(self, paths: list[Path], buffer: int, strict: bool = False) -> None:
@@ -259,10 +259,10 @@ class ShardImages:
         return np.concatenate([order, generator.permutation(waiting)])
 
     def vertices(self, count: int) -> npt.NDArray[np.floating]:
-        """`(N, 778, 3)` metres: the vertices of the first hands, at most `count`, without damaged ones."""
+        """`(N, 778, 3)` metres: the vertices of at most `count` first hands, without damaged ones."""
         hands = []
         for index in range(min(count, len(self))):
-            with suppress(ValueError):  # training names an unreadable image where it comes to it
+            with suppress(ValueError):  # training names an unreadable image when it reaches it
                 files = self._read(index)
                 _values(files)
                 hands.append(_array(files, "vertices.npy", (778, 3)))
@@ -317,7 +317,7 @@ def _values(files: dict[str, bytes]) -> Sample:
 def _array(files: dict[str, bytes], part: str, shape: tuple[int, ...]) -> npt.NDArray[np.floating]:
     try:
         array = np.lib.format.read_array(io.BytesIO(files[part]), allow_pickle=False)
-    except Exception as error:  # for a damaged header numpy lets errors of its tokenizer through
+    except Exception as error:  # on a damaged header numpy passes on errors of its tokenizer
         raise ValueError(f"{part} is not an array ({error})") from error
     if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
         raise ValueError(f"{part}: expected finite floats {shape}, got {array.dtype} {array.shape}")
@@ -325,7 +325,7 @@ def _array(files: dict[str, bytes], part: str, shape: tuple[int, ...]) -> npt.ND
 
 
 def _index(path: Path) -> tuple[list[tuple[str, int, int]], bool, bool]:
-    """Key, first and last byte of every whole image in a shard; whether the shard is whole, and has masks."""
+    """Key, first byte and end of every complete image; whether the shard is complete and has masks."""
     length = path.stat().st_size
     found: list[tuple[str, int, int]] = []
     masks = False
@@ -346,7 +346,7 @@ def _index(path: Path) -> tuple[list[tuple[str, int, int]], bool, bool]:
                             found.pop()
                         found.append((key, start, end))
                         masks = masks or "mask.jpg" in parts
-                # tarfile stops at a damaged header as it does at the end.
+                # tarfile stops at a damaged header as it stops at the end.
                 stream.seek(tar.offset)
         except tarfile.TarError:
             return found, False, masks
