@@ -63,8 +63,8 @@ class Crop(NamedTuple):
 
     @property
     def seen_K(self) -> Array:
-        """`(3, 3)` intrinsics, in `pixels`, of the hand that the network reconstructs: the hand itself, or the
-        mirror image of a left hand.
+        """`(3, 3)` intrinsics of the camera that sees, in `pixels`, what the network reconstructs: the hand,
+        or the mirror image of a left hand.
         """
         x = -1.0 if self.request.left else 1.0
         return np.asarray(self.matrix @ self.K @ np.diag([x, 1.0, 1.0]))

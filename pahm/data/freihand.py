@@ -1,4 +1,4 @@
-"""Data sets in FreiHAND's layout (Zimmermann et al., ICCV 2019): FreiHAND itself and folders of `pahm synth`."""
+"""Data sets in FreiHAND's layout (Zimmermann et al., ICCV 2019): FreiHAND itself, or made by `pahm synth`."""
 
 from __future__ import annotations
 

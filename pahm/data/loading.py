@@ -47,7 +47,7 @@ class Images(Protocol):
         return np.random.default_rng((seed, epoch)).permutation(len(self))
 
     def vertices(self, count: int) -> npt.NDArray[np.floating]:
-        """`(N, 778, 3)` metres: the vertices of at most `count` first hands."""
+        """`(N, 778, 3)` metres: the vertices of up to the first `count` hands."""
 
 
 class FolderImages(Images):

@@ -42,7 +42,7 @@ def read_image(path: str | os.PathLike[str], mode: str = "RGB", *, upright: bool
 
 
 def decode_image(content: bytes, name: str, mode: str = "RGB", *, upright: bool = False) -> Image.Image:
-    """Decode an image file's bytes as `read_image` does. Raises ValueError whose message starts with `name`."""
+    """Decode an image file's bytes as `read_image` does. ValueError's message starts with `name`."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             return convert_image(image, name, mode, upright=upright)

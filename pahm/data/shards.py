@@ -45,7 +45,7 @@ _OPEN = 32  # shards kept open per process
 
 
 def write_shards(data: str | os.PathLike[str], out: str | os.PathLike[str], size: int = 1000) -> int:
-    """Pack the training images of a folder in FreiHAND's layout into `train-000000.tar`, ..., `size` per shard.
+    """Pack the training images of a FreiHAND-layout folder into `train-000000.tar`, ..., `size` per shard.
 
     Files are copied unchanged. A shard gets its name once it is complete. Existing shards are not rewritten,
     so an interrupted call can be repeated. Returns the number of shards.
@@ -195,8 +195,8 @@ def _expand(text: str) -> list[str]:
 
 
 class ShardImages:
-    """The training images of tar shards, in the form of `FolderImages`. A sample's `name` starts with the name
-    of its shard.
+    """The training images of tar shards, in the form of `FolderImages`. A sample's `name` starts with its
+    shard's name.
 
     Parameters: `paths` of the shards; `buffer`, the number of images from which an epoch's order draws the
     next one, over shards in a random order; `strict`, reject an incomplete shard.
@@ -259,7 +259,7 @@ class ShardImages:
         return np.concatenate([order, generator.permutation(waiting)])
 
     def vertices(self, count: int) -> npt.NDArray[np.floating]:
-        """`(N, 778, 3)` metres: the vertices of at most `count` first hands, without damaged ones."""
+        """`(N, 778, 3)` metres: the vertices of up to the first `count` hands, without damaged ones."""
         hands = []
         for index in range(min(count, len(self))):
             with suppress(ValueError):  # training names an unreadable image when it reaches it

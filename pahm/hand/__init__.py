@@ -1,4 +1,4 @@
-"""The hand itself: template, skeleton, shape space, joints, left and right."""
+"""The hand model: template, skeleton, shape space, joints, and left and right hands."""
 
 from pahm.hand.joints import BONE_NAMES, FREIHAND_TIPS, JOINT_NAMES, JOINT_ORDER, MANO_TIPS, PARENTS
 from pahm.hand.left import mirror, mirror_faces, mirror_pose

@@ -1,4 +1,4 @@
-"""What the joints of a hand can do: axes from the rest skeleton, anatomical angles to poses, collisions."""
+"""Joint axes from the rest skeleton, poses from anatomical angles, joint limits and collisions."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ Array = NDArray[np.float64]
 LONG_FINGERS = ("index", "middle", "ring", "pinky")
 
 FLEXION_LIMITS: Array = np.array([(-10.0, 90.0), (0.0, 100.0), (0.0, 80.0)])
-"""Degrees of flexion of a long finger at MCP, PIP and DIP; 0 is in line with the bone before, at the MCP in
-the plane of the metacarpals."""
+"""Degrees of flexion of a long finger at MCP, PIP and DIP. 0 is in line with the previous bone; at the MCP,
+in the plane of the metacarpals."""
 ABDUCTION_LIMITS = (-15.0, 15.0)
 """Degrees at the MCP from the finger's neutral direction, positive towards the thumb."""
 ABDUCTION_NEUTRAL: Array = np.array([5.0, 0.0, -5.0, -12.0])
 """Neutral directions of index, middle, ring and pinky from the mean of middle and ring, positive towards
 the thumb."""
 THUMB_LIMITS: Array = np.array([(5.0, 70.0), (0.0, 60.0), (-25.0, 35.0), (-10.0, 55.0), (-15.0, 80.0)])
-"""Degrees for the thumb. Its metacarpal's direction: radial abduction (in the plane of the palm, from the
-middle metacarpal towards the thumb's side) and palmar abduction (out of that plane); pronation about it;
-flexion at MCP and IP."""
+"""Degrees for the thumb. Two give its metacarpal's direction: radial abduction (in the plane of the palm,
+from the middle metacarpal towards the thumb's side) and palmar abduction (out of that plane). Then come
+pronation about the metacarpal and flexion at MCP and IP."""
 
 TOLERANCE, PALM_TOLERANCE = 0.7, 0.55
-"""Two capsules collide where their axes are nearer than this part of the sum of their radii, the second where
-one is the palm's: flesh gives."""
+"""Two capsules collide if their axes are closer than this fraction of the sum of their radii. The second
+value applies if one is the palm's. Both are below 1 because flesh yields."""
 
 
 class Articulation:
     """Joint axes of one hand.
 
-    For MANO's bones and any rest pose of a right hand, flat or relaxed: angles are absolute, so the
-    same angles give the same posture of two hands that differ in their rest pose.
+    Works with MANO's bones and any rest pose of a right hand, flat or relaxed. Angles are absolute, so the
+    same angles give two hands with different rest poses the same posture.
     """
 
     def __init__(self, hand: HandModel) -> None:
@@ -59,7 +59,7 @@ class Articulation:
             proximal = _unit(bones[second] - bones[first])
             middle = _unit(bones[third] - bones[second])
             distal = _unit(self._tip(finger) - bones[third])
-            # A curled finger shows its own plane of bending; for a straight one the palm decides.
+            # A curled finger shows its own plane of bending. For a straight finger the palm defines it.
             axis = 2.0 * np.cross(proximal, distal) + _unit(np.cross(proximal, self.palmward))
             axis = _unit(axis - proximal * (axis @ proximal))
             self.flexion_axes[i] = axis
@@ -69,7 +69,7 @@ class Articulation:
             self.rest_abduction[i] = np.arctan2(proximal @ self.radial, proximal @ self.along)
         straight = self.rest_abduction[1:3].mean()
         self.neutral_abduction = straight + np.radians(ABDUCTION_NEUTRAL)
-        # The knuckle bends in the plane of the finger's neutral direction, not of its rest pose's.
+        # The knuckle bends in the plane of the finger's neutral direction, not of its rest direction.
         to_neutral = (self.neutral_abduction - self.rest_abduction)[:, None] * self.abduction_axes
         self.knuckle_axes: Array = Rotation.from_rotvec(to_neutral).apply(self.flexion_axes)
 
@@ -89,10 +89,10 @@ class Articulation:
         return self.tips[list(FINGERS).index(finger)]
 
     def pose(self, flexion: Array, abduction: Array, thumb: Array) -> Array:
-        """Axis-angle poses `(N, 16, 3)` of N sets of anatomical angles in degrees, the wrist unturned.
+        """Axis-angle poses `(N, 16, 3)` for N sets of anatomical angles in degrees, without wrist rotation.
 
         flexion: `(N, 4, 3)` of index, middle, ring, pinky at MCP, PIP, DIP. abduction: `(N, 4)`. thumb:
-        `(N, 5)`. See the limits of this module for what the angles mean; they are not applied here.
+        `(N, 5)`. The limits in this module define the angles. They are not applied here.
         """
         count = len(flexion)
         pose = np.zeros((count, 16, 3))
@@ -118,7 +118,7 @@ class Articulation:
         return pose
 
     def skeleton(self, pose: Array) -> tuple[Array, Array]:
-        """Posed bones `(N, 16, 3)` and fingertips `(N, 5, 3)`, metres, of poses `(N, 16, 3)`."""
+        """Posed bones `(N, 16, 3)` and fingertips `(N, 5, 3)`, metres, for poses `(N, 16, 3)`."""
         count = len(pose)
         local = Rotation.from_rotvec(pose.reshape(-1, 3)).as_matrix().reshape(count, 16, 3, 3)
         turns, heads = np.empty_like(local), np.empty((count, 16, 3))
@@ -131,7 +131,7 @@ class Articulation:
         return heads, heads[:, ends] + (turns[:, ends] @ reach[..., None])[..., 0]
 
     def _make_capsules(self, template: Array, weights: Array) -> None:
-        """A capsule along each phalanx and metacarpal, its radius the median distance of its skin."""
+        """Make a capsule for each phalanx and metacarpal. Its radius is the median distance to its skin."""
         owner = weights.argmax(1)
         starts, ends = self._segments(self.bones[None], self.tips[None])
         bones = [*range(1, 16), 0, 0, 0, 0]
@@ -146,7 +146,7 @@ class Articulation:
             radii[k] = np.median(reach) if len(skin) else 0.0
         finger = [(bone - 1) // 3 for bone in range(1, 16)]
         pairs = [(a, b) for a in range(15) for b in range(a + 1, 15) if finger[a] != finger[b]]
-        # Neighbours grow out of one web, and the thumb's metacarpal lies in the palm.
+        # Skip pairs that always touch: neighbours share a web, and the thumb's metacarpal is in the palm.
         pairs = [(a, b) for a, b in pairs if not (a % 3 == 0 and b % 3 == 0) and 12 not in (a, b)]
         pairs += [(a, b) for a in range(15) if a % 3 != 0 for b in range(15, 19)]
         self._pairs = np.array(pairs)
@@ -155,7 +155,7 @@ class Articulation:
         self._of_thumb = np.isin(self._pairs, (12, 13, 14)).any(1)
 
     def _segments(self, bones: Array, tips: Array) -> tuple[Array, Array]:
-        """Ends `(N, 19, 3)` of 15 phalanges (the last cut short of the tip) and 4 metacarpals."""
+        """Ends `(N, 19, 3)` of 15 phalanges (the last stops short of the tip) and 4 metacarpals."""
         starts, ends = bones[:, 1:].copy(), bones[:, 1:].copy()
         for i, (first, second, third) in enumerate(FINGERS.values()):
             ends[:, first - 1], ends[:, second - 1] = bones[:, second], bones[:, third]
@@ -181,12 +181,12 @@ def _unit(vector: Array) -> Array:
 
 
 def _angle(a: Array, b: Array, axis: Array) -> float:
-    """Angle in radians from a to b about the axis."""
+    """The angle in radians from a to b about the axis."""
     return float(np.arctan2(np.cross(a, b) @ axis, a @ b - (a @ axis) * (b @ axis)))
 
 
 def _shortest_turn(source: Array, targets: Array) -> Rotation:
-    """The rotations of least angle that take one unit vector to each of `(N, 3)` others."""
+    """The smallest rotations that turn one unit vector to each of `(N, 3)` others."""
     cross = np.cross(source, targets)
     sine = np.linalg.norm(cross, axis=1, keepdims=True)
     angle = np.arctan2(sine, (targets @ source)[:, None])
@@ -194,7 +194,7 @@ def _shortest_turn(source: Array, targets: Array) -> Rotation:
 
 
 def _to_segment(points: Array, start: Array, end: Array) -> Array:
-    """Distances of `(P, 3)` points from one segment."""
+    """Distances of points `(P, 3)` from one segment."""
     along = end - start
     t = np.clip((points - start) @ along / (along @ along), 0.0, 1.0)
     return np.linalg.norm(points - start - t[:, None] * along, axis=1)

@@ -6,7 +6,7 @@ BONE_NAMES: tuple[str, ...] = (
     "wrist",
     *(f"{finger}_{k}" for finger in ("index", "middle", "pinky", "ring", "thumb") for k in (1, 2, 3)),
 )
-"""The 16 bones in MANO's order; `index_1` starts at the knuckle, `thumb_1` at the base of the thumb."""
+"""The 16 bones in MANO's order. `index_1` starts at the knuckle, `thumb_1` at the base of the thumb."""
 
 PARENTS: tuple[int, ...] = (-1, 0, 1, 2, 0, 4, 5, 0, 7, 8, 0, 10, 11, 0, 13, 14)
 """Parent of each bone, -1 for the wrist."""
@@ -20,10 +20,10 @@ JOINT_NAMES: tuple[str, ...] = (
         for part in ("mcp", "pip", "dip", "tip")
     ),
 )
-"""FreiHAND's 21 joints: wrist, then thumb, index, middle, ring, pinky, from the palm out."""
+"""FreiHAND's 21 joints: wrist, then thumb, index, middle, ring, pinky, each from the palm outwards."""
 
 JOINT_ORDER: tuple[int, ...] = (0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 10, 11, 12, 19, 7, 8, 9, 20)
-"""For each of FreiHAND's joints its place among the 16 bones followed by the 5 tips (thumb ... pinky)."""
+"""The index of each FreiHAND joint in the list of 16 bones followed by 5 tips (thumb ... pinky)."""
 
 FINGERS: dict[str, tuple[int, int, int]] = {
     "thumb": (13, 14, 15),
@@ -32,10 +32,10 @@ FINGERS: dict[str, tuple[int, int, int]] = {
     "ring": (10, 11, 12),
     "pinky": (7, 8, 9),
 }
-"""Bones of each finger, from the palm out."""
+"""Bones of each finger, from the palm outwards."""
 
 FREIHAND_TIPS: tuple[int, ...] = (744, 320, 443, 555, 672)
-"""MANO's fingertip vertices as FreiHAND takes them: thumb, index, middle, ring, pinky."""
+"""MANO's fingertip vertices as FreiHAND defines them: thumb, index, middle, ring, pinky."""
 
 MANO_TIPS: dict[str, tuple[int, ...]] = {
     "freihand": FREIHAND_TIPS,
@@ -43,4 +43,4 @@ MANO_TIPS: dict[str, tuple[int, ...]] = {
     "smplx": (744, 320, 443, 554, 671),
     "manopth": (745, 317, 444, 556, 673),
 }
-"""Fingertip vertices on MANO's mesh under the names of the projects that take them."""
+"""Fingertip vertices on MANO's mesh, by the name of the project that uses them."""

@@ -1,4 +1,4 @@
-"""The user's own MANO_RIGHT.pkl (Romero et al. 2017; non-commercial, from mano.is.tue.mpg.de)."""
+"""Reads the user's own MANO_RIGHT.pkl (Romero et al. 2017; non-commercial, from mano.is.tue.mpg.de)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "J_regressor": (16, 778),
     "kintree_table": (2, 16),
 }
-"""What MANO's file holds of use here."""
+"""The arrays of MANO's file that are used here."""
 
 
 def read_mano(path: str | PathLike[str], tips: Sequence[int] | str = FREIHAND_TIPS) -> dict[str, Any]:
-    """The arguments of `HandModel` out of MANO's pickle, of which nothing is run.
+    """Read the arguments of `HandModel` from MANO's pickle without running any of its code.
 
-    tips: the vertices at the ends of thumb, index, middle, ring, pinky, or a name of `MANO_TIPS`. The numbers
-    stay as they are: the wrist bone of MANO is not at the origin. Raises FileNotFoundError for a missing
-    file, ValueError for a file that lacks a key, has an array of another shape, or names a class that is not
-    admitted.
+    tips: the vertices at the ends of thumb, index, middle, ring, pinky, or a name in `MANO_TIPS`. The numbers
+    are not changed: MANO's wrist bone is not at the origin. Raises FileNotFoundError for a missing file,
+    ValueError for a file that lacks a key, has an array of a wrong shape, or names a class that is not
+    allowed.
     """
     if isinstance(tips, str):
         if tips not in MANO_TIPS:

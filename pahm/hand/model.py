@@ -1,4 +1,4 @@
-"""A hand that can be posed and shaped: linear blend skinning of 778 vertices over 16 bones."""
+"""A hand with variable pose and shape: linear blend skinning of 778 vertices over 16 bones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ASSET_KEYS = ("template", "faces", "parents", "skinning_weights", "shape_basis",
 
 
 class HandOutput(NamedTuple):
-    """What `HandModel` returns."""
+    """The output of `HandModel`."""
 
     vertices: Tensor
     """`(B, 778, 3)` metres."""
@@ -32,11 +32,11 @@ class HandOutput(NamedTuple):
 
 
 class HandModel(ConstantBuffers):
-    """A posable, shapable right hand with MANO's bones (Romero et al. 2017, section 3).
+    """A right hand with variable pose and shape and MANO's bones (Romero et al. 2017, section 3).
 
-    Buffers, all in one floating dtype: `template` (778, 3) metres; `faces` (1538, 3) int64, outward and
-    counter-clockwise; `skinning_weights` (778, 16); `shape_basis` (778, 3, 10), metres per standard
-    deviation; `bone_regressor` (16, 778) and `joint_regressor` (21, 778), rows summing to 1, the latter
+    Buffers, in one floating dtype except `faces`: `template` (778, 3) metres; `faces` (1538, 3) int64,
+    counter-clockwise from outside; `skinning_weights` (778, 16); `shape_basis` (778, 3, 10), metres per
+    standard deviation; `bone_regressor` (16, 778) and `joint_regressor` (21, 778), rows summing to 1, the latter
     with one-hot rows for the fingertips; `pose_basis` (778, 3, 135) or None, MANO's pose blend shapes.
     `parents` is a tuple of 16 with -1 for the wrist.
     """
@@ -65,9 +65,11 @@ class HandModel(ConstantBuffers):
         pose_basis: NDArray[np.floating] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Take the arrays as the class describes them; `tips` are the vertices at the ends of thumb,
-        index, middle, ring and pinky. Raises ValueError where a shape or an index does not fit, and for
-        what `check_plausible` refuses: numbers that are not finite, another unit than metres, a left hand.
+        """Make a hand from the arrays that the class describes.
+
+        tips: the vertices at the ends of thumb, index, middle, ring and pinky. Raises ValueError for a wrong
+        shape or index, and for what `check_plausible` rejects: numbers that are not finite, a unit other than
+        metres, a left hand.
         """
         super().__init__()
         count = np.shape(template)[0] if np.ndim(template) else 0
@@ -127,11 +129,11 @@ class HandModel(ConstantBuffers):
         tips: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> HandModel:
-        """The open hand that ships with the package, or one in the same format.
+        """Load the open hand that ships with the package, or another in the same format.
 
-        path: an .npz that tools/make_hand.py wrote; None for the shipped one. tips: five fingertip vertices
-        in place of the file's. Raises FileNotFoundError for a missing file and ValueError for one that is
-        damaged, lacks an array, or holds what is no hand.
+        path: an .npz written by tools/make_hand.py; None for the shipped hand. tips: five fingertip vertices
+        that replace the file's. Raises FileNotFoundError for a missing file, and ValueError for a file that
+        is damaged, lacks an array, or does not hold a hand.
         """
         if path is None:
             with resources.as_file(resources.files("pahm") / "assets" / "hand.npz") as asset:
@@ -157,9 +159,9 @@ class HandModel(ConstantBuffers):
         *,
         dtype: torch.dtype = torch.float32,
     ) -> HandModel:
-        """The hand of a user's own MANO_RIGHT.pkl, pose blend shapes included; see `pahm.hand.mano`.
+        """Load the user's own MANO_RIGHT.pkl, including pose blend shapes; see `pahm.hand.mano`.
 
-        tips: five vertices (thumb, index, middle, ring, pinky) or a name of `MANO_TIPS`.
+        tips: five vertices (thumb, index, middle, ring, pinky) or a name in `MANO_TIPS`.
         """
         from pahm.hand.mano import read_mano
 
@@ -175,12 +177,12 @@ class HandModel(ConstantBuffers):
     def forward(
         self, pose: Tensor, shape: Tensor | None = None, translation: Tensor | None = None
     ) -> HandOutput:
-        """Pose and shape a batch of hands; differentiable in all three arguments.
+        """Pose and shape a batch of hands. Differentiable in all three arguments.
 
         pose: `(B, 16, 3)` axis-angle in radians, each bone relative to its parent in the frame of the rest
         pose; `pose[:, 0]` turns the whole hand about the wrist bone. shape: `(B, K)` coefficients, K up to
-        10, None for the mean hand. translation: `(B, 3)` metres, added last. All in the model's dtype and
-        on its device. Raises TypeError for another dtype, ValueError for another shape.
+        10, None for the mean hand. translation: `(B, 3)` metres, added last. All must have the model's dtype
+        and device. Raises TypeError for a wrong dtype, ValueError for a wrong shape.
         """
         self._check("pose", pose, (16, 3))
         rest = self.template.expand(len(pose), -1, -1)
@@ -206,7 +208,7 @@ class HandModel(ConstantBuffers):
         return HandOutput(vertices, self.joint_regressor @ vertices)
 
     def bones(self, shape: Tensor | None = None) -> Tensor:
-        """Bone positions in the rest pose: `(16, 3)` of the mean hand or `(B, 16, 3)` for `(B, K)` shapes."""
+        """Rest-pose bone positions: `(16, 3)` for the mean hand or `(B, 16, 3)` for shapes `(B, K)`."""
         if shape is None:
             return self.bone_regressor @ self.template
         self._check("shape", shape, None)

@@ -1,16 +1,16 @@
-"""Whether arrays are those of a right hand in metres."""
+"""Checks that arrays describe a right hand in metres."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-_SIZES = (0.05, 0.5)  # metres; an adult's hand is 0.15 to 0.25 long, wrist included
+_SIZES = (0.05, 0.5)  # metres; an adult's hand is 0.15 to 0.25 long, including the wrist
 _SUM_OFF = 0.01
 _WRIST, _INDEX, _PINKY, _THUMB = 0, 1, 7, [13, 14, 15]
 
 
-@np.errstate(over="ignore", invalid="ignore")  # What overflows is refused by its size.
+@np.errstate(over="ignore", invalid="ignore")  # an overflow is rejected by its size
 def check_plausible(
     template: NDArray[np.floating],
     skinning_weights: NDArray[np.floating],
@@ -18,10 +18,10 @@ def check_plausible(
     bone_regressor: NDArray[np.floating],
     pose_basis: NDArray[np.floating] | None = None,
 ) -> None:
-    """Raises ValueError, in one sentence, for arrays (as `HandModel` takes them) that are no right hand's.
+    """Raise ValueError, with one sentence, if arrays in the form of `HandModel` do not describe a right hand.
 
-    All must be real and finite; rows of the weights and of the regressor must sum to 1; the template must be
-    in metres, 0.05 to 0.5 of them, and no direction of a basis may move a vertex by more than its size.
+    All must be real and finite. Rows of the weights and the regressor must sum to 1. The template's size must
+    be 0.05 to 0.5 metres, and no direction of a basis may move a vertex by more than that size.
     """
     arrays = {
         "template": template,
@@ -64,10 +64,10 @@ def check_plausible(
 
 
 def _thumb_height(bones: NDArray[np.float64]) -> float:
-    """How far the thumb lies on the palm's side of a right hand, metres; negative for a left hand.
+    """How far the thumb lies on a right hand's palm side, in metres; negative for a left hand.
 
-    bones (16, 3). In any frame: index and pinky turn about the wrist towards the palm's side in a right hand,
-    and towards the back in a left one, while a thumb at rest lies on the palm's side of both.
+    bones (16, 3), in any frame. The axis of the turn from index to pinky about the wrist points to the palm
+    side of a right hand and to the back of a left one. A thumb at rest lies on the palm side of both.
     """
     sideways = np.cross(bones[_INDEX] - bones[_WRIST], bones[_PINKY] - bones[_WRIST])
     heights = (bones[_THUMB] - bones[_WRIST]) @ sideways

@@ -1,4 +1,4 @@
-"""Rotations as axis times angle."""
+"""Axis-angle rotations."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def axis_angle_to_matrix(rotation: Tensor) -> Tensor:
-    """Rotation matrices of axis-angle vectors (Rodrigues' formula).
+    """Convert axis-angle vectors to rotation matrices (Rodrigues' formula).
 
     rotation: `(..., 3)`, the unit axis times the angle in radians. Returns `(..., 3, 3)`. Smooth everywhere,
-    zero included: near it the coefficients sin(t)/t and (1 - cos(t))/t^2 are taken from their series in t^2,
-    so that first and second derivatives are right. Raises ValueError for another shape.
+    including zero. Near zero, sin(t)/t and (1 - cos(t))/t^2 are computed from their series in t^2, so first
+    and second derivatives are correct. Raises ValueError for a wrong shape.
     """
     if rotation.ndim == 0 or rotation.shape[-1] != 3:
         raise ValueError(f"rotation must have shape (..., 3), got {tuple(rotation.shape)}")

@@ -1,4 +1,4 @@
-"""What a network must know of a hand: its mesh at four levels and where its joints are."""
+"""The hand's structure that a network needs: its mesh at four levels and its joint regressor."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ SIZES = (778, 389, 195, 98)
 
 
 def level_name(count: int) -> str:
-    """M1 for the finest mesh to M4 for that of 98 vertices, with its number of vertices."""
+    """The name of the level with `count` vertices, with that number: M1 is the finest, M4 has 98 vertices."""
     return f"M{SIZES.index(count) + 1} ({count})"
 
 
 _SMALLEST, _LARGEST = 0.02, 2.0  # metres
-_JOINTS_OFF = 20  # mm; joints of a posed mesh differ by less between regressors of one hand
+_JOINTS_OFF = 20  # mm; regressors of the same hand differ by less on a posed mesh
 
 
 class HandTopology(NamedTuple):
     """The meshes M1 ... M4 of a hand and the regressor of its 21 joints."""
 
     hierarchy: MeshHierarchy
-    """Levels finest first, 778, 389, 195 and 98 vertices, of the mean hand in metres."""
+    """The mean hand's levels, finest first, in metres: 778, 389, 195 and 98 vertices."""
     joint_regressor: NDArray[np.float64]
     """`(21, 778)`: joints = regressor @ vertices, FreiHAND's order."""
 
     @classmethod
     def load(cls) -> HandTopology:
-        """The shipped open hand's, from the package's assets."""
+        """Load the shipped hand's topology from the package's assets."""
         with resources.as_file(resources.files("pahm") / "assets" / "hierarchy.npz") as path:
             hierarchy = MeshHierarchy.load(path)
         return cls(hierarchy, _regressor(HandModel.load()))
@@ -46,15 +46,14 @@ class HandTopology(NamedTuple):
         return cls(MeshHierarchy.build(vertices, hand.faces.cpu().numpy(), SIZES), _regressor(hand))
 
     def relative_vertices(self, level: int, root_joint: int) -> NDArray[np.float64]:
-        """The mean hand's vertices of a level, 0 for M1, in metres relative to a joint of M1: `(N, 3)`."""
+        """The mean hand's vertices `(N, 3)` at a level (0 is M1), in metres relative to a joint of M1."""
         root = self.joint_regressor[root_joint] @ self.hierarchy.vertices[0]
         return self.hierarchy.vertices[level] - root
 
     def check_joints(self, vertices: NDArray[np.floating], joints: NDArray[np.floating], where: str) -> None:
-        """Refuse a mesh of another hand: it may have 778 vertices, too, but the regressor does not find its
-        joints.
+        """Reject a mesh of another hand: it may also have 778 vertices, but the regressor misses its joints.
 
-        vertices `(778, 3)`, joints `(21, 3)`, metres. Raises ValueError that begins with `where`.
+        vertices `(778, 3)`, joints `(21, 3)`, metres. Raises ValueError; its message starts with `where`.
         """
         off = 1000 * float(np.linalg.norm(self.joint_regressor @ vertices - joints, axis=1).mean())
         if off > _JOINTS_OFF:
@@ -64,15 +63,15 @@ class HandTopology(NamedTuple):
             )
 
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
-        """As plain arrays, for a checkpoint."""
+        """Convert to plain arrays, for a checkpoint."""
         return {**self.hierarchy.to_arrays(), "joint_regressor": self.joint_regressor}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> HandTopology:
         """The inverse of `to_arrays`.
 
-        Raises KeyError for a missing array, and ValueError or IndexError for an invalid hierarchy or one of
-        other sizes, an invalid regressor, or a hand of an impossible size.
+        Raises KeyError for a missing array, and ValueError or IndexError for an invalid hierarchy or wrong
+        level sizes, an invalid regressor, or a hand of impossible size.
         """
         rest = {name: value for name, value in arrays.items() if name != "joint_regressor"}
         hierarchy = MeshHierarchy.from_arrays(rest)
