@@ -36,8 +36,8 @@ class HandModel(ConstantBuffers):
 
     Buffers, in one floating dtype except `faces`: `template` (778, 3) metres; `faces` (1538, 3) int64,
     counter-clockwise from outside; `skinning_weights` (778, 16); `shape_basis` (778, 3, 10), metres per
-    standard deviation; `bone_regressor` (16, 778) and `joint_regressor` (21, 778), rows summing to 1, the latter
-    with one-hot rows for the fingertips; `pose_basis` (778, 3, 135) or None, MANO's pose blend shapes.
+    standard deviation; `bone_regressor` (16, 778) and `joint_regressor` (21, 778), rows summing to 1, the
+    latter with one-hot rows for the fingertips; `pose_basis` (778, 3, 135) or None, MANO's pose blend shapes.
     `parents` is a tuple of 16 with -1 for the wrist.
     """
 

@@ -1,4 +1,4 @@
-"""Scores of a network on a data set's evaluation images, beside those of a constant prediction."""
+"""Scores of a network on a data set's evaluation images, next to those of a constant prediction."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What `reconstruct_folder` gives for `N` images."""
+    """The output of `reconstruct_folder` for `N` images."""
 
     joints: NDArray[np.float64]
     """`(N, 21, 3)` metres, camera space."""
     vertices: NDArray[np.float64]
     """`(N, 778, 3)` metres, camera space."""
     unreadable: tuple[str, ...]
-    """One sentence for each image that could not be read; it names the file."""
+    """One sentence for each unreadable image, naming the file."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` gives for `N` images."""
+    """The output of `evaluate` for `N` images."""
 
     joints: NDArray[np.float64]
     """`(N, 21, 3)` metres, camera space."""
     vertices: NDArray[np.float64]
     """`(N, 778, 3)` metres, camera space."""
     scores: dict[str, float] | None
-    """As `HandMetrics`; None if the folder has no evaluation annotations."""
+    """The scores of `HandMetrics`; None if the folder has no evaluation annotations."""
     mean_hand_scores: dict[str, float] | None
-    """The same for the mean of the training hands, predicted for every image."""
+    """The same scores if the mean training hand is predicted for every image."""
 
     def record(self) -> dict[str, float]:
         """The scores to keep with a checkpoint: `scores`, `images`, and the mean hand's as `mean_hand_*`."""
@@ -81,7 +81,7 @@ def folder_hands(
     readers: int = READERS,
     progress: bool = True,
 ) -> Generator[Hand | ValueError | FileNotFoundError, None, None]:
-    """The hands in the images of a data set with these indices; an error for an image that cannot be read.
+    """Reconstruct the hands in the images with these indices; yields an error for an unreadable image.
 
     use_scale, left: see `reconstruct_folder`. readers: threads that read and crop images.
 
@@ -121,20 +121,20 @@ def reconstruct_folder(
 ) -> Reconstruction:
     """Reconstruct every evaluation image of a folder in FreiHAND's layout, in camera space.
 
-    Hands are placed as by `pahm.infer.reconstruct.reconstruct`.
+    Hands are placed as in `pahm.infer.reconstruct.reconstruct`.
 
     Args:
-        use_scale: give the middle finger's proximal bone, between joints 9 and 10, the length that
-            `evaluation_scale.json` gives. FreiHAND gives it at test time, since an image alone leaves size
-            and distance open.
+        use_scale: scale each hand so that the middle finger's proximal bone, between joints 9 and 10, has the
+            length in `evaluation_scale.json`. FreiHAND provides it at test time because an image alone does
+            not determine size and distance.
         left: the images show left hands; see `Predictor.predict`.
-        strict: raise for the first image that cannot be read. Otherwise its hand is the network's mean hand
-            in the median place of the others, since a submission needs a hand for every image, and the image
-            is named on standard error.
+        strict: raise for the first unreadable image. Otherwise the image is named on standard error, and its
+            hand is the network's mean hand at the median place of the others, since a submission needs a hand
+            for every image.
         workers: threads that read and crop images, at least one.
 
-    Raises FileNotFoundError or ValueError for a folder that is not FreiHAND's layout (see `FreiHand`),
-    ValueError for a scale that is not positive and if no image can be read; FloatingPointError if the
+    Raises FileNotFoundError or ValueError for a folder that is not in FreiHAND's layout (see `FreiHand`),
+    ValueError for a scale that is not positive or if no image can be read; FloatingPointError if the
     network's output is not finite.
     """
     dataset = FreiHand(data, "evaluation")
@@ -182,14 +182,14 @@ def reconstruct_folder(
 
 
 def mean_hand_of(network: HandNet, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Joints (21, 3) and vertices (778, 3) of the mean of the training hands, float64 on the CPU, metres."""
+    """Joints (21, 3) and vertices (778, 3) of the mean training hand, float64 on the CPU, metres."""
     vertices = network.mean_hand.cpu().double()
     vertices = mirror(vertices) if left else vertices
     return network.joint_regressor.cpu().double() @ vertices, vertices
 
 
 def check_meshes(dataset: FreiHand, topology: HandTopology) -> None:
-    """Refuse an annotated split whose meshes are another hand's than `topology`: ValueError."""
+    """Raise ValueError if the split is annotated with meshes of a hand other than `topology`."""
     joints, mesh = (dataset.tables[key].rows[0] for key in ("joints", "vertices"))
     topology.check_joints(mesh, joints, f"data: {dataset.root}")
 
@@ -245,7 +245,7 @@ def evaluate(
 
 
 def _report(errors: dict[int, str], images: int) -> None:
-    """Name and count the images that could not be read, on standard error."""
+    """Name and count the unreadable images on standard error."""
     for sentence in errors.values():
         print(sentence, file=sys.stderr)
     count = f"{len(errors)} of {images} images"
@@ -253,10 +253,10 @@ def _report(errors: dict[int, str], images: int) -> None:
 
 
 def mean_hand(vertices: NDArray[np.floating], rounds: int = 5) -> Tensor:
-    """The Procrustes mean of hands `(N, 778, 3)`: `(778, 3)` float32 about its centroid, in the same unit.
+    """The Procrustes mean of hands `(N, 778, 3)`: `(778, 3)` float32, centred at its centroid, same unit.
 
-    Hands are aligned with scale to the mean so far and averaged, a few times over (Gower, 1975). This is
-    close to the best constant prediction under scores that align.
+    Hands are aligned with scale to the current mean and averaged, several times (Gower, 1975). This is close
+    to the best constant prediction for scores with alignment.
     """
     hands = torch.from_numpy(np.array(vertices, dtype=np.float64))
     mean = hands[0] - hands[0].mean(0)
@@ -269,7 +269,7 @@ def mean_hand(vertices: NDArray[np.floating], rounds: int = 5) -> Tensor:
 
 
 def print_scores(evaluation: Evaluation, console: Console | None = None) -> None:
-    """A table of the scores, ours beside the mean hand's."""
+    """Print a table of the scores, with the mean hand's next to ours."""
     table = Table(caption="lengths in mm, after alignment")
     table.add_column(f"{len(evaluation.joints)} images")
     for title in COLUMNS.values():

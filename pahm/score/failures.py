@@ -1,4 +1,4 @@
-"""What makes a hand hard to reconstruct, read from its truth and its mask (figure 4 of the paper)."""
+"""Measures what makes a hand hard to reconstruct, from its ground truth and mask (figure 4 of the paper)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pahm.synth.render import Scene, trace
 
 
 class Limit(NamedTuple):
-    """When a share is a reason: `usual` is the share of an easy hand; from `named` on it counts."""
+    """When a share counts as a reason: `usual` is the share of an easy hand; it counts from `named` on."""
 
     usual: float
     named: float
@@ -22,38 +22,38 @@ class Limit(NamedTuple):
 LIMITS = {
     "occlusion": Limit(0.0, 0.10),
     "out of frame": Limit(0.0, 0.05),
-    # An open hand hides half of its vertices, those on its other side, and is still easy.
+    # An open hand hides half of its vertices, those on its far side, and is still easy.
     "self-occlusion": Limit(0.50, 0.60),
 }
-"""For each reason, in the order of `Reasons`, the share from which `dominant` names it."""
+"""The share from which `dominant` names each reason, in the order of `Reasons`."""
 NONE = "none stands out"
 _DEPTH = 1e-3  # metres; a surface hides a vertex if it is this much nearer
 
 
 class Reasons(NamedTuple):
-    """Shares from 0 to 1 that say how hard a hand is; `find_reasons` explains each."""
+    """Shares from 0 to 1 that measure how hard a hand is; see `find_reasons`."""
 
     occlusion: float
-    """NaN if it is unknown."""
+    """NaN if unknown."""
     out_of_frame: float
     self_occlusion: float
 
 
 def find_reasons(sample: dict[str, Any], faces: npt.ArrayLike, share: float = 1.0) -> Reasons:
-    """Measure the reasons of an annotated sample of `FreiHand` (not transformed).
+    """Measure the reasons of an annotated, untransformed sample of `FreiHand`.
 
-    faces: (F, 3), the triangles of the sample's `vertices` (N, 3), metres, camera space. share: what the
-    network sees, the square about the image's centre with this fraction of its longer side
-    (`ModelConfig.crop`). Gives
+    faces: (F, 3), the triangles of the sample's `vertices` (N, 3), metres, camera space. share: the network
+    sees the square about the image's centre with this fraction of its longer side (`ModelConfig.crop`).
+    Returns
 
-    - occlusion: the part of the true mesh's silhouette, in pixels of the image, that the mask lacks; NaN
-      without a mask, and where the silhouette is outside the image;
-    - out of frame: the part of the vertices that project outside that square, or outside the image;
-    - self-occlusion: the part of the vertices that the hand itself hides from the camera, turned away or
-      behind another part of it, found by a ray to each.
+    - occlusion: the part of the true mesh's silhouette, in image pixels, that the mask lacks; NaN without a
+      mask or if the silhouette is outside the image;
+    - out of frame: the fraction of the vertices that project outside that square, or outside the image;
+    - self-occlusion: the fraction of the vertices that the hand itself hides from the camera, because they
+      face away or are behind another part. One ray per vertex tests this.
 
-    Raises ValueError for a share that is not positive and finite, for a mask of another size than the image,
-    and as `pahm.synth.render.trace` for vertices that are not in front of the camera.
+    Raises ValueError for a share that is not positive and finite, for a mask whose size differs from the
+    image's, and as `pahm.synth.render.trace` for vertices that are not in front of the camera.
     """
     if not (math.isfinite(share) and share > 0):
         raise ValueError(f"share: expected a positive, finite fraction, got {share}")
@@ -84,8 +84,8 @@ def _occlusion(sample: dict[str, Any], silhouette: npt.NDArray[np.bool_]) -> flo
 
 
 def dominant(reasons: Reasons) -> str:
-    """The name in `LIMITS` of the reason that is furthest beyond its usual share, measured in steps from
-    there to its limit; `NONE` where no known one reaches its limit.
+    """The name in `LIMITS` of the reason furthest above its usual share, in units of the distance from the
+    usual share to the limit; `NONE` if no known reason reaches its limit.
     """
     excess = {
         name: (share - limit.usual) / (limit.named - limit.usual)

@@ -1,7 +1,7 @@
 """Scores of reconstructed hands, as FreiHAND's official script defines them, and its submission file.
 
-Points are `(B, N, 3)` tensors in metres; sums run in float64. Definitions: Zimmermann et al., "FreiHAND"
-(ICCV 2019) and the evaluation script published with it; scores of the paper: section 4.1.
+Points are `(B, N, 3)` tensors in metres; sums are float64. The definitions are from Zimmermann et al.,
+"FreiHAND" (ICCV 2019) and its published evaluation script. The paper's scores are in section 4.1.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _PAIRS = 1 << 22  # distances held at once while looking for nearest neighbours
 
 
 def align_with_scale(predicted: Tensor, truth: Tensor, *, reflection: bool = True) -> Tensor:
-    """Bring predictions onto the truth by translation, rotation and scale (Procrustes analysis).
+    """Align predictions with the truth by translation, rotation and scale (Procrustes analysis).
 
     predicted, truth: (B, N, 3), metres. reflection: allow a reflection if that fits better, as the official
     script does; with False the orthogonal matrix is always a rotation (METRO, CMR).
-    Returns the aligned predictions (B, N, 3) in float64. Raises ValueError for other shapes or points that
+    Returns the aligned predictions (B, N, 3) in float64. Raises ValueError for wrong shapes or points that
     are not finite.
     """
     predicted, truth = _points(predicted, truth)
@@ -64,7 +64,7 @@ def _distances(first: Tensor, second: Tensor) -> Tensor:
 
 
 def procrustes_errors(predicted: Tensor, truth: Tensor, *, reflection: bool = True) -> Tensor:
-    """Distances (B, N) in metres after `align_with_scale`: their mean is PA-MPJPE or PA-MPVPE."""
+    """Distances (B, N) in metres after `align_with_scale`. Their mean is PA-MPJPE or PA-MPVPE."""
     return point_errors(align_with_scale(predicted, truth, reflection=reflection), truth)
 
 
@@ -72,7 +72,7 @@ def f_scores(predicted: Tensor, truth: Tensor, thresholds: Sequence[float] = F_T
     """F-scores (B, T) at T distances in metres: the harmonic mean of precision and recall.
 
     Precision is the share of predicted points (B, N, 3) with a true point (B, M, 3) strictly nearer than the
-    threshold, recall the reverse; 0 if both are 0. Raises ValueError for other shapes.
+    threshold; recall is the reverse. The score is 0 if both are 0. Raises ValueError for wrong shapes.
     """
     predicted, truth = _points(predicted, truth, same_count=False)
     limits = torch.tensor(list(thresholds), dtype=torch.float64, device=truth.device)
@@ -84,7 +84,7 @@ def f_scores(predicted: Tensor, truth: Tensor, thresholds: Sequence[float] = F_T
 
 
 def _f_scores(predicted: Tensor, truth: Tensor, limits: Tensor) -> Tensor:
-    # |p - t|^2 of all pairs as one matrix product, whose cancellation is 1e-15 of the largest |p|^2.
+    # |p - t|^2 of all pairs as one matrix product. Its cancellation error is 1e-15 of the largest |p|^2.
     centre = truth.mean(1, keepdim=True)
     p, t = predicted - centre, truth - centre
     p_squares, t_squares = p.square().sum(-1, keepdim=True), t.square().sum(-1, keepdim=True)
@@ -92,7 +92,7 @@ def _f_scores(predicted: Tensor, truth: Tensor, limits: Tensor) -> Tensor:
     squares = left @ torch.cat([t, torch.ones_like(t_squares), t_squares], dim=-1).mT
     nearest = [squares.amin(2), squares.amin(1)]
     hits = [values[..., None] < limits**2 for values in nearest]
-    # If that error could decide a comparison, as for points exactly at a threshold, compute it exactly.
+    # If that error could decide a comparison, as for points exactly at a threshold, compute exactly.
     margin = 1e-13 * torch.maximum(p_squares.amax(1), t_squares.amax(1))[..., None]
     doubts = [((values[..., None] - limits**2).abs() <= margin).any(2).any(1) for values in nearest]
     for index in (doubts[0] | doubts[1]).nonzero().flatten().tolist():
@@ -104,40 +104,40 @@ def _f_scores(predicted: Tensor, truth: Tensor, limits: Tensor) -> Tensor:
 
 
 def pck_counts(errors: Tensor, maximum: float = PCK_MAXIMUM, steps: int = PCK_STEPS) -> Tensor:
-    """How many of the errors (any shape, metres) are at most each of `steps` thresholds from 0 to `maximum`.
+    """Count the errors (any shape, metres) that are at most each of `steps` thresholds from 0 to `maximum`.
 
     Returns (steps,) int64.
     """
-    # numpy's, since torch rounds some of these thresholds differently.
+    # Use numpy's linspace; torch rounds some of these thresholds differently.
     limits = torch.from_numpy(np.linspace(0, maximum, steps)).to(errors.device)
     ordered = errors.flatten().double().sort().values
     return torch.searchsorted(ordered, limits, right=True)
 
 
 def auc_of_pck(counts: Tensor, total: Tensor | int) -> Tensor:
-    """Area under the curve of correct points, by trapezoids, divided by the range: 0 to 1.
+    """Area under the PCK curve by the trapezoidal rule, divided by the range: 0 to 1.
 
-    counts: (steps,) as from `pck_counts`; total: number of errors counted.
+    counts: (steps,), as from `pck_counts`. total: number of errors counted.
     """
     curve = counts.double() / total
     return (curve.sum() - (curve[0] + curve[-1]) / 2) / (len(curve) - 1)
 
 
 class HandMetrics(Metric):
-    """FreiHAND's scores over all samples seen, in millimetres where they are lengths.
+    """FreiHAND's scores over all samples seen; lengths are in millimetres.
 
     `update(joints, true_joints, vertices, true_vertices)` takes (B, 21, 3) and (B, 778, 3) tensors in
-    metres; predictions may be relative to any origin, since each set is aligned on its own. Without
-    vertices the joints alone are scored.
-    `compute()` gives a dict of float64 scalars: `pa_mpjpe`, `pa_mpvpe` (mean error in mm after alignment
+    metres. Predictions may be relative to any origin, since each set is aligned separately. Without
+    vertices only the joints are scored.
+    `compute()` returns a dict of float64 scalars: `pa_mpjpe`, `pa_mpvpe` (mean error in mm after alignment
     with scale), `f5`, `f15` (F-scores of the aligned vertices at 5 and 15 mm), `auc_joints`, `auc_vertices`
     (of PCK from 0 to 50 mm, aligned), and `mpjpe` (mm, both relative to the root joint, not aligned); NaN if
     there was nothing to score.
 
-    reflection: see `align_with_scale`. root_joint: index of the joint that `mpjpe` is relative to. raw:
-    score the points as they came as well, in camera space: `raw_mpjpe`, `raw_mpvpe`, `raw_f5`, `raw_f15`,
+    reflection: see `align_with_scale`. root_joint: index of the joint that `mpjpe` is relative to. raw: also
+    score the unaligned points in camera space: `raw_mpjpe`, `raw_mpvpe`, `raw_f5`, `raw_f15`,
     `raw_auc_joints` and `raw_auc_vertices`.
-    Raises ValueError for other shapes, batches that differ and points that are not finite.
+    Raises ValueError for wrong shapes, different batch sizes and points that are not finite.
     """
 
     full_state_update = False
@@ -175,7 +175,7 @@ class HandMetrics(Metric):
         try:
             fn(torch.zeros(1, dtype=torch.float64, device="cpu"))
         except TypeError:
-            return self  # a device without float64, such as Apple's: the sums stay on the CPU
+            return self  # a device without float64, such as Apple's, keeps the sums on the CPU
         return super()._apply(fn, exclude_state)
 
     @torch.no_grad()
@@ -191,7 +191,7 @@ class HandMetrics(Metric):
             raise ValueError("vertices: expected both predicted and true ones, or neither")
         if vertices is not None and len(joints) != len(vertices):
             raise ValueError(f"vertices: expected a batch of {len(joints)} as in joints, got {len(vertices)}")
-        # Everything is checked and computed before anything is added.
+        # Check and compute everything before adding anything.
         root = slice(self.root_joint, self.root_joint + 1)
         relative = point_errors(joints - joints[:, root], true_joints - true_joints[:, root])
         sums = {"samples": torch.tensor(len(joints)), "root_error": relative.mean(1).sum()}
@@ -202,7 +202,7 @@ class HandMetrics(Metric):
             setattr(self, name, getattr(self, name) + value.to(self.samples.device))
 
     def _sums(self, points: str, predicted: Tensor, truth: Tensor) -> dict[str, Tensor]:
-        """What a batch of joints or vertices adds to the states."""
+        """The amounts that a batch of joints or vertices adds to the states."""
         sums = {}
         for kind in self._kinds:
             placed = predicted
@@ -234,11 +234,11 @@ class HandMetrics(Metric):
 def write_submission(
     path: str | os.PathLike[str], xyz: npt.ArrayLike | Tensor, verts: npt.ArrayLike | Tensor
 ) -> None:
-    """Write FreiHAND's `pred.json`, the JSON array `[xyz, verts]`, whole or not at all.
+    """Write FreiHAND's `pred.json`, the JSON array `[xyz, verts]`, completely or not at all.
 
     xyz: (N, 21, 3) joints, verts: (N, 778, 3) vertices of the N evaluation images in order, metres, camera
-    space; written to a tenth of a micrometre. Raises ValueError for other shapes, for values that are not
-    finite and for hands more than 10 across (the median of their extents), which cannot be metres.
+    space; written to a tenth of a micrometre. Raises ValueError for wrong shapes, for values that are not
+    finite and for hands more than 10 across (median extent), which cannot be in metres.
     """
     arrays = _submission(xyz, verts)
     for name, array in zip(("xyz", "verts"), arrays, strict=True):
@@ -252,7 +252,7 @@ def write_submission(
 def load_submission(
     path: str | os.PathLike[str],
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Read a `pred.json`; returns joints (N, 21, 3) and vertices (N, 778, 3), float64, of any size.
+    """Read a `pred.json`. Returns joints (N, 21, 3) and vertices (N, 778, 3), float64, of any size.
 
     Raises FileNotFoundError, or ValueError naming the file if it is not such a submission.
     """
@@ -260,7 +260,7 @@ def load_submission(
 
 
 def load_joints(path: str | os.PathLike[str]) -> npt.NDArray[np.float64]:
-    """The joints (N, 21, 3) of a `pred.json`, as from `load_submission`, whatever its vertices are."""
+    """Read the joints (N, 21, 3) of a `pred.json` as `load_submission` does, whatever its vertices are."""
     return _load(path, lambda xyz, verts: _hands("xyz", xyz, 21))
 
 
@@ -324,6 +324,6 @@ def _points(predicted: Tensor, truth: Tensor, *, same_count: bool = True) -> tup
 
 
 def _float64(points: Tensor) -> Tensor:
-    """In float64: on the points' device, or on the CPU for devices that have no float64."""
+    """Convert to float64, on the points' device or on the CPU if the device has no float64."""
     place = "cpu" if points.device.type == "mps" else points.device
     return points.detach().to(place).double()

@@ -1,4 +1,4 @@
-"""FreiHAND's protocol: its scores of a submission `pred.json` against the evaluation annotations."""
+"""FreiHAND's protocol: scores a submission `pred.json` against the evaluation annotations."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def score_predictions(
 ) -> dict[str, float]:
     """The scores of FreiHAND's evaluation script, without alignment ("raw") and after alignment with scale.
 
-    xyz, true_xyz: (N, 21, 3) joints; verts, true_verts: (N, 778, 3) vertices, or None to score the joints
-    alone; float64 numpy, metres, camera space. Returns the dict of `HandMetrics(raw=True)`, lengths in
-    millimetres, without scores that are undefined, and `images`, which is N. Alignment may mirror, as in the
-    script. Raises ValueError for other shapes, N = 0 and points that are not finite.
+    xyz, true_xyz: (N, 21, 3) joints; verts, true_verts: (N, 778, 3) vertices, or None to score only the
+    joints; float64 numpy, metres, camera space. Returns the dict of `HandMetrics(raw=True)` without undefined
+    scores, with lengths in millimetres, and with `images`, which is N. Alignment may mirror, as in the
+    script. Raises ValueError for wrong shapes, N = 0 and points that are not finite.
     """
     if len(xyz) == 0 or len(xyz) != len(true_xyz):
         raise ValueError(f"xyz: expected {len(true_xyz)} hands as in true_xyz, at least 1, got {len(xyz)}")
@@ -61,7 +61,7 @@ def score_predictions(
 
 
 def truth_paths(freihand: str | os.PathLike[str], *, joints_only: bool = False) -> list[Path]:
-    """The annotation files of the evaluation images that scoring needs, whether they exist or not."""
+    """The paths of the evaluation annotations that scoring needs, whether they exist or not."""
     kinds = ("xyz",) if joints_only else ("xyz", "verts")
     return [Path(freihand) / f"evaluation_{kind}.json" for kind in kinds]
 
@@ -73,14 +73,14 @@ def score_submission(
     joints_only: bool = False,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Score a `pred.json` as FreiHAND's evaluation script does; returns as `score_predictions`.
+    """Score a `pred.json` as FreiHAND's evaluation script does. Returns what `score_predictions` returns.
 
     freihand: the folder with `evaluation_xyz.json` and `evaluation_verts.json`, which are read in float64,
-    as the script reads them. joints_only: leave the vertices out; `evaluation_verts.json` is not needed
-    then, and the submission's vertices may be of another mesh or none.
+    as in the script. joints_only: leave out the vertices; then `evaluation_verts.json` is not needed, and the
+    submission's vertices may be missing or belong to another mesh.
 
-    Raises FileNotFoundError naming a missing file, ValueError naming a file that is malformed, and for a
-    submission of another number of hands than the annotations have.
+    Raises FileNotFoundError naming a missing file, and ValueError naming a malformed file or if the
+    submission and the annotations have different numbers of hands.
     """
     paths = truth_paths(freihand, joints_only=joints_only)
     for path in paths:
@@ -102,7 +102,7 @@ def _truth(path: Path, points: int, count: int, submission: str | os.PathLike[st
 
 
 def write_scores(submission: str | os.PathLike[str], scores: dict[str, float]) -> Path:
-    """Write the scores beside the submission, to `pred.scores.json` for `pred.json`; returns that path."""
+    """Write the scores next to the submission (`pred.scores.json` for `pred.json`) and return the path."""
     path = Path(submission).with_suffix(".scores.json")
     with whole_file(path) as partial:
         partial.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
@@ -110,7 +110,7 @@ def write_scores(submission: str | os.PathLike[str], scores: dict[str, float]) -
 
 
 def print_submission_scores(scores: dict[str, float], console: Console | None = None) -> None:
-    """A table of the scores of `score_submission`, raw and aligned, with a dash for what was not scored."""
+    """Print a table of the scores of `score_submission`, raw and aligned, with a dash for missing ones."""
     table = Table(caption="lengths in mm; raw in camera space, aligned with rotation and scale")
     table.add_column(f"{scores['images']:.0f} images")
     for title in _COLUMNS.values():
@@ -126,11 +126,11 @@ def print_submission_scores(scores: dict[str, float], console: Console | None = 
 
 
 def check_mesh(topology: HandTopology, freihand: str | os.PathLike[str]) -> None:
-    """Refuse to compare vertices where a network's mesh is not the one that the folder's hands have.
+    """Raise ValueError if a network's mesh differs from that of the folder's hands.
 
-    The hands of `pahm synth` have the package's own mesh, and its manifest tells its folders; all others
-    have MANO's. Vertices of two meshes do not correspond, though both have 778. Raises ValueError;
-    a folder without evaluation images is left for the reader to refuse.
+    Folders of `pahm synth`, recognised by their manifest, have the package's own mesh; all others have
+    MANO's. Both have 778 vertices, but they do not correspond. A folder without evaluation images passes
+    here; the reader rejects it.
     """
     if not (Path(freihand) / "evaluation" / "rgb").is_dir():
         return
