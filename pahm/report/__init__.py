@@ -1,4 +1,4 @@
-"""The page of a training run: curves, scores, reconstructions and failures in one HTML file."""
+"""Writes the report page of a training run: curves, scores, hands and failures in one HTML file."""
 
 from pahm.report.page import make_report as make_report
 

@@ -1,4 +1,4 @@
-"""The curves of a training run, read from TensorBoard's event files."""
+"""Reads the curves of a training run from TensorBoard's event files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-_POINTS = 1000  # most points of a curve on the page
+_POINTS = 1000  # maximum points per curve on the page
 
 
 class Curve(NamedTuple):
@@ -19,7 +19,7 @@ class Curve(NamedTuple):
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """Every scalar in the event files of a run folder's `tensorboard`, by its tag; empty without files.
+    """Read every scalar, by tag, from the event files in a run folder's `tensorboard`; empty without files.
 
     A resumed run may log a step twice; the later value counts.
     """
@@ -44,7 +44,7 @@ def _in_order(events: list[Any]) -> Curve:
 
 
 def charts(curves: dict[str, Curve]) -> list[dict[str, Any]]:
-    """The page's charts of a run, as JSON values: losses and learning rate a step, scores an epoch.
+    """The page's charts of a run, as JSON values: losses and learning rate per step, scores per epoch.
 
     A chart has `id`, `title`, `x`, `y` (titles of the axes), `log` (whether y is logarithmic) and `traces`,
     each with `name`, `x` and `y`. Charts without a curve are left out.
@@ -57,7 +57,7 @@ def charts(curves: dict[str, Curve]) -> list[dict[str, Any]]:
     names = {"eval/pa_mpjpe": "PA-MPJPE", "eval/pa_mpvpe": "PA-MPVPE"}
     scores = {name: _by_epoch(curves[tag], curves) for tag, name in names.items() if tag in curves}
     if len({curve.values.tobytes() for curve in rates.values()}) == 1:
-        # Groups of parameters with one rate need one line.
+        # Parameter groups with the same rate need only one line.
         rates = {"learning rate": next(iter(rates.values()))}
     found = [
         _chart("losses", "Parts of the loss", "step", "loss", losses, log=True),
@@ -68,7 +68,7 @@ def charts(curves: dict[str, Curve]) -> list[dict[str, Any]]:
 
 
 def _by_epoch(curve: Curve, curves: dict[str, Curve]) -> Curve:
-    """The curve with the number of finished epochs for its steps, as Lightning logs it beside."""
+    """Replace the curve's steps by the number of finished epochs, which Lightning logs as another curve."""
     if "epoch" not in curves:
         return Curve(np.arange(1, len(curve.steps) + 1), curve.values)
     epochs = curves["epoch"]

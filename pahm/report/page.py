@@ -1,4 +1,4 @@
-"""Gathers what the page of a run shows, and writes it."""
+"""Collects the content of a run's report page and writes the page."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from pahm.whole_file import whole_file
 
 _MODEL = "model.safetensors"
 _PACKAGES = ("pahm", "torch", "timm", "pytorch-lightning", "numpy", "embreex", "plotly")
-_LARGEST = 1000  # images that are scored by default
+_LARGEST = 1000  # maximum number of images scored by default
 
 
 def make_report(
@@ -52,27 +52,27 @@ def make_report(
     device: str = "auto",
     progress: bool = True,
 ) -> Path:
-    """Write one HTML file, which needs no network, about a run folder of `pahm train`; returns its path.
+    """Write an offline HTML report of a `pahm train` run folder and return the file's path.
 
-    Evaluation images that cannot be read, or whose masks cannot, are left out. The page says so, and they are
-    named on standard error. A hand is out of frame if the run's network does not see it: it is outside the
-    image, or outside the square that `ModelConfig.crop` sets, which is outlined in the page's inputs.
+    Evaluation images are left out if the image or its mask cannot be read. The page says so, and standard
+    error names them. A hand is out of frame if the run's network does not see it: it is outside the image, or
+    outside the square that `ModelConfig.crop` sets. The page outlines that square in the input pictures.
 
     Args:
         data: a folder in FreiHAND's layout whose evaluation images are annotated; by default the one that
             the run's `run.json` names.
-        baseline: a run folder or checkpoint to show beside the run's.
+        baseline: a run folder or checkpoint to show next to the run's.
         out: the file, `report.html` in the run folder by default.
-        count: hands in the grid, evenly spread over the images that are scored.
-        failures: how many hands with the largest errors are shown.
-        images: how many evaluation images are scored, from the first on, unreadable ones included; by
-            default all, but at most 1,000.
+        count: hands in the grid, evenly spread over the scored images.
+        failures: how many hands with the largest errors to show.
+        images: how many evaluation images to score, starting with the first and including unreadable ones;
+            by default all, but at most 1,000.
 
     Raises:
-        ValueError: plotly is not installed; a number out of range; `data` is not given and not recorded, or
-            is not annotated, or its meshes are not those of the checkpoint's hand, or none of its images can
-            be read; the checkpoint does not belong to the run's `config.json`; the baseline's hand is
-            another one.
+        ValueError: plotly is not installed; a number is out of range; `data` is not given and not recorded,
+            or is not annotated, or its meshes are not those of the checkpoint's hand, or none of its images
+            can be read; the checkpoint does not belong to the run's `config.json`; the baseline has a
+            different hand.
         FileNotFoundError, IsADirectoryError: there is no checkpoint; `out` is a folder.
     """
     start = time.monotonic()
@@ -145,13 +145,13 @@ def make_report(
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out, shared=True) as partial:
-        # Names of files may not be text.
+        # File names may not be valid text.
         partial.write_text(_render(values), encoding="utf-8", errors="backslashreplace")
     return out
 
 
 def _recorded_data(run: Path) -> str:
-    """The folder whose evaluation images the run was scored on."""
+    """The folder of the evaluation images that the run was scored on."""
     path = run / RECORD
     if not path.is_file():
         raise ValueError(f"--data: {path} does not exist to name the run's data, give the folder")
@@ -203,7 +203,7 @@ def _score_row(scored: Scored) -> list[str]:
 
 
 def _distribution(named: dict[str, Scored]) -> dict[str, Any]:
-    """The share of images whose PA-MPVPE is at most so many mm, as a chart (see `charts`)."""
+    """Chart the share of images with a PA-MPVPE of at most x mm (see `charts`)."""
     traces = []
     for label, scored in named.items():
         ordered = np.sort(scored.vertices)
@@ -221,9 +221,9 @@ def _table(
     reasons: list[Reasons],
     prefix: str,
 ) -> dict[str, Any]:
-    """Titles and rows of pictures, each with its numbers; `None` for a picture that a hand lacks.
+    """Titles and rows of pictures, each with its numbers; `None` for a hand's missing picture.
 
-    images: indices of the images that the scores and the reasons are of.
+    images: indices of the images that the scores and reasons refer to.
     """
     longest = max(hands, key=lambda hand: len(hand.pictures), default=None)
     titles = [picture.title for picture in longest.pictures] if longest else []
@@ -252,8 +252,8 @@ def _table(
 
 
 def _by_reason(ours: Scored, theirs: Scored | None, reasons: list[Reasons]) -> list[dict[str, Any]]:
-    """How many images have each dominant reason, and their mean errors; None for the number if the reason is
-    unknown in all images.
+    """Count the images with each dominant reason and average their errors. The number is None if the reason
+    is unknown in all images.
     """
     names = np.array([dominant(found) for found in reasons])
     shares = zip(LIMITS, zip(*reasons, strict=True), strict=True)
@@ -298,7 +298,7 @@ def _version(package: str) -> str:
 
 
 def _configuration(run: Path) -> list[tuple[str, str]]:
-    """Every value of the checkpoint's configuration by its dotted name."""
+    """Every value of the checkpoint's configuration, by dotted name."""
     config, _ = read_metadata(run / _MODEL)
     return [(name, json.dumps(value)) for name, value in _leaves(asdict(config), "")]
 

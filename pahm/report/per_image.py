@@ -1,4 +1,4 @@
-"""Scores of a network on evaluation images, image by image, and what makes each image hard."""
+"""Scores of a network on each evaluation image, and what makes each image hard."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Scored:
     """Scores of a network, or of a constant hand, on N images."""
 
     summary: dict[str, float]
-    """As `HandMetrics` gives them."""
+    """The scores of `HandMetrics`."""
     joints: npt.NDArray[np.float64]
     """`(N,)` PA-MPJPE of each image, mm."""
     vertices: npt.NDArray[np.float64]
@@ -53,7 +53,7 @@ class _Tally:
 
 
 def annotated(data: str, transform: Callable[[Sample], Sample] | None = None) -> FreiHand:
-    """The evaluation images of a folder in FreiHAND's layout, each with its truth.
+    """The evaluation images of a folder in FreiHAND's layout, with their ground truth.
 
     Raises ValueError if they have no annotations, and as `FreiHand`.
     """
@@ -69,9 +69,9 @@ def annotated(data: str, transform: Callable[[Sample], Sample] | None = None) ->
 def find_readable(data: str, images: int, *, progress: bool = True) -> tuple[list[int], dict[str, str]]:
     """Sort the first `images` evaluation images of a folder into readable and unreadable ones.
 
-    Gives the indices of those that can be read, with their masks if the folder has masks; and for each other
-    one, by its path inside the folder, a sentence that names the file. Raises as `annotated`, and ValueError
-    if none can be read.
+    Returns the indices of the readable images, and for each other image, by its path inside the folder, a
+    sentence that names the file. If the folder has masks, a readable image needs a readable mask. Raises as
+    `annotated`, and ValueError if none can be read.
     """
     dataset = annotated(data)
     readable: list[int] = []
@@ -91,9 +91,9 @@ def find_readable(data: str, images: int, *, progress: bool = True) -> tuple[lis
 def score(
     network: HandNet, data: str, images: Sequence[int], *, device: str = "auto", progress: bool = True
 ) -> tuple[Scored, Scored]:
-    """Scores of a network, and of its mean hand, on the evaluation images of a folder with these indices.
+    """Score a network and its mean hand on a folder's evaluation images with these indices.
 
-    Raises as `FreiHand` and `annotated`; ValueError or FileNotFoundError for an image that cannot be read,
+    Raises as `FreiHand` and `annotated`; ValueError or FileNotFoundError for an unreadable image,
     FloatingPointError if the network's output is not finite.
     """
     dataset = annotated(data)
@@ -112,16 +112,16 @@ def score(
 def reasons_of(
     data: str, images: Sequence[int], faces: npt.ArrayLike, share: float = 1.0, *, progress: bool = True
 ) -> list[Reasons]:
-    """`find_reasons` of the evaluation images of a folder with these indices.
+    """Apply `find_reasons` to a folder's evaluation images with these indices.
 
-    faces: (F, 3) of the meshes. share: what the network sees, `ModelConfig.crop`.
+    faces: (F, 3) of the meshes. share: the fraction that the network sees, `ModelConfig.crop`.
     """
 
     def measure(sample: Sample) -> Sample:
         return {"reasons": find_reasons(sample, faces, share)}
 
     dataset = annotated(data, measure)
-    # No worker processes: Embree's threads do not outlive a fork.
+    # No worker processes, because Embree's threads do not survive a fork.
     return [dataset[i]["reasons"] for i in _track(images, "looking for reasons", progress)]
 
 

@@ -1,4 +1,4 @@
-"""Contact sheets: a table of pictures of reconstructed hands."""
+"""Contact sheets: tables of pictures of reconstructed hands."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class SheetRow:
     truth: Array | None = None
     """`(778, 3)` true vertices in the camera space of `hand.K`, if known."""
     label: str = ""
-    """A line or two beside the row, such as a score."""
+    """A line or two next to the row, such as a score."""
 
 
 def contact_sheet(rows: Sequence[SheetRow], cell: int = 160) -> Image.Image:
-    """A table of pictures, one row a hand: image, overlay, meshes M4, M3, M2, M1, ground truth, side views.
+    """Draw one row per hand: image, overlay, meshes M4, M3, M2, M1, ground truth, side views.
 
-    The ground truth has columns if any row has one. All pictures of a row show the crop that the network saw;
-    the side views show the hand from its left. cell: side of a picture in pixels.
+    The ground truth has columns if any row has one. All pictures of a row show the crop that the network saw.
+    The side views show the hand from its left. cell: side of a picture in pixels.
     Raises ValueError for no rows or cells below 32 pixels.
     """
     if not rows:
@@ -92,7 +92,7 @@ def _pictures(row: SheetRow, cell: int, with_truth: bool) -> list[Image.Image | 
 
 
 def from_the_side(vertices: Array) -> Array:
-    """Vertices (N, 3) turned a quarter about a vertical axis and moved sideways onto the optical axis."""
+    """Turn vertices (N, 3) by a quarter about a vertical axis and move them sideways to the optical axis."""
     middle = (vertices.min(axis=0) + vertices.max(axis=0)) / 2
     x, y, z = (vertices - middle).T
     return np.stack([-z, y, x + middle[2]], axis=1)

@@ -1,4 +1,4 @@
-"""One hand of the page: its pictures, and its meshes for the viewer."""
+"""One row of the page: a hand's pictures, and its meshes for the viewer."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ Array = npt.NDArray[np.float64]
 
 CELL = 192
 """Side of a picture in pixels."""
-_STEP = 5e-5  # metres; the viewer's coordinates are whole numbers of it
+_STEP = 5e-5  # metres; the viewer's coordinates are integer multiples of it
 _ERROR_STEP = 1e-5
 
 
 @dataclass
 class Picture:
-    """A picture of a hand, and the mesh that the viewer shows for it."""
+    """A picture of a hand and the viewer's mesh for it."""
 
     title: str
-    """Of its column."""
+    """The title of its column."""
     source: str
     """A data URI; empty if there is no picture."""
     alt: str
@@ -49,16 +49,16 @@ class Row:
     index: int
     pictures: list[Picture] = field(default_factory=list)
     meshes: list[dict[str, Any]] = field(default_factory=list)
-    """For each: `key`, `label`, `count` (vertices), `points` and `errors` (see `Meshes`), `mean` and
+    """Each has `key`, `label`, `count` (vertices), `points` and `errors` (see `Meshes`), and the `mean` and
     `worst` error in mm, None for the truth.
     """
 
 
 class Meshes:
-    """Meshes of one hand as the viewer takes them: aligned with the truth, their errors beside them.
+    """Meshes of one hand in the viewer's format: aligned with the truth, with their errors.
 
     truth: (778, 3), metres, camera space. `points` are base64 of int16 (N, 3), twentieths of a millimetre
-    about the truth's centre, `errors` base64 of uint16 (N,), hundredths of a millimetre.
+    from the truth's centre; `errors` are base64 of uint16 (N,), hundredths of a millimetre.
     """
 
     def __init__(self, truth: Array, network: HandNet) -> None:
@@ -67,7 +67,7 @@ class Meshes:
         self.found: list[dict[str, Any]] = []
 
     def add(self, key: str, label: str, mesh: Array) -> None:
-        """Add a prediction (N, 3) in metres, of one of the hierarchy's numbers of vertices."""
+        """Add a prediction (N, 3) in metres; N is the number of vertices of a level of the hierarchy."""
         truth = self.truth[self.hierarchy.selection(self.hierarchy.sizes.index(len(mesh)))]
         aligned = align_with_scale(torch.from_numpy(mesh)[None], torch.from_numpy(truth)[None])[0].numpy()
         errors = np.linalg.norm(aligned - truth, axis=1)
@@ -88,7 +88,7 @@ class Meshes:
 
 
 class Photographer:
-    """Makes the page's rows: hands from our network, and from a baseline if there is one."""
+    """Makes the page's rows: hands from our network, and from the baseline if there is one."""
 
     def __init__(self, ours: Predictor, baseline: Predictor | None) -> None:
         self.ours, self.baseline = ours, baseline
@@ -100,7 +100,7 @@ class Photographer:
         return self._grid_row(sample) if kind == "grid" else self._failure_row(sample)
 
     def _grid_row(self, sample: dict[str, Any]) -> Row:
-        """Figure 3: input, overlays, the meshes coarse to fine, truth."""
+        """Figure 3: input, overlays, meshes from coarse to fine, truth."""
         row, view = self._begin(sample)
         hand = view.hands.get("ours")
         titles: list[str] = []
@@ -132,7 +132,7 @@ class Photographer:
                 try:
                     view.hands[name] = predictor.predict(sample["image"], intrinsics=sample["K"])
                 except FloatingPointError:
-                    # An untrained network; `_overlays` says so instead of a picture.
+                    # The network is untrained; `_overlays` says so instead of a picture.
                     continue
         row.pictures = [view.input()]
         row.pictures += self._overlays(view)
@@ -180,7 +180,7 @@ class _View:
             drawn, what = drawn.copy(), f"{what}, the square that the network sees outlined"
             first, last = (round(CELL * (1 + sign * self.share) / 2) for sign in (-1, 1))
             draw = ImageDraw.Draw(drawn)
-            # Black around white: one of them shows on any background.
+            # A black line around a white one: one of them shows on any background.
             draw.rectangle((first - 1, first - 1, last, last), outline="black")
             draw.rectangle((first, first, last - 1, last - 1), outline="white")
         return Picture("input", data_uri(drawn), what)
@@ -212,7 +212,7 @@ class _View:
 
 
 def data_uri(picture: Image.Image) -> str:
-    """A picture inside an address: JPEG for RGB, PNG of 256 colours for RGBA."""
+    """Encode a picture as a data URI: JPEG for RGB, PNG with 256 colours for RGBA."""
     buffer = io.BytesIO()
     if picture.mode == "RGBA":
         picture.quantize(256, method=Image.Quantize.FASTOCTREE).save(buffer, "PNG", optimize=True)

@@ -207,8 +207,8 @@ def evaluate(
 ) -> Evaluation:
     """Reconstruct every evaluation image of a folder in FreiHAND's layout, and score it if it is annotated.
 
-    The scores are relative ones beside the mean hand's, and the sizes of the hands are the network's own.
-    For `left`, `strict`, `workers` and what is raised see `reconstruct_folder`; ValueError also for
+    The scores are relative and come with those of the mean hand. The hands keep the size that the network
+    predicts. See `reconstruct_folder` for `left`, `strict`, `workers` and errors. Also raises ValueError for
     annotations with the mesh of another hand.
     """
     dataset = FreiHand(data, "evaluation")
@@ -228,7 +228,7 @@ def evaluate(
     if not dataset.annotated:
         return Evaluation(hands.joints, hands.vertices, None, None)
     mean_joints, mean = mean_hand_of(network, checked_left(left))
-    # Each process that evaluates sees every image: there is nothing to gather from others.
+    # Each evaluating process sees every image, so there is nothing to gather.
     ours, constant = (HandMetrics(sync_on_compute=False) for _ in range(2))
     for rows in np.split(np.arange(len(dataset)), range(batch_size, len(dataset), batch_size)):
         truth = [

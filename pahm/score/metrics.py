@@ -56,10 +56,10 @@ def point_errors(predicted: Tensor, truth: Tensor) -> Tensor:
 
 
 def _distances(first: Tensor, second: Tensor) -> Tensor:
-    """Lengths of the differences of points (..., 3), to the last bit as numpy gives them step by step."""
+    """Distances between points (..., 3), bit for bit as numpy computes them step by step."""
     x, y, z = (first - second).square().unbind(-1)
     squares = x + y + z
-    # MKL's square root, which torch takes on the CPU, is not always the nearest number.
+    # Torch uses MKL's square root on the CPU, which is not always correctly rounded.
     return torch.from_numpy(np.sqrt(squares.numpy())) if squares.device.type == "cpu" else squares.sqrt()
 
 
