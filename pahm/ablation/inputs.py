@@ -1,4 +1,4 @@
-"""What the rows of a table share besides their configuration: images, hand and first weights."""
+"""The inputs that all rows of a table share: images, hand and initial weights."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _NAMES = {"data": "images (--data)", "hand": "hands (--mano)", "weights": "first
 def check_inputs(
     out: Path, data: str | os.PathLike[str], topology: HandTopology | None, config: Config
 ) -> None:
-    """Record in `out` what its runs are made from, or compare with what was recorded for those before.
+    """Record in `out` the inputs of its runs, or compare them with those recorded for earlier runs.
 
-    Images are known by the cameras and the places of their hands, not by where the folder lies.
+    Images are identified by the cameras and positions of their hands, not by the folder's path.
 
-    Raises FileNotFoundError or ValueError where the images cannot be trained and scored on: not FreiHAND's
-    layout, no annotations, the meshes of another hand; and ValueError naming what differs.
+    Raises FileNotFoundError or ValueError if the images cannot be used for training and scoring: not in
+    FreiHAND's layout, no annotations, or meshes of another hand. Raises ValueError naming what differs.
     """
     topology = topology or HandTopology.load()
     for split in ("training", "evaluation"):

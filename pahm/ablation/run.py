@@ -1,4 +1,4 @@
-"""Training and scoring the rows of a table under one budget and one set of seeds."""
+"""Trains and scores the rows of a table with the same budget and seeds."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from pahm.train.run_folder import LAST
 from pahm.whole_file import whole_file
 
 DATA_SEED = 1
-"""Of the images that are rendered; those of the shipped checkpoint have 0."""
-_NOT_COMPARED = ("backbone_weights", "workers", "save_minutes", "save_every")  # which decide no result
+"""The seed of the rendered images. The shipped checkpoint's images have seed 0."""
+_NOT_COMPARED = ("backbone_weights", "workers", "save_minutes", "save_every")  # none affects the result
 _METRO_ONLY = ("transformer_channels", "transformer_layers", "transformer_heads")
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What all rows of a table have in common."""
+    """The settings that all rows of a table share."""
 
     base: Callable[[str], Config]
-    """The configuration that rows change, by the table's name."""
+    """Returns the configuration that rows modify, given the table's name."""
     images: tuple[int, int] | None
-    """Training and evaluation images of the package's own data set; None needs a folder."""
+    """Numbers of training and evaluation images to render; with None the caller gives a folder."""
 
 
 def _tiny(table: str) -> Config:
@@ -57,7 +57,7 @@ def _tiny(table: str) -> Config:
 
 
 def _paper(table: str) -> Config:
-    # METRO's published network stands on HRNet-W64; tables 1 to 3 are the paper's ablations with ResNet-18.
+    # METRO's published network uses HRNet-W64; tables 1 to 3 are the paper's ablations with ResNet-18.
     return preset("hrnet_w64" if table == "table4" else "resnet18")
 
 
@@ -80,32 +80,33 @@ def ablate(
     accelerator: str = "auto",
     report: Callable[[str], None] = print,
 ) -> Path:
-    """Train and score the rows of one of the paper's tables, and write it beside the paper's numbers.
+    """Train and score the rows of one of the paper's tables, and write it next to the paper's numbers.
 
     `out` receives a run folder for each network and seed (`runs/`, see `pahm.train.trainer.train`), a small
-    JSON of its scores (`results/`), and `<table>.md`, `.csv` and `.png`, written anew after each run. Runs
-    whose result is there are skipped, also where another table made it. An interrupted run resumes.
+    JSON file of its scores (`results/`), and `<table>.md`, `.csv` and `.png`, rewritten after each run. Runs
+    that already have a result are skipped, even if the result came from another table. An interrupted run
+    resumes.
 
-    The jobs of a cluster can share `out` and `data`, each with its own `only` and `seeds`. A last call
+    The jobs of a cluster can share `out` and `data`, each with its own `only` and `seeds`. A final call
     without `only` writes the whole table.
 
     Args:
-        table: a name of `TABLES`. scale: a name of `SCALES`.
-        data: a folder in FreiHAND's layout; None renders one into `out` for a scale that says how large,
-            with another seed than the images that the shipped checkpoint was trained on.
-        seeds: of the weights, the order of the images and their augmentation; each row runs with each.
-        only: names of `VARIANTS` in this table to run; empty for all of them.
-        changes: dotted names of the configuration and values, for all rows alike.
-        topology, accelerator: as `pahm.train.trainer.train`. A run has one device.
-        report: takes a line of progress.
+        table: a name in `TABLES`. scale: a name in `SCALES`.
+        data: a folder in FreiHAND's layout. None renders one into `out` if the scale defines its size. Its
+            seed differs from that of the shipped checkpoint's training images.
+        seeds: seeds of the weights, the order of the images and their augmentation; each row runs with each.
+        only: names in `VARIANTS` to run from this table; empty for all.
+        changes: dotted configuration names and their values, the same for all rows.
+        topology, accelerator: as in `pahm.train.trainer.train`. A run uses one device.
+        report: called with each line of progress.
 
     Returns:
         the path of the Markdown table.
 
     Raises:
-        ValueError: no such table, scale or row; no data, or data that cannot be trained and scored on; a
-            change of what rows differ in; or `out` has runs of another configuration (the first difference is
-            named), or of other images, another hand or other first weights.
+        ValueError: an unknown table, scale or row; no data, or data that cannot be used for training and
+            scoring; a change to a value in which rows differ; or `out` has runs with another configuration
+            (the first difference is named), other images, another hand or other initial weights.
     """
     if table not in TABLES:
         raise ValueError(f"table: expected one of {', '.join(TABLES)}, got {table!r}")
@@ -161,7 +162,7 @@ def _run(
     topology: HandTopology | None,
     accelerator: str,
 ) -> float:
-    """Train and score one row; returns the seconds that this took."""
+    """Train and score one row. Returns the time taken in seconds."""
     from pahm.train.trainer import train
 
     resumed = (folder / LAST).exists()
@@ -171,7 +172,7 @@ def _run(
     recorded = config.override({"model.backbone_weights": None})
     record = {
         "scores": scores,
-        "seconds": None if resumed else round(seconds, 1),  # of a resumed run only the last part is known
+        "seconds": None if resumed else round(seconds, 1),  # only the last part of a resumed run is timed
         "threads": torch.get_num_threads(),
         "training_images": len(FreiHand(data, "training")),
         "config": json.loads(recorded.to_json()),
@@ -183,7 +184,7 @@ def _run(
 
 
 def _check_same(path: Path, config: Config) -> None:
-    """Raise ValueError where the result in `path` is of another configuration than `config`."""
+    """Raise ValueError if the result in `path` was made with a configuration other than `config`."""
     try:
         found = from_dict(read_json(path)["config"])
     except (ValueError, KeyError, TypeError) as error:
@@ -200,11 +201,11 @@ def _check_same(path: Path, config: Config) -> None:
 
 
 def _shipped_backbone(out: Path) -> Path:
-    """The backbone of the shipped checkpoint as a file of weights, from which all rows of `tiny` start.
+    """Write the shipped checkpoint's backbone weights to a file. All rows of `tiny` start from them.
 
-    From ImageNet's weights no row leaves the mean hand behind in a quarter of an hour on two cores. The
-    shipped network is the pixel-aligned one with 2D supervision, so rows without them start from features
-    that had them: what the rows show is what the rest of each network makes of the same features.
+    Starting from ImageNet's weights, no row beats the mean hand in a quarter of an hour on two cores. The
+    shipped network is pixel-aligned and has 2D supervision, so rows without either start from features that
+    were trained with both. The rows therefore compare how the rest of each network uses the same features.
     """
     path = out / "backbone.safetensors"
     if not path.exists():

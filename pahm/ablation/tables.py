@@ -1,4 +1,4 @@
-"""Tables 1 to 4 of the paper: their rows as changes of a configuration, and the paper's numbers."""
+"""Tables 1 to 4 of the paper: their rows as changes to a configuration, and the paper's numbers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 from pahm.config import Config
 
 SCORES = {"pa_mpjpe": "PA-MPJPE mm", "pa_mpvpe": "PA-MPVPE mm", "f5": "F@5 mm", "f15": "F@15 mm"}
-"""The scores of the tables by their name in `HandMetrics`, with their titles."""
+"""The titles of the tables' scores, by their names in `HandMetrics`."""
 
 RESULT = "{variant}-seed{seed}.json"
-"""The file in `results/` that a run's scores are kept in."""
+"""The name of the file in `results/` with a run's scores."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class Row:
     """One row of a table."""
 
     cells: tuple[str, ...]
-    """What stands in the table's descriptive columns."""
+    """The text of the table's descriptive columns."""
     paper: tuple[float, ...]
     """The paper's scores, in the order of `Table.scores`."""
     variant: str | None = None
-    """Name of the network in `VARIANTS`; None for a result of others that the paper quotes."""
+    """Name of the network in `VARIANTS`; None for a result that the paper quotes from others."""
 
 
 @dataclass(frozen=True)
@@ -56,22 +56,22 @@ VARIANTS: dict[str, tuple[bool, dict[str, Any]]] = {
     "metro-aligned": (False, {"model.decoder": "metro"}),
     "gcn-stacked": (True, {"model.stacks": 2}),
 }
-"""Each network by name: whether its graph convolutions have self-attention, and what else differs from the
-base configuration, the pixel-aligned network with 2D supervision and skip connections into all levels.
+"""Each network by name: whether its graph convolutions have self-attention, and its other changes to the base
+configuration. The base is the pixel-aligned network with 2D supervision and skip connections into all levels.
 
-Networks that tables share are run once: the last row of Table 2 is the fourth of Table 1 and the last of
+Networks shared by several tables run once: the last row of Table 2 is the fourth of Table 1 and the last of
 Table 3.
 
 All rows of Table 1 have the same extractor and the same first mesh, which reads the mean of Q_32 and the 2D
-pose. "Without 2D" leaves out the losses of the silhouette and of the 2D pose, its heatmaps and its positions,
-and nothing else. The projection loss, which trains the camera, stays in all rows. The rows with global
-features have no 2D supervision either: the paper compares them with its third row, "which has the same
-architecture" and none. They see the image at the first mesh and at M4 only, as Kulon et al. (CVPR 2020) do.
+pose. "Without 2D" removes only the losses of the silhouette and of the 2D pose (its heatmaps and its
+positions). All rows keep the projection loss, which trains the camera. The rows with global features have no
+2D supervision either: the paper compares them with its third row, "which has the same architecture" and no 2D
+supervision. They see the image only at the first mesh and at M4, as in Kulon et al. (CVPR 2020).
 """
 
 
 def configuration(base: Config, variant: str) -> Config:
-    """The base configuration changed to one of `VARIANTS`; without attention its heads become 0."""
+    """The base configuration changed to one of `VARIANTS`. Without attention, the heads become 0."""
     attention, changes = VARIANTS[variant]
     heads = {} if attention else {"model.attention_heads": [0, 0, 0, 0]}
     return base.override({**heads, **changes, "name": variant})

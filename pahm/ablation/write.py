@@ -1,4 +1,4 @@
-"""A table of the paper beside our own runs: Markdown, CSV and a plot."""
+"""Writes a table of the paper next to our own runs: Markdown, CSV and a plot."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Results = dict[str, list[dict[str, Any]]]
 
 
 def write_table(out: Path, name: str, seeds: Sequence[int]) -> Path:
-    """Write `<name>.md`, `.csv` and `.png` into `out` from the results there; returns the Markdown's path.
+    """Write `<name>.md`, `.csv` and `.png` into `out` from its results. Returns the Markdown file's path.
 
-    Rows without a result stay, with a dash.
+    Rows without a result have a dash.
     """
     table = TABLES[name]
     results = load_results(out, table, seeds)
@@ -39,7 +39,7 @@ def write_table(out: Path, name: str, seeds: Sequence[int]) -> Path:
 
 
 def load_results(out: Path, table: Table, seeds: Sequence[int]) -> Results:
-    """The results of a table's networks, each a list over the seeds that are there."""
+    """The results of each of a table's networks, as a list over the available seeds."""
     results: Results = {}
     for row in table.rows:
         if row.variant is None:
@@ -50,7 +50,7 @@ def load_results(out: Path, table: Table, seeds: Sequence[int]) -> Results:
 
 
 def _record(path: Path, names: Sequence[str]) -> dict[str, Any]:
-    """What `pahm ablate` recorded of a run with these scores; ValueError for any other file."""
+    """Read the record that `pahm ablate` wrote for a run with these scores; ValueError for any other file."""
     try:
         record: dict[str, Any] = read_json(path)
         from_dict(record["config"])
@@ -69,12 +69,12 @@ def _record(path: Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 def scores_of(results: Results, row: Row, score: str) -> list[float]:
-    """A row's values of a score, one a seed; empty for rows without a run."""
+    """A row's values of a score, one per seed; empty for rows without a run."""
     return [record["scores"][score] for record in results.get(row.variant or "", [])]
 
 
 def pairs_that_hold(table: Table, results: Results, score: str = "pa_mpjpe") -> list[tuple[Row, Row, bool]]:
-    """For each two rows that follow each other and have results: are their means ordered as the paper's?"""
+    """For each pair of consecutive rows with results, whether their means have the paper's order."""
     pairs = []
     for a, b in pairwise(row for row in table.rows if row.variant is not None):
         ours = scores_of(results, a, score), scores_of(results, b, score)
@@ -86,7 +86,7 @@ def pairs_that_hold(table: Table, results: Results, score: str = "pa_mpjpe") -> 
 
 
 def markdown(table: Table, name: str, results: Results) -> str:
-    """The table, its budget, and which orderings hold."""
+    """The table, its budget, and which of the paper's orderings hold."""
     titles = [*table.columns]
     for score in table.scores:
         titles += [f"{SCORES[score]}, paper", "ours"]
@@ -120,7 +120,7 @@ def markdown(table: Table, name: str, results: Results) -> str:
 
 
 def _budget(results: Results) -> str:
-    """What the runs had in common, as their records say it."""
+    """The settings that the runs share, from their records."""
     records = [record for found in results.values() for record in found]
     if not records:
         return "no runs yet"
@@ -135,7 +135,7 @@ def _budget(results: Results) -> str:
 
 
 def _mean_hand(table: Table, results: Results) -> list[str]:
-    """What predicting the mean training hand for every image scores: a row above it has learnt nothing."""
+    """The scores of predicting the mean training hand for every image. A worse row has learnt nothing."""
     for record in (record for found in results.values() for record in found):
         scores = [(SCORES[name], record["scores"].get(f"mean_hand_{name}")) for name in table.scores[:2]]
         if all(value is not None for _, value in scores):
@@ -145,7 +145,7 @@ def _mean_hand(table: Table, results: Results) -> list[str]:
 
 
 def _difference(one: Sequence[float], two: Sequence[float]) -> str:
-    """How far two rows' means lie apart, and what part of it may be chance."""
+    """The difference between two rows' means, and how much of it may be chance."""
     text = f"{abs(mean(one) - mean(two)):.2f} apart"
     if min(len(one), len(two)) < 2:
         return text
@@ -161,7 +161,7 @@ def _spread(values: Sequence[float], places: int) -> str:
 
 
 def as_csv(table: Table, results: Results) -> str:
-    """One line a row and seed, and one a row that the paper quotes."""
+    """One line per row and seed, and one per row that the paper quotes."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     names = list(table.scores)
@@ -187,7 +187,7 @@ def as_csv(table: Table, results: Results) -> str:
 
 
 def _plot(table: Table, results: Results) -> Figure:
-    """The paper's scores and ours side by side, each with an axis of its own: other data, the same order?"""
+    """Plot the paper's scores and ours side by side. The data differ, so each has its own axis."""
     rows = [row for row in table.rows if row.variant is not None]
     figure = Figure(figsize=(9, 1.3 + 0.4 * len(rows)), layout="constrained")
     paper, here = figure.subplots(1, 2, sharey=True)
@@ -216,6 +216,6 @@ def _plot(table: Table, results: Results) -> Figure:
 
 
 def _label(table: Table, row: Row) -> str:
-    """A row in a few words; what only says yes or no needs its column's title."""
+    """A short label for a row. A cell that only says yes or no gets its column's title."""
     cells = zip(table.columns, row.cells, strict=True)
     return ", ".join(f"{column.lower()}: {cell}" if cell in ("yes", "no") else cell for column, cell in cells)

@@ -174,7 +174,7 @@ class _View:
         self.hands: dict[str, Hand] = {}
 
     def input(self) -> Picture:
-        """The image; the square that the network sees is outlined if it is not the whole image."""
+        """The image, with an outline of the square that the network sees unless it is the whole image."""
         drawn, what = self.image, f"evaluation image {self.index}"
         if self.share < 1:
             drawn, what = drawn.copy(), f"{what}, the square that the network sees outlined"

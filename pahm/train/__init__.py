@@ -1,1 +1,1 @@
-"""Training: losses, the module, the run folder, the trainer."""
+"""Training: losses, the Lightning module, the run folder and the trainer."""

@@ -1,7 +1,8 @@
-"""The losses of section 3.4, equations 5 and 6, and the supervision of the camera.
+"""The losses of section 3.4, equations 5 and 6, and the camera's supervision.
 
-The paper writes sums; here each loss is a mean over its elements, as in CMR's code, whose weights the paper's
-resemble, so that a weight means the same for any image size or mesh. Lengths are in units of 0.2 m (CMR).
+The paper writes sums. Here each loss is a mean over its elements, so a weight means the same for any image
+size or mesh. This follows CMR's code, whose weights resemble the paper's. Lengths are in units of 0.2 m
+(CMR).
 """
 
 from __future__ import annotations
@@ -21,15 +22,13 @@ class Targets(NamedTuple):
     """The truth for `B` images."""
 
     meshes: list[Tensor]
-    """M4 ... M1 as `Prediction.meshes`: metres, relative to the root joint."""
+    """M4 ... M1, as in `Prediction.meshes`: metres, relative to the root joint."""
     vertices_2d: list[Tensor]
-    """`(B, N_s, 2)` projections of the same vertices in normalised crop coordinates
-    (`align_corners=False`).
-    """
+    """`(B, N_s, 2)` projections of these vertices, in normalised crop coordinates (`align_corners=False`)."""
     joints: Tensor
     """`(B, 21, 3)`, metres, relative to the root joint."""
     joints_2d: Tensor
-    """`(B, 21, 2)` projections of the joints, normalised likewise."""
+    """`(B, 21, 2)` projections of the joints, in the same normalised coordinates."""
     mask: Tensor
     """`(B, 1, S, S)`, 1 on the hand."""
     has_mask: Tensor
@@ -50,16 +49,18 @@ def joint_loss(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def edge_loss(predicted: Tensor, target: Tensor, faces: Tensor) -> Tensor:
-    """L_edge: mean | |e^| - |e| | over the three edges of every face; vertices `(B, N, 3)`, faces `(F,
-    3)`.
+    """L_edge: mean | |e^| - |e| | over the three edges of every face.
+
+    Vertices are `(B, N, 3)`, faces `(F, 3)`.
     """
     lengths, expected = (torch.linalg.vector_norm(_edges(v, faces), dim=-1) for v in (predicted, target))
     return (lengths - expected).abs().mean()
 
 
 def normal_loss(predicted: Tensor, target: Tensor, faces: Tensor) -> Tensor:
-    """L_norm: mean |cos| between the predicted edges of a face and the true face's normal; shapes as
-    `edge_loss`.
+    """L_norm: mean |cos| between the predicted edges of a face and the true face's normal.
+
+    Shapes are as in `edge_loss`.
     """
     edges = F.normalize(_edges(predicted, faces), dim=-1, eps=1e-6)
     true_edges = _edges(target, faces)
@@ -76,8 +77,7 @@ def _edges(vertices: Tensor, faces: Tensor) -> Tensor:
 def silhouette_loss(logits: Tensor, mask: Tensor, has_mask: Tensor) -> Tensor:
     """L_sil: binary cross entropy against the mask, averaged down to the logits' size.
 
-    logits `(B, 1, h, w)`, mask `(B, 1, S, S)`, has_mask `(B,)` bool. Images without a mask are left out of
-    the mean.
+    logits `(B, 1, h, w)`, mask `(B, 1, S, S)`, has_mask `(B,)` bool. The mean excludes images without a mask.
     """
     target = F.adaptive_avg_pool2d(mask.float(), (logits.shape[-2], logits.shape[-1]))
     loss = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none").mean(dim=(1, 2, 3))
@@ -85,10 +85,10 @@ def silhouette_loss(logits: Tensor, mask: Tensor, has_mask: Tensor) -> Tensor:
 
 
 def heatmaps(joints_2d: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
-    """Gaussian heatmaps of peak 1 around the joints.
+    """Gaussian heatmaps with peak 1 at the joints.
 
     `joints_2d (B, J, 2)` normalised with `align_corners=False`, `size` (h, w) of the map, `sigma` the
-    standard deviation in pixels of a 224-pixel image; gives `(B, J, h, w)`.
+    standard deviation in pixels of a 224-pixel image. Returns `(B, J, h, w)`.
     """
     height, width = size
     x = (2 * torch.arange(width, device=joints_2d.device, dtype=joints_2d.dtype) + 1) / width - 1
@@ -100,33 +100,34 @@ def heatmaps(joints_2d: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
 
 
 def pose_loss(logits: Tensor, joints_2d: Tensor, sigma: float) -> Tensor:
-    """L_2Dpose: binary cross entropy against the joints' heatmaps; logits `(B, 21, h, w)`, joints `(B, 21,
-    2)`.
+    """L_2Dpose: binary cross entropy against the joints' heatmaps.
+
+    logits `(B, 21, h, w)`, joints `(B, 21, 2)`.
     """
     target = heatmaps(joints_2d.float(), (logits.shape[-2], logits.shape[-1]), sigma)
     return F.binary_cross_entropy_with_logits(logits.float(), target)
 
 
 def position_loss(logits: Tensor, joints_2d: Tensor) -> Tensor:
-    """Mean L1 distance of the heatmaps' soft-argmax to the joints; logits `(B, 21, h, w)`, joints `(B, 21,
-    2)`.
+    """Mean L1 distance of the heatmaps' soft-argmax to the joints.
 
-    The first mesh is lifted from these positions (see `FirstMesh`), which the cross entropy of the
-    heatmaps supervises only indirectly (integral regression; Sun et al., ECCV 2018).
+    logits `(B, 21, h, w)`, joints `(B, 21, 2)`. The first mesh is lifted from these positions (see
+    `FirstMesh`). The heatmaps' cross entropy supervises them only indirectly (integral regression; Sun et
+    al., ECCV 2018).
     """
     return (expected_position(logits) - joints_2d).abs().mean()
 
 
 def project(vertices: Tensor, camera: Tensor) -> Tensor:
-    """Weak perspective: `(B, N, 3)` metres and `(B, 3)` [s, tx, ty] to `(B, N, 2)` normalised coordinates."""
+    """Project `(B, N, 3)` metres with weak perspective `(B, 3)` [s, tx, ty] to normalised `(B, N, 2)`."""
     return camera[:, None, :1] * (vertices[..., :2] + camera[:, None, 1:])
 
 
 def projection_loss(meshes: Sequence[Tensor], camera: Tensor, vertices_2d: Sequence[Tensor]) -> Tensor:
-    """Supervises the camera: mean L1 distance between each mesh's projection and the true one, normalised.
+    """Supervise the camera: mean L1 distance between each mesh's projection and the true one, normalised.
 
-    The paper projects but does not say with which camera. Ours is predicted (see `PixelAligned`), and this
-    loss makes each level's mesh land on its own pixels, which is where the next level samples.
+    The paper projects but does not specify the camera. Ours is predicted (see `PixelAligned`). This loss
+    makes each level's mesh project to its own pixels, where the next level samples.
     """
     terms = [(project(m, camera) - t).abs().mean() for m, t in zip(meshes, vertices_2d, strict=True)]
     return torch.stack(terms).mean()
@@ -135,11 +136,11 @@ def projection_loss(meshes: Sequence[Tensor], camera: Tensor, vertices_2d: Seque
 def total_loss(
     prediction: Prediction, targets: Targets, faces: Tensor, config: LossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of all losses, and each (unweighted) by name; `faces (F, 3)` are those of M1.
+    """The weighted sum of all losses, and each unweighted loss by name; `faces (F, 3)` are those of M1.
 
-    A mesh is compared with the truth of the level that has its number of vertices; equation 5 sums over the
-    meshes, of which a level may have several (see `Prediction`). Losses of the 2D cues are means over the
-    hourglasses. What the network does not predict has no loss.
+    Each mesh is compared with the truth of the level with the same number of vertices. Equation 5 sums over
+    all meshes; a level may have several (see `Prediction`). Losses of the 2D cues are means over the
+    hourglasses. Outputs that the network does not predict have no loss.
     """
     finest, truth = prediction.meshes[-1] / UNIT, targets.meshes[-1] / UNIT
     levels = {target.shape[1]: i for i, target in enumerate(targets.meshes)}

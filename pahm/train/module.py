@@ -1,4 +1,4 @@
-"""The network in training, as PyTorch Lightning takes it: targets, losses, logs, scores and optimisers."""
+"""The PyTorch Lightning module that trains the network: targets, losses, logs, scores and optimisers."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from pahm.train.provenance import provenance
 LOG = logging.getLogger("pahm")
 
 READ_EVERY = 20
-"""Steps between two readings of values from the device, each of which makes the host wait for it."""
+"""Steps between reads of values from the device. Each read makes the host wait for the device."""
 
 
 class HandTraining(pl.LightningModule):
-    """The network, its losses and its optimiser; logs every loss, and the scores on the evaluation images.
+    """The network, its losses and its optimiser. Logs every loss and the scores on the evaluation images.
 
-    load_backbone: see `build_network`. strict: an unreadable image ends the run, with ValueError.
-    images: what the training images are, kept in the checkpoint (see `pahm.train.run_folder.Place`).
+    load_backbone: see `build_network`. strict: an unreadable image ends the run with ValueError.
+    images: identifies the training images; stored in the checkpoint (see `pahm.train.run_folder.Place`).
 
-    With `TrainConfig.ema`, `average` is a second network with the moving average of the weights. During an
-    evaluation it takes the place of `network`.
+    With `TrainConfig.ema`, `average` is a second network with the moving average of the weights. It replaces
+    `network` during an evaluation.
     """
 
     faces: Tensor
@@ -75,7 +75,7 @@ class HandTraining(pl.LightningModule):
         self._unchecked: list[tuple[int, list[str], dict[str, Tensor]]] = []
 
     def targets(self, batch: Batch) -> Targets:
-        """The truth of a batch of `CropTransform` samples, in the form that the losses take."""
+        """Convert a batch of `CropTransform` samples to the targets of the losses."""
         vertices, joints = batch["vertices"], batch["joints"]
         size = self.config.model.image_size
         root = joints[:, self.config.model.root_joint, None]
@@ -114,10 +114,10 @@ class HandTraining(pl.LightningModule):
             images = images.contiguous(memory_format=torch.channels_last)
         prediction = self.network(images)
         loss, parts = total_loss(prediction, self.targets(batch), self.faces, self.config.loss)
-        # A process whose loss is not finite makes it so for all of them, so that they stop together.
+        # Reducing spreads a loss that is not finite to all processes, so they stop together.
         values = torch.stack([loss, *parts.values()]).detach()
         if self.trainer.world_size > 1:
-            # Not by `strategy.reduce`: it begins with a barrier, at which the host waits for the device.
+            # `strategy.reduce` would start with a barrier, where the host waits for the device.
             torch.distributed.all_reduce(values)
             values = values / self.trainer.world_size
         losses = dict(zip(["loss", *parts], values.unbind(), strict=True))
@@ -131,7 +131,7 @@ class HandTraining(pl.LightningModule):
     def check_losses(self) -> None:
         """Raise FloatingPointError for the first step since the last call whose losses are not finite.
 
-        Called every `READ_EVERY` steps, and before anything is saved or evaluated.
+        Called every `READ_EVERY` steps and before anything is saved or evaluated.
         """
         steps, self._unchecked = self._unchecked, []
         if not steps:
@@ -148,9 +148,9 @@ class HandTraining(pl.LightningModule):
     def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
         super().optimizer_step(*arguments, **keywords)
         if self.average is not None:
-            # The first steps count for more, and the very first one for all: it replaces the random weights.
+            # Early steps have more weight. The very first step replaces the random weights entirely.
             decay = min(self.config.train.ema, self.global_step / (self.global_step + 10))
-            # `AveragedModel`, Lightning's too, would wait for the device in every step, and average indices.
+            # `AveragedModel` (and Lightning's) would wait for the device in every step and average indices.
             get_ema_multi_avg_fn(decay)(_floating(self.average), _floating(self.network), torch.empty(0))
 
     def on_validation_start(self) -> None:
@@ -164,7 +164,7 @@ class HandTraining(pl.LightningModule):
             self.network, self.average = self.average, self.network
 
     def _of_all_processes(self, items: list[str]) -> list[str]:
-        """The first process's, then the second's, and so on."""
+        """The items of all processes, in the order of their ranks."""
         parts: list[Any] = [items]
         if self.trainer.world_size > 1:
             parts = [None] * self.trainer.world_size
@@ -177,7 +177,7 @@ class HandTraining(pl.LightningModule):
             LOG.warning("epoch %d: %d unreadable images were replaced", self.current_epoch, replaced)
 
     def _replaced_everywhere(self) -> int:
-        """Images replaced so far in this epoch, by all processes."""
+        """The number of images replaced in this epoch so far, over all processes."""
         replaced = torch.tensor(float(self._replaced), device=self.device)
         if self.trainer.world_size > 1:
             replaced = self.trainer.strategy.reduce(replaced, reduce_op="sum")
@@ -188,13 +188,13 @@ class HandTraining(pl.LightningModule):
         if not batch:
             return
         seen = see(self.network, batch["image"], batch["K"])
-        # As `pahm.score.evaluation` has it.
+        # As in `pahm.score.evaluation`.
         replaced = torch.tensor(batch["replaced"], device=self.device)[:, None, None]
         with torch.autocast(self.device.type, enabled=False):
             mean_joints = self.network.joints(self.network.mean_hand)
         vertices = torch.where(replaced, self.network.mean_hand, seen.vertices)
         joints = torch.where(replaced, mean_joints, seen.joints)
-        # Scored at the end: looking at the numbers here would make a GPU wait at each step.
+        # Score at the end, since reading the numbers here would make a GPU wait at each step.
         self._evaluated.append((batch["name"], (joints, batch["joints"], vertices, batch["vertices"])))
 
     @staticmethod
@@ -218,7 +218,7 @@ class HandTraining(pl.LightningModule):
             self.metrics.update(*points)
         scores = {name: float(value) for name, value in self.metrics.compute().items()}
         self.metrics.reset()
-        # The metric has already added up over the processes; sync_dist says so to Lightning.
+        # The metric is already summed over the processes; sync_dist tells Lightning so.
         self.log_dict({f"eval/{name}": value for name, value in scores.items()}, sync_dist=True)
         self.log("pa_mpjpe", scores["pa_mpjpe"], prog_bar=True, logger=False, sync_dist=True)
 
@@ -228,7 +228,7 @@ class HandTraining(pl.LightningModule):
         checkpoint["pahm_config"] = self.config.to_json()
         checkpoint["pahm_images"] = self.images
         checkpoint["pahm_provenance"] = json.dumps(provenance())
-        # The epoch, and the step within it, that a resumed run begins with.
+        # The epoch, and the step within it, at which a resumed run starts.
         checkpoint["pahm_place"] = [
             fit.epoch_progress.current.processed,
             step if step < self.trainer.num_training_batches else 0,
@@ -240,7 +240,7 @@ class HandTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         train = self.config.train
-        # One pass over all parameters. Lightning cannot clip their gradients under mixed precision then.
+        # One pass over all parameters. With it, Lightning cannot clip gradients under mixed precision.
         fused = train.precision == "32-true" or not train.gradient_clip
         options: dict[str, Any] = {"lr": train.learning_rate, "fused": fused}
         if train.optimizer == "adam":
@@ -248,7 +248,7 @@ class HandTraining(pl.LightningModule):
                 self.network.parameters(), weight_decay=train.weight_decay, **options
             )
         else:
-            # Vectors (biases, normalisations) and the vertex embedding are not decayed.
+            # Vectors (biases, normalisations) and the vertex embedding have no weight decay.
             decayed = [p for n, p in self.network.named_parameters() if p.dim() > 1 and "embedding" not in n]
             kept = [p for n, p in self.network.named_parameters() if p.dim() <= 1 or "embedding" in n]
             groups: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
@@ -266,10 +266,10 @@ class HandTraining(pl.LightningModule):
 
 
 def _freeze_unreached(network: HandNet) -> None:
-    """Leave out of the training what no output depends on.
+    """Freeze the parameters that no output depends on.
 
-    A backbone like HRNet makes its maps together, and where a network reads only some of them, distributed
-    training would wait for gradients that never come.
+    A backbone like HRNet computes its maps together. If a network reads only some of them, distributed
+    training would wait for gradients that never arrive.
     """
     size = network.config.image_size
     prediction = network.eval()(torch.zeros(1, 3, size, size))
@@ -283,13 +283,13 @@ def _freeze_unreached(network: HandNet) -> None:
 
 
 def _floating(network: HandNet) -> list[Tensor]:
-    """The parameters and buffers that can be averaged, in the same order for all copies of a network."""
+    """The parameters and buffers that can be averaged, in the same order for every copy of a network."""
     tensors = chain(network.parameters(), network.buffers())
     return [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
 
 
 class WarmupCosine:
-    """Factor of the learning rate: linear over the first 5 % of `steps`, then half a cosine down to 0."""
+    """Learning rate factor: linear over the first 5 % of `steps`, then half a cosine down to 0."""
 
     def __init__(self, steps: int) -> None:
         self.steps = max(steps, 1)
@@ -303,7 +303,7 @@ class WarmupCosine:
 
 
 def _normalise(pixels: Tensor, size: int) -> Tensor:
-    """Pixels of a crop, from the centre of its top-left pixel, to coordinates with -1 and 1 at its outer
-    edges.
+    """Convert crop pixels, measured from the centre of the top-left pixel, to coordinates with -1 and 1 at the
+    crop's outer edges.
     """
     return (2 * pixels + 1) / size - 1

@@ -1,4 +1,4 @@
-"""Where a run comes from: versions, machine and git revision, as they are stored with its weights."""
+"""The provenance stored with a run's weights: versions, machine and git revision."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ def _provenance() -> dict[str, str | None]:
 
 
 def provenance() -> dict[str, str | None]:
-    """Versions of the packages that decide what training computes, of Python, the names of CPU and GPU, and
-    the git revision of the source tree, with `+dirty` where its tracked files differ from it; as they were
-    when first asked for.
+    """The versions of Python and of the packages that affect training, the names of CPU and GPU, and the git
+    revision of the source tree, with `+dirty` if its tracked files differ. The first call determines them.
 
-    `gpu` is None without one, `revision` None where the package was not imported from a git checkout.
+    `gpu` is None without a GPU, `revision` None if the package was not imported from a git checkout.
     """
     return dict(_provenance())
 
@@ -56,7 +55,7 @@ def _revision(package: Path) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
     try:
-        # An environment inside some other project's checkout has that project's revision, not ours.
+        # An environment inside another project's checkout would report that project's revision.
         git("ls-files", "--error-unmatch", "__init__.py")
         dirty = "+dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
         return git("rev-parse", "HEAD") + dirty

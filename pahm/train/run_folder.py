@@ -1,4 +1,4 @@
-"""The folder of a training run: `last.ckpt`, written whole or not at all, the networks, and their history."""
+"""The folder of a training run: `last.ckpt`, written completely or not at all, the networks and their history."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ CONFIG = "config.json"
 RECORD = "run.json"
 
 _FREE = ("workers", "export", "save_minutes", "save_every")
-"""Values of `train` that a resumed run may change."""
+"""Values of `train` that may change when a run resumes."""
 
 
 class Place(NamedTuple):
-    """Where a run stands: epoch, finished steps of that epoch, and finished steps of all epochs; and what its
-    training images are, wherever they lie.
+    """The progress of a run: epoch, finished steps of that epoch, and finished steps of all epochs. It also
+    identifies the training images, independently of their path.
     """
 
     epoch: int = 0
@@ -47,9 +47,9 @@ class Place(NamedTuple):
 
 
 def resume_place(folder: Path, config: Config) -> Place | None:
-    """Where the run in `folder` goes on; None where nothing was saved yet.
+    """The place at which the run in `folder` resumes, or None if nothing has been saved yet.
 
-    Raises ValueError where `last.ckpt` was made by another configuration (the first value that differs is
+    Raises ValueError if `last.ckpt` was made with another configuration (the first value that differs is
     named) or is not a checkpoint of `pahm.train.trainer.train`.
     """
     last = folder / LAST
@@ -78,7 +78,7 @@ def resume_place(folder: Path, config: Config) -> Place | None:
 
 
 def _check_sums(path: Path) -> None:
-    """Raise ValueError where a file of torch.save is damaged, which torch.load would not notice."""
+    """Raise ValueError if a file of torch.save is damaged; torch.load would not notice."""
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
@@ -91,8 +91,8 @@ def _check_sums(path: Path) -> None:
 
 
 def describe_run(folder: Path, config: Config, data: Sequence[str], eval_data: str | None) -> None:
-    """Write `config.json`, which `pahm train --config` takes, and `run.json`: where the data lies on this
-    machine (nothing for images given from Python), the configuration, and `provenance`.
+    """Write `config.json`, which `pahm train --config` reads, and `run.json`: the data's paths on this machine
+    (empty for images given from Python), the configuration, and `provenance`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     values = json.loads(config.to_json())
@@ -108,7 +108,7 @@ def describe_run(folder: Path, config: Config, data: Sequence[str], eval_data: s
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes a checkpoint beside its name, and gives it the name once all of it is on the disk."""
+    """Writes a checkpoint under a temporary name and renames it once it is completely on disk."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
@@ -117,8 +117,8 @@ class WholeFiles(TorchCheckpointIO):
             try:
                 torch.save(checkpoint, stream)
             except RuntimeError as error:
-                # torch closes its archive after a failed write, and that error hides the first one: a full
-                # disk, or the signal that ends the run.
+                # torch closes its archive after a failed write. The error of closing hides the first one: a
+                # full disk, or the signal that ends the run.
                 first = error.__context__
                 hidden = isinstance(first, OSError) or not isinstance(first, Exception | None)
                 raise first if first is not None and hidden else error from None
@@ -127,8 +127,8 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class KeepLast(pl.callbacks.Checkpoint):
-    """Saves `last.ckpt` at the end of every epoch, and within it every `every` steps and every `minutes`
-    minutes (0: not). After a loss that is not finite, and with such weights, nothing is saved:
+    """Saves `last.ckpt` at the end of every epoch, and within an epoch every `every` steps and every `minutes`
+    minutes (0: never). If a loss or the weights are not finite, it saves nothing and raises
     FloatingPointError.
     """
 
@@ -144,12 +144,12 @@ class KeepLast(pl.callbacks.Checkpoint):
     ) -> None:
         images = f", images {', '.join(batch['name'])}"
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self._check(trainer, pl_module, images)  # the epoch's end saves, after the evaluation
+            self._check(trainer, pl_module, images)  # the end of the epoch saves, after the evaluation
             return
         due = self.every > 0 and trainer.global_step % self.every == 0
         asked = trainer.world_size == 1 or trainer.global_step % READ_EVERY == 0
         if self.minutes > 0 and asked and not due:
-            # Clocks differ, and all processes have to take part in saving. To agree they wait for each other.
+            # Clocks differ, but all processes must save together, so they wait for each other to agree.
             due = time.monotonic() - self._time >= 60 * self.minutes
             due = trainer.strategy.reduce_boolean_decision(due, all=False)
         if due:
@@ -175,9 +175,9 @@ class KeepLast(pl.callbacks.Checkpoint):
 
 
 class KeepBest(pl.Callback):
-    """Saves `best.safetensors` after each evaluation whose PA-MPJPE is the lowest so far, with its scores.
+    """Saves `best.safetensors`, with its scores, after each evaluation with the lowest PA-MPJPE so far.
 
-    The scores are those of the weights before they are rounded to `TrainConfig.export`.
+    The scores are those of the weights before rounding to `TrainConfig.export`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -206,6 +206,6 @@ class KeepBest(pl.Callback):
 
 
 def export(path: Path, network: HandNet, config: Config, scores: dict[str, float] | None = None) -> None:
-    """Write a network for `load_checkpoint`, in the type of weights that the configuration names."""
+    """Write a network for `load_checkpoint`, with weights in the type that the configuration names."""
     dtype = torch.float16 if config.train.export == "float16" else torch.float32
     save_checkpoint(path, network, config, scores=scores, dtype=dtype, provenance=provenance())
