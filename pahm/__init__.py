@@ -1,4 +1,4 @@
-"""Pixel-aligned hand mesh reconstruction: a hand, its data, the network, training and prediction."""
+"""Pixel-aligned hand mesh reconstruction: the hand model, data, the network, training and prediction."""
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 try:
     __version__ = version("pahm")
-except PackageNotFoundError:  # a copy of the sources that was not installed
+except PackageNotFoundError:  # a source tree that was not installed
     __version__ = "0+unknown"
 
 __all__ = ["Hand", "HandModel", "HandNet", "Predictor", "__version__", "load_checkpoint"]
 
-# Imported when they are asked for: `pahm --help` must not wait for torch.
+# Imported on first use, so that `pahm --help` does not wait for torch.
 _HOMES = {
     "Hand": "pahm.infer.hand",
     "HandModel": "pahm.hand.model",

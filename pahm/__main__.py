@@ -1,4 +1,4 @@
-"""`python -m pahm` is the command `pahm`."""
+"""`python -m pahm` runs the command `pahm`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The command `pahm`: make data, train, score, predict, export, and the demo."""
+"""The command `pahm`: makes data, trains, scores, predicts, exports, and runs the demo."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Stopped(BaseException):
-    """A signal, the argument, asked the command to end."""
+    """Raised when a signal (the argument) asks the command to end."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 with one sentence on standard error where the input is at fault, and 128
-    plus the signal's number where Ctrl-C, SIGTERM or SIGHUP ended it.
+    """Run a command. Returns 0 on success, 2 with one sentence on standard error if the input is at fault, and
+    128 plus the signal's number if Ctrl-C, SIGTERM or SIGHUP ended it.
     """
     for stream in (sys.stdout, sys.stderr):
-        # A name that the terminal's encoding does not have is printed with escapes.
+        # Print characters outside the terminal's encoding with escapes.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise `Stopped`, unless they are ignored (nohup) or somebody else's already."""
+    """Make SIGTERM and SIGHUP raise `Stopped`, unless they are ignored (nohup) or already have a handler."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
@@ -94,24 +94,24 @@ def _stopped_by_signals() -> Iterator[None]:
 
 
 def _signal_behind(error: BaseException) -> int | None:
-    """The signal that ended the command, None for an exit of another kind."""
+    """The signal that ended the command, or None for any other exit."""
     if isinstance(error, SystemExit) and error.code == 1:
-        error = error.__context__ or error  # Lightning makes SystemExit(1) of a KeyboardInterrupt
+        error = error.__context__ or error  # Lightning turns a KeyboardInterrupt into SystemExit(1)
     if isinstance(error, Stopped):
         return int(error.args[0])
     return int(signal.SIGINT) if isinstance(error, KeyboardInterrupt) else None
 
 
 def input_errors() -> tuple[type[Exception], ...]:
-    """What is raised where the input is at fault."""
+    """The exceptions raised if the input is at fault."""
     errors = (ValueError, TypeError, IndexError, OSError, FloatingPointError)
-    # Lightning is slow to import, and where it was not, it has raised nothing.
+    # Lightning is slow to import. If it has not been imported, it has raised nothing.
     lightning = sys.modules.get("lightning_fabric.utilities.exceptions")
     return errors if lightning is None else (*errors, lightning.MisconfigurationException)
 
 
 def sentence(error: Exception, options: Command | None = None) -> str:
-    """The error's message on one line, without the number that the operating system's errors start with."""
+    """The error's message on one line, without the error number of operating system errors."""
     text = str(error)
     if isinstance(error, OSError) and error.errno in _FULL:
         place = getattr(options, "out", None) or getattr(options, "run_folder", None)
@@ -121,13 +121,13 @@ def sentence(error: Exception, options: Command | None = None) -> str:
             f"command again{more}"
         )
     if isinstance(error, OSError) and error.strerror:
-        path = error.filename2 or error.filename  # of a file moved, the place that it was to go to
+        path = error.filename2 or error.filename  # for a move, name the destination
         text = f"{path}: {error.strerror}" if path else error.strerror
     return printable(" ".join(text.split()))
 
 
 def printable(text: object) -> str:
-    """The text with escapes for what would move the cursor, change colours or end a line."""
+    """Escape characters that would move the cursor, change colours or end a line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
@@ -161,7 +161,7 @@ def _train(options: Train) -> None:
     for name, count in (("--devices", devices), ("--nodes", nodes)):
         if isinstance(count, int) and count < 1:
             raise ValueError(f"{name}: expected a number of at least 1, got {count}")
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's numbers, unless others are given
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # use torchrun's numbers unless others are given
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         devices = devices or local
         nodes = nodes or int(os.environ["WORLD_SIZE"]) // local
@@ -179,7 +179,7 @@ def _train(options: Train) -> None:
         strict=options.strict,
     )
     if getattr(rank_zero_only, "rank", 0) > 0:
-        return  # one process speaks for all
+        return  # only one process prints
     print(f"{options.out / 'model.safetensors'} is ready for pahm eval and pahm predict")
 
 
@@ -259,7 +259,7 @@ def _eval(options: Eval) -> None:
 
 
 def _check_out(path: Path) -> None:
-    """Refuse an --out that cannot become a file, before the work whose result it is to hold."""
+    """Reject an --out that cannot become a file, before doing the work."""
     if path.is_dir():
         raise ValueError(f"--out: expected a file, {path} is a folder")
     try:

@@ -1,4 +1,4 @@
-"""The demo: new hands, reconstructed, scored and shown, with nothing but what is in the package."""
+"""The demo: renders new hands, reconstructs, scores and shows them, using only files in the package."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def demo(
 
     `out` receives `data/` (the images, in FreiHAND's layout), the files of `pahm.infer.hand.Hand.save`
     for each of the first dozen hands, and `contact_sheet.png`, whose path is returned. The scores are printed
-    beside those of the constant mean hand, and beside those that were recorded with the checkpoint.
+    next to those of the constant mean hand and those recorded with the checkpoint.
 
-    Raises ValueError for a count below 1; for the rest as `generate` and `load_checkpoint`.
+    Raises ValueError for a count below 1, and as `generate` and `load_checkpoint`.
     """
     if count < 1:
         raise ValueError(f"count: expected at least 1 hand, got {count}")

@@ -1,4 +1,4 @@
-"""JSON and YAML files from anywhere, read within limits: of size, of depth and of the length of numbers."""
+"""Reads untrusted JSON and YAML files, with limits on size, depth and length of numbers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 
 LIMIT = 1 << 24
-"""Bytes of a JSON file if the caller does not say otherwise; of a YAML file a hundredth of that."""
+"""Default maximum size of a JSON file in bytes. The maximum for a YAML file is a hundredth of this."""
 
 
 def shown(value: object) -> str:
-    """`repr` for a message, cut where it is long."""
+    """`repr` for a message, shortened if long."""
     return _SHORT.repr(value)
 
 
@@ -27,10 +27,10 @@ _SHORT.maxlong = 40
 
 
 def read_text(path: str | os.PathLike[str], limit: int = LIMIT) -> str:
-    """The text of a UTF-8 file, without a byte order mark.
+    """Read the text of a UTF-8 file, without a byte order mark.
 
-    Raises FileNotFoundError where there is none and ValueError, naming the file, for one that is larger than
-    `limit` bytes or is no text.
+    Raises FileNotFoundError if the file does not exist, and ValueError, naming the file, if it is larger than
+    `limit` bytes or is not text.
     """
     name, file = os.fspath(path), Path(path)
     if not file.exists():
@@ -50,34 +50,34 @@ def read_text(path: str | os.PathLike[str], limit: int = LIMIT) -> str:
 
 
 def read_json(path: str | os.PathLike[str], limit: int = LIMIT) -> Any:
-    """The value in a JSON file. Raises as `read_text`, and ValueError naming the file as `parse_json`."""
+    """Read the value in a JSON file. Raises as `read_text`, and ValueError naming the file as `parse_json`."""
     return parse_json(read_text(path, limit), os.fspath(path))
 
 
 def parse_json(text: str | bytes, name: str) -> Any:
-    """The value of a JSON text that is called `name`.
+    """Parse a JSON text. Error messages call it `name`.
 
-    Raises ValueError for what is no JSON, is nested too deeply, names a key twice, or has a number that is
-    not finite or has too many digits.
+    Raises ValueError if the text is not JSON, is nested too deeply, repeats a key, or has a number that is not
+    finite or has too many digits.
     """
     try:
         return json.loads(text, parse_constant=_constant, parse_float=_number, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError(f"{name} is not JSON that can be read: it is nested too deeply") from None
-    except ValueError as error:  # of ours, of bytes that are no text, of numbers with too many digits
+    except ValueError as error:  # ours, or from bytes that are not text or numbers with too many digits
         raise ValueError(f"{name} is not JSON that can be read: {error}") from error
 
 
 def read_yaml(path: str | os.PathLike[str]) -> Any:
-    """The value in a YAML file. Raises as `read_text`, and ValueError naming the file as `parse_yaml`."""
+    """Read the value in a YAML file. Raises as `read_text`, and ValueError naming the file as `parse_yaml`."""
     return parse_yaml(read_text(path, LIMIT // 100), os.fspath(path))
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """The value of a YAML text that is called `name`, of plain values, lists and mappings.
+    """Parse a YAML text of plain values, lists and mappings. Error messages call it `name`.
 
-    Raises ValueError for what is no YAML, is nested too deeply, names a key twice, or has aliases, by which a
-    few lines can stand for gigabytes.
+    Raises ValueError if the text is not YAML, is nested too deeply, repeats a key, or has aliases, which can
+    expand a few lines to gigabytes.
     """
     try:
         return yaml.load(text, _Loader)
@@ -116,7 +116,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            if isinstance(key.value, str) and key.value in seen:  # YAML's own readers take the last one
+            if isinstance(key.value, str) and key.value in seen:  # YAML's own readers keep the last one
                 line = node.start_mark.line + 1
                 raise ValueError(f"{key.value} is given twice, again in line {line} or below")
             if isinstance(key.value, str):

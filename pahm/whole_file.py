@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Writes files completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str], *, shared: bool = False) -> Iterator[Path]:
-    """Give the name beside `path` under which to write its new content.
+    """Yield a temporary path next to `path` for writing its new content.
 
-    When the block ends the new file takes the place of `path`; where the block fails it is removed and `path`
-    stays as it was. shared: several processes may do so at once; the last one's content stays.
+    When the block ends, the new file replaces `path`. If the block fails, the new file is removed and `path`
+    is unchanged. shared: several processes may write at once; the last one to finish wins.
     """
     partial = partial_name(Path(path), f".{os.getpid()}" if shared else "")
     try:
@@ -25,5 +25,5 @@ def whole_file(path: str | os.PathLike[str], *, shared: bool = False) -> Iterato
 
 
 def partial_name(path: Path, owner: str = "") -> Path:
-    """Where `whole_file` has `path` written."""
+    """The temporary path that `whole_file` yields for `path`."""
     return path.with_name(f"{path.name}{owner}.partial")

@@ -1,4 +1,4 @@
-"""Reproduces the paper's tables: defines their rows, runs them, and compares them with the paper's numbers."""
+"""Reproduces the paper's tables: their rows, running them, and writing them next to the paper's numbers."""
 
 from pahm.ablation.run import SCALES, ablate
 from pahm.ablation.tables import TABLES

@@ -303,7 +303,7 @@ class WarmupCosine:
 
 
 def _normalise(pixels: Tensor, size: int) -> Tensor:
-    """Convert crop pixels, measured from the centre of the top-left pixel, to coordinates with -1 and 1 at the
-    crop's outer edges.
+    """Convert crop pixels, measured from the centre of the top-left pixel, to coordinates with -1 and 1 at
+    the crop's outer edges.
     """
     return (2 * pixels + 1) / size - 1

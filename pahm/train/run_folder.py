@@ -1,4 +1,4 @@
-"""The folder of a training run: `last.ckpt`, written completely or not at all, the networks and their history."""
+"""The folder of a training run: the networks, their history and `last.ckpt`, which is never half written."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def _check_sums(path: Path) -> None:
 
 
 def describe_run(folder: Path, config: Config, data: Sequence[str], eval_data: str | None) -> None:
-    """Write `config.json`, which `pahm train --config` reads, and `run.json`: the data's paths on this machine
-    (empty for images given from Python), the configuration, and `provenance`.
+    """Write `config.json`, which `pahm train --config` reads, and `run.json`: the data's paths on this
+    machine (empty for images given from Python), the configuration, and `provenance`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     values = json.loads(config.to_json())
@@ -127,7 +127,7 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class KeepLast(pl.callbacks.Checkpoint):
-    """Saves `last.ckpt` at the end of every epoch, and within an epoch every `every` steps and every `minutes`
+    """Saves `last.ckpt` at the end of every epoch, and within it every `every` steps and every `minutes`
     minutes (0: never). If a loss or the weights are not finite, it saves nothing and raises
     FloatingPointError.
     """

@@ -1,4 +1,4 @@
-"""Training the network (section 3.4): one call, one folder, on any number of processes."""
+"""Trains the network (section 3.4): one call and one folder, on any number of processes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ LOG = logging.getLogger("pahm")
 
 @contextmanager
 def _without_notices() -> Iterator[None]:
-    """Lightning's warnings stay; its advertisements and what it says of each device do not."""
+    """Silence Lightning's advertisements and its notices about each device, but keep its warnings."""
     log = logging.getLogger("pytorch_lightning")
     before = log.level
     log.setLevel(logging.WARNING)
@@ -81,37 +81,37 @@ def train(
 ) -> dict[str, float]:
     """Train a network, or resume an interrupted run in the same folder.
 
-    `out` receives `last.ckpt` (everything to resume from; saved after each epoch and within it, see
+    `out` receives `last.ckpt` (everything needed to resume; saved after each epoch and within it, see
     `TrainConfig`), `best.safetensors` (the network of the epoch with the lowest PA-MPJPE), TensorBoard's
-    event files, `config.json`, `run.json` (where the data lies, and the run's provenance) and, at the end,
-    `model.safetensors` (the network after the last epoch). `load_checkpoint` reads either network. A run
-    whose `last.ckpt` exists resumes from it, and ends with the same bits as a run without a stop, on a CPU
-    and with the same number of processes.
+    event files, `config.json`, `run.json` (the data's location and the run's provenance) and, at the end,
+    `model.safetensors` (the network after the last epoch). `load_checkpoint` reads either network. If
+    `last.ckpt` exists, the run resumes from it. On a CPU, with the same number of processes, the result is
+    bit for bit that of an uninterrupted run.
 
     Args:
         data: a folder in FreiHAND's layout; or tar shards of `pahm.data.shards.write_shards` (see
-            `find_shards`), in one place or several; or images of your own, as `Images` describes them.
-        topology: another hand than the shipped one (see `HandTopology.from_hand`).
-        initial: a checkpoint of the same network whose weights a new run starts from.
-        accelerator, devices, strategy: as Lightning's Trainer takes them; `train.batch_size` is divided over
-            the devices of all nodes.
-        nodes: machines that take part, each started by torchrun or SLURM.
+            `find_shards`), in one place or several; or your own images, as `Images` describes.
+        topology: a hand other than the shipped one (see `HandTopology.from_hand`).
+        initial: a checkpoint of the same network. A new run starts from its weights.
+        accelerator, devices, strategy: as in Lightning's Trainer. `train.batch_size` is divided over the
+            devices of all nodes.
+        nodes: number of participating machines, each started by torchrun or SLURM.
         eval_data: a folder in FreiHAND's layout whose evaluation images are scored. The default is `data`, if
             that is a folder.
         progress: show a progress bar, and at the end the table of scores that `pahm eval` prints.
-        strict: an image that cannot be read ends the run, instead of being named and replaced.
-        callbacks: Lightning callbacks of your own. `EarlyStopping` and `ModelCheckpoint` can monitor the
-            scores of each evaluation, logged as `eval/pa_mpjpe`, `eval/pa_mpvpe` and so on.
-        loggers: Lightning loggers besides TensorBoard's, e.g. `WandbLogger()`.
+        strict: an unreadable image ends the run instead of being named and replaced.
+        callbacks: your own Lightning callbacks. `EarlyStopping` and `ModelCheckpoint` can monitor the scores
+            of each evaluation, logged as `eval/pa_mpjpe`, `eval/pa_mpvpe` and so on.
+        loggers: Lightning loggers in addition to TensorBoard's, e.g. `WandbLogger()`.
 
     Returns:
-        the scores on the evaluation images (see `Evaluation.record`), empty where there are none.
+        the scores on the evaluation images (see `Evaluation.record`), empty if there are none.
 
     Raises:
         FileNotFoundError, ValueError: `data` is not in FreiHAND's layout (see `FreiHand`).
-        ValueError: `out` holds a run of another configuration, or `initial` a network of another one (the
-            first difference is named); a run on other images, a network or images of another hand; a batch
-            that cannot be divided; with `strict`, an unreadable image.
+        ValueError: `out` holds a run with another configuration, or `initial` a network with another one (the
+            first difference is named); `out` holds a run on other images; a network or images have another
+            hand; a batch cannot be divided; with `strict`, an unreadable image.
         FloatingPointError: the loss is not finite; its images are named.
     """
     out = Path(out)
@@ -151,7 +151,7 @@ def train(
             LOG.warning("data: %s has no masks: silhouettes are not trained", source)
         where = None if eval_data is None else str(Path(eval_data).resolve())
         describe_run(out, config, [str(part.resolve()) for part in parts], where)
-    # What these say is either meant (a run resumes in its folder) or about Lightning's own code.
+    # These warn about intended behaviour (a run resumes in its folder) or about Lightning's own code.
     for message in (
         "Checkpoint directory .* exists",
         "`isinstance.treespec, LeafSpec.` is deprecated",
@@ -166,7 +166,7 @@ def train(
     if held_out is None:
         return {}
     assert scored is not None
-    # The scores are those of the weights in the file, rounded as they are.
+    # Score the rounded weights in the file.
     network = load_checkpoint(out / EXPORT)
     result = evaluate(
         network,
@@ -183,7 +183,7 @@ def train(
 
 
 def _images(parts: Sequence[Path], config: Config, strict: bool) -> Images:
-    """The training images of a folder, or of all the tar shards that `parts` name."""
+    """The training images of a folder, or of all tar shards that `parts` name."""
     found = [find_shards(part) for part in parts]
     if all(found):
         return ShardImages([path for paths in found for path in paths], config.train.shuffle_buffer, strict)
@@ -195,7 +195,7 @@ def _images(parts: Sequence[Path], config: Config, strict: bool) -> Images:
 
 
 def _weights(initial: str | os.PathLike[str], config: Config, topology: HandTopology) -> dict[str, Tensor]:
-    """Those of a checkpoint of the same network and hand."""
+    """The weights of a checkpoint of the same network and hand."""
     network = load_checkpoint(initial, expect=config)
     found, expected = (t.to_arrays() for t in (network.topology, topology))
     same = found.keys() == expected.keys() and all(
@@ -213,7 +213,7 @@ def _weights(initial: str | os.PathLike[str], config: Config, topology: HandTopo
 def training_loader(config: Config, images: Images, trainer: pl.Trainer, start: Place) -> DataLoader[Batch]:
     """This process's part of the training batches, augmented.
 
-    Raises ValueError for a batch size that cannot be divided over the processes, or is more than the images.
+    Raises ValueError for a batch size that the processes cannot share, or that exceeds the number of images.
     """
     train, processes = config.train, trainer.world_size
     if train.batch_size % processes:
@@ -237,7 +237,7 @@ def training_loader(config: Config, images: Images, trainer: pl.Trainer, start: 
 
 
 def evaluation_loader(config: Config, data: Path, trainer: pl.Trainer) -> DataLoader[Batch] | None:
-    """This process's part of the evaluation images; None where the folder has none or no annotations."""
+    """This process's part of the evaluation images; None if the folder has no annotated ones."""
     if not any((data / "evaluation" / "rgb").glob("*.jpg")):
         return None
     dataset = FreiHand(data, "evaluation")
@@ -256,12 +256,12 @@ def _pins(trainer: pl.Trainer) -> bool:
 
 
 def _check_hand(images: Images, topology: HandTopology, source: str) -> None:
-    """Refuse images whose mesh is another hand's, as FreiHAND's are where `--mano` was forgotten."""
+    """Reject images with another hand's mesh, such as FreiHAND's if `--mano` was forgotten."""
     for index in range(min(len(images), 100)):
         try:
             sample = images[index]
         except (ValueError, FileNotFoundError):
-            continue  # the training says what it makes of an unreadable image
+            continue  # training handles unreadable images
         topology.check_joints(sample["vertices"], sample["joints"], f"data: {source}")
         return
 
@@ -288,7 +288,7 @@ def _trainer(
         ours.append(_ProgressBar())
     plugins: list[Any] = [WholeFiles()]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-        # Lightning would save a checkpoint of its own at a signal, and prefer that one to `last.ckpt`.
+        # On a signal, Lightning would save its own checkpoint and prefer it to `last.ckpt`.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     if train.sync_batchnorm:
         plugins.append(_SynchronisedLayers())
@@ -303,7 +303,7 @@ def _trainer(
         callbacks=[*ours, *callbacks],
         plugins=plugins,
         default_root_dir=out,
-        # TensorBoard drops what the stopped run had logged beyond the point that it resumes from.
+        # TensorBoard drops what the interrupted run logged after the point at which it resumes.
         logger=[TensorBoardLogger(out, name=None, version="tensorboard", purge_step=start.total), *loggers],
         use_distributed_sampler=False,
         enable_progress_bar=progress,
@@ -313,7 +313,7 @@ def _trainer(
 
 
 class _ProgressBar(RichProgressBar):
-    """Shows the loss of every `READ_EVERY`-th step; Lightning's own way reads it from the device in each."""
+    """Shows the loss every `READ_EVERY` steps. Lightning's own bar reads it from the device in each step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -324,12 +324,12 @@ class _ProgressBar(RichProgressBar):
             logged = trainer.callback_metrics
             self._loss = {"loss": float(logged["loss"])} if "loss" in logged else {}
         metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)  # the end of the name of the logger's folder
+        metrics.pop("v_num", None)  # the end of the logger's folder name
         return self._loss | metrics
 
 
 class _SynchronisedLayers(LayerSync):
-    """Batch normalisation over the GPUs of all processes, by PyTorch's kernels, which take GPU tensors only.
+    """Batch normalisation over the GPUs of all processes. PyTorch's kernels for it only take GPU tensors.
 
     The conversion is timm's. PyTorch's own, which Lightning uses, drops the activation of timm's layers.
     """
