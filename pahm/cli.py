@@ -40,8 +40,8 @@ class Stopped(BaseException):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns 0 on success, 2 with one sentence on standard error if the input is at fault, and
-    128 plus the signal's number if Ctrl-C, SIGTERM or SIGHUP ended it.
+    """Run a command. Returns 0 on success, 2 with one sentence on standard error if the input is at fault,
+    and 128 plus the signal's number if Ctrl-C, SIGTERM or SIGHUP ended it.
     """
     for stream in (sys.stdout, sys.stderr):
         # Print characters outside the terminal's encoding with escapes.

@@ -50,15 +50,15 @@ def read_text(path: str | os.PathLike[str], limit: int = LIMIT) -> str:
 
 
 def read_json(path: str | os.PathLike[str], limit: int = LIMIT) -> Any:
-    """Read the value in a JSON file. Raises as `read_text`, and ValueError naming the file as `parse_json`."""
+    """Read a JSON file's value. Raises as `read_text`, and ValueError naming the file as `parse_json`."""
     return parse_json(read_text(path, limit), os.fspath(path))
 
 
 def parse_json(text: str | bytes, name: str) -> Any:
     """Parse a JSON text. Error messages call it `name`.
 
-    Raises ValueError if the text is not JSON, is nested too deeply, repeats a key, or has a number that is not
-    finite or has too many digits.
+    Raises ValueError if the text is not JSON, is nested too deeply, repeats a key, or has a number that is
+    not finite or has too many digits.
     """
     try:
         return json.loads(text, parse_constant=_constant, parse_float=_number, object_pairs_hook=_object)
@@ -69,7 +69,7 @@ def parse_json(text: str | bytes, name: str) -> Any:
 
 
 def read_yaml(path: str | os.PathLike[str]) -> Any:
-    """Read the value in a YAML file. Raises as `read_text`, and ValueError naming the file as `parse_yaml`."""
+    """Read a YAML file's value. Raises as `read_text`, and ValueError naming the file as `parse_yaml`."""
     return parse_yaml(read_text(path, LIMIT // 100), os.fspath(path))
 
 
