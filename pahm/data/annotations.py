@@ -120,8 +120,8 @@ class Table:
 
     The first read writes the cache `<stem>.<size>-<ctime>.npy`, completely or not at all, if the folder is
     writable. The cache ends with its own digest. It is rebuilt if the digest does not match or the JSON file
-    has changed. The name uses the ctime because copies keep the mtime. Pickling a table that has a cache
-    sends its path, so data loader workers share the memory pages.
+    has changed. The name has the ctime because every change updates it, while copies keep the mtime. Pickling
+    a table that has a cache sends its path, so data loader workers share the memory pages.
 
     Parameters: `path`, the JSON file; `shape`, the shape of one record.
     Raises FileNotFoundError for a missing file and ValueError for a malformed one.

@@ -80,7 +80,7 @@ def read_intrinsics(path: str | os.PathLike[str]) -> Array:
 
 
 def rays(pixels: Tensor, K: Tensor) -> Tensor:
-    """Where the rays of `pixels` (..., N, 2) meet the plane z = 1: (..., N, 2), for cameras K (..., 3, 3)."""
+    """The points (..., N, 2) at which rays of `pixels` (..., N, 2), cameras K (..., 3, 3), meet z = 1."""
     y = (pixels[..., 1] - K[..., 1, 2, None]) / K[..., 1, 1, None]
     x = (pixels[..., 0] - K[..., 0, 2, None] - K[..., 0, 1, None] * y) / K[..., 0, 0, None]
     return torch.stack([x, y], -1)

@@ -79,7 +79,7 @@ class Batches(Dataset[Batch]):
     """Whole batches of transformed images.
 
     An item's key is an epoch and the indices of its images. `instead(index)` replaces an unreadable image.
-    In training the next readable one replaces it; 100 unreadable images in a row raise ValueError.
+    Without it, as in training, the next readable image does; 100 unreadable ones in a row raise ValueError.
     """
 
     def __init__(

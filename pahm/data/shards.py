@@ -122,7 +122,7 @@ def _checksum(files: dict[str, bytes], values: dict[str, Any]) -> int:
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
-    """What a folder's shards were started with, or None without a manifest."""
+    """Read the manifest of a folder's shards; None if there is none."""
     path = folder / MANIFEST
     if not path.exists():
         return None

@@ -207,7 +207,7 @@ def evaluate(
 ) -> Evaluation:
     """Reconstruct every evaluation image of a folder in FreiHAND's layout, and score it if it is annotated.
 
-    The scores are relative and come with those of the mean hand. The hands keep the size that the network
+    The scores are relative and come with the mean hand's. The hands keep the size that the network
     predicts. See `reconstruct_folder` for `left`, `strict`, `workers` and errors. Also raises ValueError for
     annotations with the mesh of another hand.
     """

@@ -13,7 +13,7 @@ from pahm.synth.render import Scene, trace
 
 
 class Limit(NamedTuple):
-    """When a share counts as a reason: `usual` is the share of an easy hand; it counts from `named` on."""
+    """`usual` is the share of an easy hand. A share counts as a reason from `named` on."""
 
     usual: float
     named: float
