@@ -1,4 +1,4 @@
-"""Operators on meshes and pixels for PyTorch. `pahm_ops.mesh` makes the tables that they take."""
+"""PyTorch operators on meshes and pixels. `pahm_ops.mesh` makes the tables that they take."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -10,8 +10,8 @@ from pahm_ops.spiral_conv import SpiralConv, spiral_conv
 from pahm_ops.vertex_sample import vertex_sample
 
 try:
-    __version__ = version("pahm")  # one distribution has both packages
-except PackageNotFoundError:  # a copy of the sources that was not installed
+    __version__ = version("pahm")  # one distribution holds both packages
+except PackageNotFoundError:  # a source tree that was not installed
     __version__ = "0+unknown"
 
 __all__ = [

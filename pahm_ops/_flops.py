@@ -1,4 +1,4 @@
-"""What torch.utils.flop_counter counts for the ops: each product that is added to a sum is two operations."""
+"""Formulas that torch.utils.flop_counter uses for the ops: a multiply-add counts as two operations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from pahm_ops import _library
 
 _COUNTER = "torch.utils.flop_counter"
-_CORNERS = 4  # pixels that a sample is read from
+_CORNERS = 4  # pixels that each sample reads
 Shape = Sequence[int]
 
 
@@ -49,7 +49,7 @@ def _vertex_sample_backward(
 
 _FORMULAS = {
     "spiral_conv": _spiral_conv,
-    "_spiral_conv_input_grad": _spiral_conv,  # the same product, of the gradient
+    "_spiral_conv_input_grad": _spiral_conv,  # the same product, with the gradient in place of x
     "_spiral_conv_weight_grad": _spiral_conv_weight_grad,
     "mesh_pool": _mesh_pool,
     "vertex_sample": _vertex_sample,
@@ -64,7 +64,7 @@ def _register(counter: ModuleType) -> None:
 
 
 class _Finder:
-    """Registers the formulas when the counter is imported, which imports Triton and so is not done here."""
+    """Registers the formulas when the counter is imported. Importing it here would import Triton."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name != _COUNTER:

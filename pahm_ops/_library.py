@@ -1,4 +1,4 @@
-"""Finds and loads what was compiled."""
+"""Finds and loads the compiled libraries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _find(name: str) -> Path | None:
     return None
 
 
-#: Why something that this package could have does not serve, a sentence each.
+#: A sentence for each part of this package that is unavailable, with the reason.
 NOTES: list[str] = []
 
 
@@ -42,7 +42,7 @@ def _load() -> bool:
 
 
 def _load_cuda() -> bool:
-    # Its stream calls need the part of torch that a build for the CPU or for AMD lacks.
+    # The library's stream calls need a part of torch that builds for the CPU or for AMD lack.
     path = _find("_cuda")
     if not LOADED or path is None or torch.version.cuda is None:
         return False
@@ -51,5 +51,5 @@ def _load_cuda() -> bool:
 
 #: True if the compiled op library was found and loaded.
 LOADED = _load()
-#: True if the compiled CUDA library was as well. Whether it has code for a device is another question.
+#: True if the compiled CUDA library was loaded too. It may still lack code for a given device.
 CUDA_LOADED = _load_cuda()

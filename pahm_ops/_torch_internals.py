@@ -1,7 +1,7 @@
-"""Every name of torch that its documentation does not promise, each with what happens where it is missing.
+"""Every undocumented name of torch that this package uses, and what happens if it is missing.
 
-A name that this torch lacks costs the feature that it is for and nothing else; `LACKING` says so, and
-`pahm_ops.backends()` prints that.
+A missing name disables only the feature that needs it. `LACKING` records that, and `pahm_ops.backends()`
+prints it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch.autograd import forward_ad
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-#: What this torch lacks, by name: what comes of it.
+#: The names that this torch lacks, each with the consequence.
 LACKING: dict[str, str] = {}
 
 
 def _take(module: str, name: str, otherwise: str) -> Any:
-    """`name` of a module of torch, None where it is missing; `otherwise` is what is done without it."""
+    """`name` from a module of torch, or None if it is missing; `otherwise` says what happens without it."""
     try:
         return attrgetter(name)(importlib.import_module(module))
     except (ImportError, AttributeError):
@@ -31,7 +31,7 @@ def _take(module: str, name: str, otherwise: str) -> Any:
 
 
 def notes() -> list[str]:
-    """What this torch lacks, a sentence for each consequence."""
+    """One sentence for each consequence of what this torch lacks."""
     found = []
     for consequence in dict.fromkeys(LACKING.values()):
         names = ", ".join(name for name, otherwise in LACKING.items() if otherwise == consequence)
@@ -39,25 +39,25 @@ def notes() -> list[str]:
     return found
 
 
-# Autograd functions that are an op's Autograd kernel, as PyTorch's own ops have them.
+# Autograd functions that serve as an op's Autograd kernel, as in PyTorch's own ops.
 
 _BY_REFERENCE = "forward-mode AD and torch.func are computed by the reference, in plain PyTorch"
 
-#: The base of `torch.autograd.Function` that differentiates at one level of `torch.func` alone.
+#: The base of `torch.autograd.Function` that differentiates at only one level of `torch.func`.
 SingleLevelFunction = _take("torch.autograd.function", "_SingleLevelFunction", _BY_REFERENCE)
-#: A context that permits `SingleLevelFunction.apply` inside `torch.func`.
+#: A context that allows `SingleLevelFunction.apply` inside `torch.func`.
 single_level_allowed = _take("torch._functorch.utils", "enable_single_level_autograd_function", _BY_REFERENCE)
-#: A context in which ops run the kernel below their Autograd one.
+#: A context in which ops skip their Autograd kernel and run the one below it.
 below_autograd = _take("torch._C", "_AutoDispatchBelowAutograd", _BY_REFERENCE)
-#: A context with forward-mode AD on or off.
+#: A context that turns forward-mode AD on or off.
 set_forward_mode = _take("torch.autograd.forward_ad", "_set_fwd_grad_enabled", _BY_REFERENCE)
 
-#: Whether ops have derivatives at every level; otherwise `torch.library.register_autograd` gives them
-#: gradients, and `transforms_active` says when the reference serves.
+#: Whether ops have derivatives at every level. Otherwise `torch.library.register_autograd` gives them
+#: gradients, and `transforms_active` says when to use the reference.
 EVERY_LEVEL = not LACKING
 
 
-# Each of these asks by documented means where it has to, which is slower.
+# If one of these names is missing, its function below uses documented means, which are slower.
 
 _ASKED_SLOWLY = "what they tell is found out by slower means"
 
@@ -69,7 +69,7 @@ _is_fake = _take("torch._subclasses.fake_tensor", "is_fake", _ASKED_SLOWLY)
 
 
 class _Refused(torch.autograd.Function):
-    """Has no `setup_context`, without which `torch.func` refuses it."""
+    """`torch.func` refuses this function because it has no `setup_context`."""
 
     @staticmethod
     def forward(ctx: Any, value: None) -> None:
@@ -84,16 +84,16 @@ def _functorch_refuses() -> bool:
     return False
 
 
-#: Whether a transform of `torch.func` is being computed.
+#: Whether a transform of `torch.func` is active.
 functorch_active: Callable[[], bool] = _functorch_active or _functorch_refuses
 
 
-#: Whether autocast may be on for some kind of device.
+#: Whether autocast may be on for any device type.
 any_autocast: Callable[[], bool] = _any_autocast or (lambda: True)
 
 
 def dual_level_open() -> bool:
-    """Whether forward-mode AD is being computed."""
+    """Whether forward-mode AD is active."""
     if _HAS_LEVEL:
         return forward_ad._current_level >= 0
     try:
@@ -104,7 +104,7 @@ def dual_level_open() -> bool:
 
 
 def any_requires_grad(arguments: Any) -> bool:
-    """Whether a tensor among arguments, or in a list among them, requires a gradient."""
+    """Whether any tensor in `arguments`, or in a list among them, requires a gradient."""
     if _any_requires_grad is not None:
         return _any_requires_grad(*arguments)
     tensors = [t for a in arguments for t in (a if isinstance(a, (list, tuple)) else [a])]
@@ -112,18 +112,18 @@ def any_requires_grad(arguments: Any) -> bool:
 
 
 def transforms_active() -> bool:
-    """Whether forward-mode AD or `torch.func` asks for what `torch.library.register_autograd` lacks."""
+    """Whether forward-mode AD or `torch.func` needs what `torch.library.register_autograd` lacks."""
     return not torch.compiler.is_compiling() and (functorch_active() or dual_level_open())
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has no values: it is, or wraps, one of `torch.export`'s fake tensors."""
+    """Whether a tensor has no values because it is, or wraps, one of `torch.export`'s fake tensors."""
     if _is_fake is not None:
         return _is_fake(tensor)
     return any(kind.__name__ == "FakeTensor" for kind in type(tensor).__mro__)
 
 
-# Memory of what was made from a tensor, as long as it lives and keeps its values.
+# Results cached for a tensor while it lives and keeps its values.
 
 _MADE_ANEW = "what is made from a tensor of indices or a sparse tensor is made anew at each call"
 
@@ -134,12 +134,12 @@ _REMEMBERS = _MADE_ANEW not in LACKING.values()
 
 
 def version(tensor: Tensor) -> int | None:
-    """A number that changes with the tensor's values. None if it cannot be told: do not remember then."""
+    """A number that changes with the tensor's values, or None if it is unknown: then do not cache."""
     return tensor._version if _REMEMBERS and not tensor.is_inference() else None
 
 
 def coo_entries(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices (2, E) and values (E,) of a sparse COO tensor, where possible as they lie in it."""
+    """Indices (2, E) and values (E,) of a sparse COO tensor, without coalescing it if possible."""
     if _REMEMBERS:
         return matrix._indices(), matrix._values()
     matrix = matrix.coalesce()
@@ -150,15 +150,15 @@ def coo_entries(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def builtin(overload: Any) -> Any:
-    """The function in C++ that an `OpOverload` calls, without its frame in Python."""
+    """The C++ function that an `OpOverload` calls; calling it directly saves a Python frame."""
     return getattr(overload, "_op", overload)
 
 
 def constant_of_a_graph(function: _F) -> _F:
-    """`function`, whose result a traced graph takes as it is.
+    """Mark `function` so that a traced graph takes its result as a constant.
 
-    As torch.compiler.assume_constant_result, which imports the compiler. A torch that gives the mark another
-    name traces into the function.
+    This does what torch.compiler.assume_constant_result does, without importing the compiler. A torch with
+    another name for the mark traces into the function.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

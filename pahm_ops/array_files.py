@@ -1,4 +1,4 @@
-"""NumPy's .npy and .npz files, read with every number checked before memory is allocated for it."""
+"""Reading NumPy's .npy and .npz files. Every size is checked before memory is allocated for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LIMIT = 2**27
-"""Bytes of arrays that a file may hold if the caller does not say otherwise: 128 MiB."""
+"""The default limit on the bytes of arrays in a file: 128 MiB."""
 
 _HEADER_LIMIT = 4096
 _HEADER = re.compile(
@@ -27,15 +27,15 @@ _PREAMBLES = {1: "<H", 2: "<I", 3: "<I"}
 
 
 def read_npy(path: str | os.PathLike[str], limit: int = LIMIT) -> NDArray[Any]:
-    """The array of a .npy file: numbers or booleans of any shape, in the file's dtype.
+    """Read the array of a .npy file: numbers or booleans of any shape, in the file's dtype.
 
     Args:
         path: the file.
-        limit: bytes that the file may have.
+        limit: the most bytes that the file may have.
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: the file is not a whole .npy file, is larger than `limit`, or holds other than numbers.
+        ValueError: the file is not a complete .npy file, is larger than `limit`, or does not hold numbers.
     """
     content = _content(path, limit)
     try:
@@ -47,17 +47,17 @@ def read_npy(path: str | os.PathLike[str], limit: int = LIMIT) -> NDArray[Any]:
 def read_npz(
     path: str | os.PathLike[str], names: Iterable[str] | None = None, limit: int = LIMIT
 ) -> dict[str, NDArray[Any]]:
-    """The arrays of a .npz file by name: numbers or booleans of any shape, in the file's dtypes.
+    """Read the arrays of a .npz file by name: numbers or booleans of any shape, in the file's dtypes.
 
     Args:
         path: the file.
-        names: the arrays to read, where the file has them; None for all.
-        limit: bytes that the arrays to read may have together.
+        names: the arrays to read, if the file has them; None for all.
+        limit: the most bytes that these arrays may have together.
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: the file is not a whole .npz file, its arrays are larger than `limit`, or one of them is
-            damaged or holds other than numbers.
+        ValueError: the file is not a complete .npz file, its arrays are larger than `limit`, or one of them
+            is damaged or does not hold numbers.
     """
     wanted = None if names is None else {f"{name}.npy" for name in names}
     content = _content(path, limit)
@@ -73,7 +73,7 @@ def read_npz(
                     raise ValueError(f"{member.filename!r} is compressed in a way that NumPy does not use")
                 name = member.filename.removesuffix(".npy")
                 try:
-                    # Reading checks the member's CRC, and never gives more than file_size bytes.
+                    # Reading checks the member's CRC and never returns more than file_size bytes.
                     arrays[name] = _array(archive.read(member))
                 except ValueError as error:
                     raise ValueError(f"array {name!r}: {error}") from error
@@ -93,7 +93,7 @@ def _content(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def _array(content: bytes) -> NDArray[Any]:
-    """The array of a .npy file's bytes."""
+    """The array in the bytes of a .npy file."""
     if content[:6] != b"\x93NUMPY" or len(content) < 10:
         raise ValueError("it does not start as a .npy file")
     preamble = _PREAMBLES.get(content[6])
@@ -107,9 +107,9 @@ def _array(content: bytes) -> NDArray[Any]:
     data = content[start + length :]
     if dtype.itemsize * math.prod(shape) != len(data):
         raise ValueError(f"shape {shape} of {dtype} does not fit the {len(data)} bytes that follow")
-    # A copy, so that the array can be written to.
+    # frombuffer gives a read-only array, so copy it.
     flat = np.frombuffer(data, dtype).copy() if data else np.zeros(0, dtype)
-    if dtype.kind == "b":  # A byte of a file may be other than 0 and 1.
+    if dtype.kind == "b":  # The bytes in a file may have values other than 0 and 1.
         flat = flat.view(np.uint8) != 0
     return flat.reshape(shape, order="F" if fortran else "C")
 

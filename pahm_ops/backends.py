@@ -1,4 +1,4 @@
-"""Which implementation serves an op, by device, dtype and size; what forces one."""
+"""Which implementation runs an op, by device, dtype and size, and how to force one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from pahm_ops import _library
 from pahm_ops import _torch_internals as internals
 
-#: The functions of each op, by the op.
+#: The functions that make up each op.
 FUNCTIONS = {
     "vertex_sample": ("vertex_sample", "_vertex_sample_backward"),
     "spiral_conv": ("spiral_conv", "_spiral_conv_input_grad", "_spiral_conv_weight_grad"),
@@ -24,12 +24,12 @@ FUNCTIONS = {
 _OP_OF = {name: op for op, names in FUNCTIONS.items() for name in names}
 _ISAS = ("plain", "neon", "avx2", "avx512", "avx512_bf16", "amx")
 
-#: The kinds of device that GPU kernels serve. "cuda" is also AMD's, with Triton alone.
+#: The device types with GPU kernels. "cuda" includes AMD, which has only Triton's.
 GPUS = ("cuda", "xpu")
-#: Results of spiral_conv with fewer channels would leave most of a tensor core's tile empty.
+#: spiral_conv with fewer output channels would leave most of a tensor core's tile empty.
 TILE_CHANNELS = 16
-#: On a GPU the first of these that the machine has: "cuda", csrc/cuda; "triton", pahm_ops/triton;
-#: "reference", plain PyTorch. The environment variable PAHM_GPU_PATH forces one.
+#: A GPU takes the first of these paths that the machine has: "cuda" is csrc/cuda, "triton" is
+#: pahm_ops/triton, "reference" is plain PyTorch. The environment variable PAHM_GPU_PATH forces one.
 PATHS: dict[str, dict[str, tuple[str, ...]]] = {
     "vertex_sample": {"any": ("cuda", "triton", "reference")},
     "mesh_pool": {"any": ("cuda", "triton", "reference")},
@@ -43,9 +43,9 @@ PATHS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
-# ---- from a function of an op to what computes it ----
+# ---- from a function of an op to its implementation ----
 
-#: What was compiled, by function: the CPU's kernels and, where it was built, CUDA's.
+#: The compiled ops, by function: the CPU's kernels and, if built, CUDA's.
 _COMPILED: dict[str, Any] = {
     name: getattr(torch.ops.pahm_ops, name).default for name in _OP_OF if _library.LOADED
 }
@@ -54,9 +54,9 @@ _TRITON = torch.library.Library("pahm_ops", "FRAGMENT")
 
 
 def kernel(name: str, tensor: Tensor, columns: int = TILE_CHANNELS) -> Any:
-    """The overload that computes `name`, a function of an op (`FUNCTIONS`), for a tensor where `served`.
+    """The overload that computes `name`, a function of an op (`FUNCTIONS`); tensor: on a `served` device.
 
-    columns: the channels of the result, which spiral_conv is chosen by. Raises as `choose`.
+    columns: the channels of the result; the path of spiral_conv depends on them. Raises as `choose` does.
     """
     if tensor.is_cpu or tensor.is_meta:
         return _COMPILED[name]
@@ -71,7 +71,7 @@ def _gpu_kernel(name: str, dtype: torch.dtype, device: torch.device, columns: in
         return _COMPILED[name]
     if path == "reference":
         raise NotImplementedError(f"no kernel of pahm_ops.{op} serves {device}")
-    # Triton is imported if it serves.
+    # Import Triton only if it is used.
     if op == "spiral_conv":
         from pahm_ops.triton.spiral_conv import OPS
     elif op == "mesh_pool":
@@ -82,14 +82,14 @@ def _gpu_kernel(name: str, dtype: torch.dtype, device: torch.device, columns: in
 
 
 def add_to_op(name: str, add: Callable[[str], None]) -> None:
-    """Gives a function's ops, the compiled and Triton's, what Python adds: `add` is called with a name."""
+    """Registers Python code for a function's compiled and Triton ops: calls `add` with each op's name."""
     _ADDED[name] = add
     if _library.LOADED:
         add(name)
 
 
 def define_triton(functions: dict[str, Callable[..., Any]]) -> dict[str, Any]:
-    """Makes an op of each function of pahm_ops/triton, so that graphs can hold it; gives their overloads."""
+    """Makes an op of each function of pahm_ops/triton, so that graphs can hold it; returns the overloads."""
     made = {}
     for name, function in functions.items():
         own = f"_triton_{name.lstrip('_')}"
@@ -105,7 +105,7 @@ def define_triton(functions: dict[str, Callable[..., Any]]) -> dict[str, Any]:
 
 
 def tf32_allowed() -> bool:
-    """Whether PyTorch's own float32 products may use TF32."""
+    """Whether PyTorch's own float32 matrix products may use TF32."""
     precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     return torch.backends.cuda.matmul.allow_tf32 if precision is None else precision == "tf32"
 
@@ -123,18 +123,18 @@ _RUNS: dict[int, bool] = {}
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether the current stream of a device is recorded into a CUDA graph."""
+    """Whether the current stream of a device is being captured into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _cuda_runs(device: torch.device) -> bool:
-    """Whether the compiled CUDA library runs on a device. The driver is asked once."""
+    """Whether the compiled CUDA library runs on a device. Asks the driver once."""
     if not _library.CUDA_LOADED or device.type != "cuda" or not torch.cuda.is_available():
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _RUNS:
         runs = bool(torch.ops.pahm_ops._cuda_runs(index))
-        if not runs and capturing(device):  # A capture may forbid what the driver is asked for.
+        if not runs and capturing(device):  # A capture may forbid this query.
             return False
         _RUNS[index] = runs
     return _RUNS[index]
@@ -146,7 +146,7 @@ def _triton_compiles(device: torch.device) -> bool:
         return False
     if device.type != "cuda" or torch.version.hip is not None:
         return True
-    # Those before Volta are unknown to Triton.
+    # Triton does not support GPUs before Volta.
     return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
@@ -165,7 +165,7 @@ def forced() -> str | None:
 
 
 def choose(op: str, dtype: torch.dtype, device: torch.device, columns: int = TILE_CHANNELS) -> str:
-    """The path that serves an op on a GPU; `columns` are the output channels of spiral_conv.
+    """The path that runs an op on a GPU; `columns` are the output channels of spiral_conv.
 
     Raises ValueError if PAHM_GPU_PATH names a path that this machine lacks.
     """
@@ -190,14 +190,14 @@ def _why_not(path: str, device: torch.device) -> str:
 
 
 def exporting_to_onnx() -> bool:
-    """Whether an ONNX file is being written, which has no op of ours: there the reference is traced."""
+    """Whether an ONNX file is being written. ONNX has none of our ops, so the reference is traced."""
     if torch.compiler.is_dynamo_compiling() or "torch.onnx" not in sys.modules:
         return False
     return torch.onnx.is_in_onnx_export()
 
 
 def served(device: torch.device) -> bool:
-    """Whether tensors on `device` are served by kernels of this package, not by the reference."""
+    """Whether kernels of this package, not the reference, handle tensors on `device`."""
     if exporting_to_onnx() or (not internals.EVERY_LEVEL and internals.transforms_active()):
         return False
     if device.type == "cpu":
@@ -214,26 +214,26 @@ def _gpu_is_served(device: torch.device) -> bool:
 
 
 def widened(*tensors: Any) -> list[Any]:
-    """`tensors`, those of float16 on the CPU as float32: its kernels have no float16 of their own."""
+    """`tensors`, with float16 on the CPU converted to float32: the CPU's kernels have no float16."""
     return [t.float() if t is not None and t.dtype == torch.float16 and t.is_cpu else t for t in tensors]
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast computes in on `device`, None if it is off."""
+    """The dtype that autocast uses on `device`, or None if it is off."""
     if not internals.any_autocast():
         return None
     kind = device.type
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
-# ---- telling ----
+# ---- reporting ----
 
 
 class Backends(dict[str, dict[str, Any]]):
-    """What serves each op; prints as a table."""
+    """The implementation of each op; prints as a table."""
 
     notes: tuple[str, ...] = ()
-    """Why something that this package could have does not serve, a sentence each."""
+    """A sentence for each part of this package that is unavailable, with the reason."""
 
     def __str__(self) -> str:
         lines = [f"{'op':14} {'device':6} {'':32} served by"]
@@ -245,20 +245,20 @@ class Backends(dict[str, dict[str, Any]]):
 
 
 def backends() -> Backends:
-    """What serves each op, by device; prints as a table.
+    """The implementation of each op, by device; prints as a table.
 
     ``backends()["spiral_conv"]["cpu"]`` is the instruction set of the compiled kernels, chosen at run time:
     "plain", "avx2", "avx512", "avx512_bf16" or "amx" on x86-64, "neon" on aarch64 (the environment variable
-    PAHM_CPU_ISA forces one). The last two of x86-64 have products of bfloat16, for spiral_conv; everything
-    else is as with "avx512". "reference" means plain PyTorch.
+    PAHM_CPU_ISA forces one). "avx512_bf16" and "amx" add bfloat16 products for spiral_conv; everything else
+    is as with "avx512". "reference" means plain PyTorch.
 
-    ``backends()["spiral_conv"]["cuda"]`` is there if torch sees a GPU, and has an entry for each dtype or
-    size that is served apart, such as ``{"float16": "triton", "float32": "cuda", ...}``: "cuda" are the
-    compiled kernels, "triton" Triton's (the environment variable PAHM_GPU_PATH forces "cuda", "triton" or
-    "reference"). Raises ValueError if a variable names what this machine lacks.
+    ``backends()["spiral_conv"]["cuda"]`` exists if torch sees a GPU. It has an entry for each dtype or size
+    that is handled separately, such as ``{"float16": "triton", "float32": "cuda", ...}``: "cuda" means the
+    compiled kernels, "triton" means Triton's (the environment variable PAHM_GPU_PATH forces "cuda", "triton"
+    or "reference"). Raises ValueError if a variable names something that this machine lacks.
 
-    ``backends().notes``, printed below the table, says what does not serve here and why: a compiled library
-    that is missing or cannot be loaded, or a feature whose internals this torch lacks.
+    ``backends().notes``, printed below the table, says what is unavailable here and why: a compiled library
+    that is missing or cannot be loaded, or a feature that needs internals which this torch lacks.
     """
     isa = torch.ops.pahm_ops._cpu_isa() if _library.LOADED else None
     table = Backends()

@@ -1,4 +1,4 @@
-"""Buffers that follow from how a module was built, and keep their values whatever is applied to it."""
+"""Buffers that depend only on how a module was built, and keep their values whatever is applied to it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ class ConstantBuffers(nn.Module):
     """A module with buffers outside the state_dict that no checkpoint could restore.
 
     `to_empty` gives uninitialised memory to every buffer and expects a checkpoint to fill it. No checkpoint
-    has these, so they are put back: from the module itself, or, where it was on the meta device, from what it
-    held before. A constant that has never had values stays on the meta device.
+    has these buffers, so this class restores them: from the module itself or, if it was on the meta device,
+    from the values it held before. A constant that has never had values stays on the meta device.
     """
 
     _constants: dict[str, bool]
-    """By name, whether it is cast with the module."""
+    """For each constant, by name: whether it is cast with the module."""
     _values_before_meta: dict[str, Tensor]
 
     def register_constant(self, name: str, value: Tensor, *, cast: bool = False) -> None:
-        """Register `value` as a buffer. Its dtype stays when the module is cast, unless `cast`."""
+        """Register `value` as a buffer. It keeps its dtype when the module is cast, unless `cast` is true."""
         self.register_buffer(name, value, persistent=False)
         self.__dict__.setdefault("_constants", {})[name] = cast
         self.__dict__.setdefault("_values_before_meta", {})

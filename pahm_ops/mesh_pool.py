@@ -1,4 +1,4 @@
-"""Down- and up-sampling of vertex features between the levels of a mesh hierarchy, by a sparse matrix."""
+"""Down- and up-sampling of vertex features between levels of a mesh hierarchy with a sparse matrix."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ def mesh_pool(x: Tensor, transform: Any, dim: int = 1) -> Tensor:
 
     Args:
         x: vertex features (B, N, C) or (N, C); float32, float64, bfloat16 or float16, any strides.
-        transform: the matrix (M, N): a `MeshTransform`, or what its `prepare` takes. A torch tensor is
-            prepared once for all calls, and anew when its values change; prepare a scipy matrix yourself if
-            it serves more than once, and either under ``torch.compile`` and before the capture of a CUDA
-            graph.
-        dim: the dimension of the vertices, 1 (as SpiralNet++'s ``Pool(x, trans, dim=1)`` calls it) or -2.
+        transform: the matrix (M, N): a `MeshTransform`, or anything that `MeshTransform.prepare` takes. A
+            torch tensor is prepared at the first call and again when its values change. Prepare a scipy
+            matrix yourself if you use it more than once. Prepare either yourself under ``torch.compile`` and
+            before the capture of a CUDA graph.
+        dim: the dimension of the vertices, 1 (as in SpiralNet++'s ``Pool(x, trans, dim=1)``) or -2.
 
     Returns:
         (B, M, C) or (M, C), contiguous, of x's dtype; half precision is summed in float32.
 
     Differentiable any number of times with respect to x, and in forward mode; the transform is a constant and
     gets no gradient.
-    The result and the gradient have the same bits in every run, on the CPU for any number of threads. A
-    transform's entries are checked when it is prepared. `pahm_ops.backends()` tells what serves a device.
+    The result and the gradient have the same bits in every run, and on the CPU for any number of threads. A
+    transform's entries are checked when it is prepared. `pahm_ops.backends()` shows what runs on a device.
 
     Raises:
         TypeError: x is not a tensor of one of these dtypes, or transform is not a sparse matrix.
-        ValueError: a rank, a width or a device does not fit, or the transform requires a gradient; or an ONNX
+        ValueError: a rank, a width or a device does not fit, the transform requires a gradient, or an ONNX
             file is being written with ``dynamo=False``.
-        IndexError: the transform names a column outside its width or a row outside its height.
+        IndexError: an entry of the transform lies outside its width or height.
 
-    Source: mesh sampling of CoMA (Ranjan et al., arXiv:1807.10267), as SpiralNet++ has it.
+    Source: mesh sampling of CoMA (Ranjan et al., arXiv:1807.10267), as in SpiralNet++.
     """
     if dim not in (1, -2):
         raise ValueError(f"dim must be 1 or -2, the dimension of the vertices, got {dim}")
@@ -64,9 +64,9 @@ def mesh_pool(x: Tensor, transform: Any, dim: int = 1) -> Tensor:
 
 
 class MeshPool(ConstantBuffers):
-    """`mesh_pool` by one transform, prepared once; its tensors are buffers outside the state_dict.
+    """`mesh_pool` with one transform, prepared once; its tensors are buffers outside the state_dict.
 
-    A cast of the module (``.to(torch.bfloat16)``) leaves the transform's values as they are.
+    Casting the module (``.to(torch.bfloat16)``) does not change the transform's values.
     Forward: (B, N, C) or (N, C) to (B, M, C) or (M, C).
     """
 
@@ -80,8 +80,8 @@ class MeshPool(ConstantBuffers):
 
     @property
     def transform(self) -> MeshTransform:
-        """The transform, of the module's buffers."""
-        buffers: Any = self._buffers  # six attributes would cost as much as the product of a small mesh
+        """The transform, made of the module's buffers."""
+        buffers: Any = self._buffers  # reading six attributes would cost as much as pooling a small mesh
         a, b, c, d, e, f = _PARTS
         return MeshTransform(
             self.shape, (buffers[a], buffers[b], buffers[c]), (buffers[d], buffers[e], buffers[f])

@@ -1,4 +1,4 @@
-"""Operands that are checked and laid out once, and then passed to the ops as tensors."""
+"""Operands that are checked and laid out once, then passed to the ops as tensors."""
 
 from __future__ import annotations
 
@@ -16,31 +16,30 @@ _MOST = 2**31 - 1  # int32's largest
 
 
 class SpiralTable(NamedTuple):
-    """The spirals of a mesh as `spiral_conv` and its gradients take them. Use `prepare`."""
+    """The spirals of a mesh, laid out for `spiral_conv` and its gradients. Use `prepare` to make one."""
 
     vertices: int
-    """N, the vertices that the spirals name."""
+    """N, the number of vertices that the spirals index."""
     indices: Tensor
-    """(M, L) int64, as they were given: for plain PyTorch."""
+    """(M, L) int64, as given to `prepare`; plain PyTorch uses them."""
     table: Tensor
-    """(L, M) int32: the transpose of the indices, which neighbouring rows read side by side."""
+    """(L, M) int32: the transpose of the indices, so that neighbouring rows read neighbouring entries."""
     t_pointers: Tensor
-    """(L * N + 1,) int32: where the list of (l, n), number l * N + n, begins in `t_rows`."""
+    """(L * N + 1,) int32: entry l * N + n says where the list of (l, n) begins in `t_rows`."""
     t_rows: Tensor
-    """(L * M,) int32: the m with table[l, m] == n, rising, list after list."""
+    """(L * M,) int32: one list after another, each the m with table[l, m] == n in ascending order."""
 
     @staticmethod
     def prepare(indices: Tensor, vertices: int) -> SpiralTable:
-        """Take spirals (M, L), int64, L at least 1, of vertices in [0, `vertices`); on any device.
+        """Prepare spirals (M, L), int64, L at least 1, of vertices in [0, `vertices`); on any device.
 
-        The indices are copied: later changes to them are not seen. On a GPU this waits for the device, so it
-        cannot run while a CUDA graph is captured. Their values are not checked on the meta device and where
-        they are not known, as under ``torch.compile``.
+        The indices are copied, so later changes to them have no effect. On a GPU this waits for the device,
+        so it cannot run while a CUDA graph is captured. Values are not checked on the meta device or where
+        they are unknown, as under ``torch.compile``.
 
         Raises:
             TypeError: indices are not an int64 tensor.
-            ValueError: indices are not (M, L) with L >= 1, or there are 2^31 or more of them, or of vertices
-                times L.
+            ValueError: indices are not (M, L) with L >= 1, or M * L or `vertices` * L is 2^31 or more.
             IndexError: an index is negative or not below `vertices`.
         """
         check_indices(indices)
@@ -85,7 +84,7 @@ def check_indices(indices: Any) -> None:
 
 
 def spiral_table(indices: Tensor, vertices: int) -> SpiralTable:
-    """`SpiralTable.prepare`, remembered for as long as `indices` lives and keeps its values."""
+    """`SpiralTable.prepare`, cached while `indices` lives and keeps its values."""
     made: SpiralTable = _remembered(
         indices, (indices,), vertices, lambda: SpiralTable.prepare(indices, vertices)
     )
@@ -96,25 +95,25 @@ Rows = tuple[Tensor, Tensor, Tensor]
 
 
 class MeshTransform(NamedTuple):
-    """A sparse matrix as `mesh_pool` and its gradient take it: itself and its transpose. Use `prepare`."""
+    """A sparse matrix and its transpose, for `mesh_pool` and its gradient. Use `prepare` to make one."""
 
     shape: tuple[int, int]
-    """(M, N): vertices out, vertices in."""
+    """(M, N): output vertices, input vertices."""
     forward: Rows
     """The matrix in CSR: row_pointers (M + 1,) int32, columns (E,) int32, values (E,) float32 or float64."""
     backward: Rows
-    """Its transpose in CSR."""
+    """The transpose in CSR."""
 
     @staticmethod
     def prepare(matrix: Any) -> MeshTransform:
-        """Take a scipy sparse matrix or array (any format), a torch COO (coalesced or not) or CSR tensor.
+        """Prepare a scipy sparse matrix or array (any format), or a torch COO (also uncoalesced) or CSR tensor.
 
-        Entries may be in any order, any number a row, zero, or repeated (they add up). Values of float64 and
-        float32 stay so, others become float32.
+        Entries may be in any order and may be zero or repeated (repeated ones add up); a row may have any
+        number of them. float64 and float32 values keep their dtype, others become float32.
 
         Raises:
-            TypeError: not a sparse matrix, or not a real one.
-            ValueError: not of rank 2, 2^31 or more entries, or it requires a gradient.
+            TypeError: not a sparse matrix, or not real.
+            ValueError: not of rank 2, 2^31 or more entries, or requires a gradient.
             IndexError: an entry lies outside the matrix.
         """
         shape, rows, columns, values = _entries(matrix)
@@ -142,7 +141,7 @@ class MeshTransform(NamedTuple):
 
 
 def mesh_transform(matrix: Any) -> MeshTransform:
-    """`MeshTransform.prepare`, remembered for as long as a tensor lives and keeps its values."""
+    """`MeshTransform.prepare`, cached while a tensor lives and keeps its values."""
     if not isinstance(matrix, Tensor) or matrix.layout not in (torch.sparse_coo, torch.sparse_csr):
         return MeshTransform.prepare(matrix)
     if matrix.layout == torch.sparse_coo:
@@ -155,7 +154,7 @@ def mesh_transform(matrix: Any) -> MeshTransform:
 
 def _entries(matrix: Any) -> tuple[tuple[int, int], Tensor, Tensor, Tensor]:
     """Shape, rows, columns and values of a sparse matrix."""
-    # Here, as `import pahm_ops` waits for neither.
+    # Imported here to keep `import pahm_ops` fast.
     from scipy.sparse import issparse
 
     from pahm_ops.mesh.sparse import SIDE_LIMIT, scipy_entries
@@ -197,20 +196,20 @@ def _entries(matrix: Any) -> tuple[tuple[int, int], Tensor, Tensor, Tensor]:
 
 
 def _compress(height: int, rows: Tensor, columns: Tensor, values: Tensor) -> Rows:
-    """CSR of entries in any order; entries of a row keep theirs."""
+    """CSR from entries in any order; the entries of a row keep their order."""
     order = torch.argsort(rows, stable=True)
     pointers = torch.zeros(height + 1, dtype=torch.int32, device=rows.device)
     pointers[1:] = torch.bincount(rows, minlength=height).cumsum(0)
     return pointers, columns[order].int(), values[order]
 
 
-# ---- what was made from a plain tensor ----
+# ---- cached operands made from plain tensors ----
 
 _MADE: dict[int, tuple[Any, ...]] = {}
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Whether a tensor's values can be looked at: not in a trace, in `torch.func` or on the meta device."""
+    """Whether a tensor's values can be read: not in a trace, in `torch.func` or on the meta device."""
     return not (
         torch.compiler.is_compiling()
         or tensor.is_meta
@@ -220,7 +219,7 @@ def _has_values(tensor: Tensor) -> bool:
 
 
 def _remembered(key: Tensor, parts: tuple[Tensor, ...], purpose: Any, make: Callable[[], Any]) -> Any:
-    """`make()`, remembered while `key` lives and its `parts` keep their memory and their values."""
+    """`make()`, cached while `key` lives and its `parts` keep their memory and their values."""
     if torch.compiler.is_compiling():
         return make()
     found = _MADE.get(id(key))
@@ -244,6 +243,6 @@ def _remembered(key: Tensor, parts: tuple[Tensor, ...], purpose: Any, make: Call
         if place in _MADE and _MADE[place][0] is reference:
             del _MADE[place]
 
-    # The parts of a sparse tensor are kept, so that no other tensor can take the memory that is compared.
+    # Keep the parts of a sparse tensor alive, so that no other tensor can take the addresses compared above.
     _MADE[place] = weakref.ref(key, forget), state, made, None if key is parts[0] else parts
     return made

@@ -14,7 +14,7 @@ from pahm_ops.prepared import SpiralTable, check_indices, spiral_table
 from pahm_ops.reference import spiral_conv as reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-#: The op takes their places here.
+#: The op takes an activation's position in this tuple.
 ACTIVATIONS = (None, "relu", "elu", "gelu")
 
 
@@ -31,10 +31,10 @@ def spiral_conv(
         x: vertex features (B, N, C) or (N, C); float32, float64, bfloat16 or float16, any strides.
         indices: a `SpiralTable` of N vertices, or int64 (M, L), L >= 1, the spiral of each output vertex, in
             [0, N). Usually M == N. A plain tensor is prepared at its first call, which waits for a GPU, and
-            remembered as long as it lives: pass the same tensor each time, not a view made anew. Changes of
-            its values are seen, but for those through ``.data`` or to a tensor made in inference mode, which
-            is prepared at each call. Prepare a table yourself under ``torch.compile``, where it would be made
-            at each call, and before the capture of a CUDA graph, which must not outlive it.
+            the table is cached while the tensor lives: pass the same tensor each time, not a new view of it.
+            The op notices changes of its values, except changes through ``.data``. A tensor made in inference
+            mode is prepared at each call. Prepare a table yourself under ``torch.compile``, which would make
+            one at each call, and before the capture of a CUDA graph; the table must outlive the graph.
         weight: (Cout, L * C) of x's dtype; column ``l * C + c`` multiplies channel c of the l-th vertex.
         bias: (Cout,) of x's dtype, or None.
         activation: None, "relu", "elu" (alpha 1) or "gelu" (the exact one), applied while a result is in
@@ -43,13 +43,13 @@ def spiral_conv(
     Returns:
         (B, M, Cout) or (M, Cout), contiguous, of x's dtype; bfloat16 is summed in float32.
 
-    Differentiable any number of times, and in forward mode, by x, weight and bias. The result and the
-    gradients to x and weight have the same bits in every run, on the CPU for any number of threads; there
-    float16 is computed in float32. On a GPU half precision is multiplied by tensor cores, and float32 as well
-    if PyTorch's own products may use TF32. The configuration of these kernels that was found fastest may
-    change the order of a sum, but under ``torch.use_deterministic_algorithms`` it is always the same.
-    `pahm_ops.backends()` tells what serves a device and a dtype. Under autocast floating-point arguments but
-    float64 are cast as for a linear layer.
+    Differentiable any number of times, and in forward mode, with respect to x, weight and bias. The result
+    and the gradients to x and weight have the same bits in every run, and on the CPU for any number of
+    threads. The CPU computes float16 in float32. On a GPU tensor cores multiply half precision, and float32
+    too if PyTorch's own products may use TF32. These kernels are tuned, and the configuration may change the
+    order of a sum; under ``torch.use_deterministic_algorithms`` it is always the same.
+    `pahm_ops.backends()` shows what runs on a device with each dtype. Under autocast floating-point
+    arguments except float64 are cast as for a linear layer.
 
     Raises:
         TypeError: an argument is not a tensor, or its dtype does not fit.
@@ -85,24 +85,24 @@ def spiral_conv(
 
 
 class SpiralConv(ConstantBuffers):
-    """`spiral_conv` with parameters of its own; loads SpiralNet++'s checkpoints and writes such.
+    """`spiral_conv` with its own parameters; its checkpoints are compatible with SpiralNet++'s.
 
     Args:
         in_channels: C of the input.
         out_channels: C of the output.
-        indices: int64 (M, L). They are prepared once, as buffers outside the state_dict.
-        dim: the dimension of the vertices, 1 (as SpiralNet++ calls it) or -2.
-        activation: as `spiral_conv` takes it; none by default, as in SpiralNet++.
-        vertices: N of the input; M by default, or as many as the indices name if they name more.
+        indices: int64 (M, L), prepared once and kept as buffers outside the state_dict.
+        dim: the dimension of the vertices, 1 (as in SpiralNet++) or -2.
+        activation: as in `spiral_conv`; none by default, as in SpiralNet++.
+        vertices: N of the input; by default M, or the largest index plus 1 if that is more.
 
     Parameters: ``layer.weight`` (out_channels, L * in_channels), Xavier-uniform; ``layer.bias``, zero.
     Forward: (B, N, in_channels) or (N, in_channels) to (B, M, out_channels) or (M, out_channels).
 
-    `layer` is an ``nn.Linear``. If it has hooks of its own, is parametrised or was replaced (pruning, weight
-    norm, LoRA, quantisation), the spirals are gathered and it is called, as in SpiralNet++.
+    `layer` is an ``nn.Linear``. If it has hooks, is parametrised or was replaced (pruning, weight norm, LoRA,
+    quantisation), the spirals are gathered and `layer` is called on them, as in SpiralNet++.
 
-    Raises TypeError, ValueError or IndexError for indices as `SpiralTable.prepare`, ValueError for another
-    `dim` or activation; when called, as `spiral_conv`.
+    Raises TypeError, ValueError or IndexError for indices as `SpiralTable.prepare` does, and ValueError for
+    another `dim` or activation. A call raises as `spiral_conv` does.
     """
 
     indices: Tensor
@@ -143,8 +143,8 @@ class SpiralConv(ConstantBuffers):
 
     @property
     def spirals(self) -> SpiralTable:
-        """The spirals, of the module's buffers."""
-        buffers: Any = self._buffers  # as attributes each would take as long as a check of the op
+        """The spirals, made of the module's buffers."""
+        buffers: Any = self._buffers  # reading each as an attribute would take as long as a check of the op
         indices, table, t_pointers, t_rows = _PARTS
         return SpiralTable(
             self.vertices, buffers[indices], buffers[table], buffers[t_pointers], buffers[t_rows]
@@ -152,7 +152,7 @@ class SpiralConv(ConstantBuffers):
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
-        # An x of other vertices is an error if the spirals do not fit it.
+        # An x with another number of vertices is an error only if the spirals do not fit it.
         fits = not isinstance(x, Tensor) or x.dim() < 2 or x.shape[-2] == self.vertices
         table = self.spirals if fits else spiral_table(self.indices, x.shape[-2])
         if _is_plain(layer):
@@ -170,7 +170,7 @@ _PARTS = ("indices", "table", "t_pointers", "t_rows")
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether calling `layer` is the linear map of its weight and bias, and nothing else."""
+    """Whether calling `layer` only applies the linear map of its weight and bias."""
     return (
         type(layer) is nn.Linear
         and "forward" not in layer.__dict__

@@ -26,15 +26,15 @@ def vertex_sample(
     align_corners: bool = False,
     padding_mode: str = "zeros",
 ) -> Tensor:
-    """Sample feature maps, bilinearly and all scales in one call, at the projections of mesh vertices.
+    """Sample feature maps of all scales bilinearly at the projections of mesh vertices, in one call.
 
     Args:
         features: one map (B, C, H, W) or a sequence of maps (B, C_s, H_s, W_s) of any number, scale and
             channel count; float32, float64, bfloat16 (summed in float32) or float16; NCHW or channels_last,
-            both taken as they are.
+            neither is converted.
         vertices: (B, N, 3), or (B, N, 2) when ``camera`` is None. The maps' dtype, or float32 with
             half-precision maps.
-        camera: of the vertices' dtype, one of
+        camera: one of the following, of the vertices' dtype:
 
             - None: ``vertices`` are (x, y) points in normalised image coordinates as in ``grid_sample``;
             - (B, 3), weak perspective ``[s, tx, ty]`` (HMR, METRO): ``x_n = s * (X + tx)``,
@@ -42,30 +42,30 @@ def vertex_sample(
             - (B, 3, 3), intrinsics K in pixels of an image of ``image_size``, measured from the centre of its
               top-left pixel; vertices in camera space (x right, y down, z forward), in K's length unit.
         image_size: (height, width) in pixels of the image that the intrinsics describe; the maps may have
-            any other size.
+            other sizes.
         align_corners: as in ``grid_sample``: normalised coordinates -1 and 1 are the centres of the corner
-            pixels (True) or the outer edges of them (False).
+            pixels (True) or their outer edges (False).
         padding_mode: ``"zeros"`` or ``"border"``, as in ``grid_sample``.
 
     Returns:
         (B, N, C_1 + ... + C_S), contiguous, of the maps' dtype: the maps' channels, in the order given.
 
-    Gradients flow to maps (in each map's memory format), vertices and camera, and are themselves
-    differentiable where a kernel of this package serves, as is the sample in forward mode (both by plain
-    PyTorch: slower than the first gradient); `pahm_ops.reference` has first-order gradients only. The result
-    and the gradients have the same bits in every run, on the CPU for any number of threads: nothing is added
-    up by atomics. On the CPU float16 is computed in float32. Under autocast maps of several dtypes are
-    brought to the widest. `pahm_ops.backends()` tells what serves a device.
+    Gradients flow to maps (in each map's memory format), vertices and camera. With the kernels of this
+    package the gradients are differentiable too, and there is a forward mode; both run in plain PyTorch and
+    are slower than the first gradient. `pahm_ops.reference` has only first-order gradients. The result and
+    the gradients have the same bits in every run, and on the CPU for any number of threads, because no sum
+    uses atomics. The CPU computes float16 in float32. Under autocast maps of several dtypes are cast to the
+    widest. `pahm_ops.backends()` shows what runs on a device.
 
     A vertex with a NaN or infinite coordinate, or whose projection is not finite (a NaN camera, an overflow),
-    has zero features and zero gradients in both padding modes. On a GPU so has a vertex at or behind a
-    perspective camera: there the host does not wait to look at values.
+    has zero features and zero gradients in both padding modes. On a GPU the same holds for a vertex at or
+    behind a perspective camera, because the host does not wait to look at values.
 
     Raises:
         TypeError: an argument is not a tensor, or dtypes do not fit.
-        ValueError: ranks, shapes, devices or options do not fit, a GPU is given more than 16 maps, or on the
-            CPU a finite vertex lies at or behind a perspective camera (its depth, the third row of K times
-            the vertex, is not positive). Under ``torch.compile`` the last one is a RuntimeError.
+        ValueError: ranks, shapes, devices or options do not fit, there are more than 16 maps on a GPU, or on
+            the CPU a finite vertex lies at or behind a perspective camera (its depth, the third row of K
+            times the vertex, is not positive). Under ``torch.compile`` the last one is a RuntimeError.
 
     Source: section 3.2 of "Pixel-aligned non-parametric hand mesh reconstruction".
     """
@@ -102,7 +102,7 @@ def _as_list(features: Sequence[Tensor]) -> list[Tensor]:
 def _promote(
     maps: list[Tensor], vertices: Tensor, camera: Tensor | None
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """Under autocast: maps to the widest dtype among them, vertices and camera to at least float32."""
+    """Under autocast: casts maps to the widest dtype among them, vertices and camera to at least float32."""
     dtype = reduce(torch.promote_types, [feature.dtype for feature in maps])
     geometry = torch.promote_types(dtype, torch.float32)
     camera = camera.to(geometry) if isinstance(camera, Tensor) else camera

@@ -1,4 +1,4 @@
-"""What the derivatives of all ops share."""
+"""Code that the derivatives of all ops share."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from pahm_ops import _torch_internals as internals
 from pahm_ops.backends import add_to_op
 
-#: What `derivative` gives: nothing is differentiated, gradients alone, or what the op's Autograd key serves.
+#: Results of `derivative`: no derivative, gradients alone, or anything that needs the op's Autograd key.
 NONE, GRADIENT, BY_OP = range(3)
 
 
 def derivative(*tensors: Tensor | None) -> int:
-    """How the result of an op on `tensors` is to be differentiated: `NONE`, `GRADIENT` or `BY_OP`."""
+    """How to differentiate the result of an op on `tensors`: `NONE`, `GRADIENT` or `BY_OP`."""
     if torch.compiler.is_compiling() or internals.functorch_active() or internals.dual_level_open():
         return BY_OP
     if torch.is_grad_enabled():
@@ -37,7 +37,7 @@ def run(op: Any, *arguments: Any) -> Any:
 def run_at_level(op: Any, *arguments: Any) -> Any:
     """Calls an op from inside its `OpFunction`: its kernel, or the next level of `torch.func`.
 
-    Autograd functions run their forward with both modes off, but a level below may record a graph of its own.
+    Autograd functions run their forward with both modes off, but a lower level may record its own graph.
     """
     if not internals.functorch_active():
         return run(op, *arguments)
@@ -50,29 +50,29 @@ class OpFunction(internals.SingleLevelFunction or torch.autograd.Function):  # t
 
     The dispatcher calls it once for each level of `torch.func.grad` and `torch.func.jvp`, as it calls
     PyTorch's own kernels, so it differentiates at that level alone and calls its op below autograd.
-    `torch.autograd.Function` would walk the levels a second time, and `torch.library.register_autograd` has
-    no forward mode (its tangents are silently zero): it takes `setup_context` and `backward` only if torch
-    lacks what the former needs (`_torch_internals.EVERY_LEVEL`).
+    `torch.autograd.Function` would walk the levels a second time. `torch.library.register_autograd` has no
+    forward mode (its tangents are silently zero), so it gets `setup_context` and `backward` only if torch
+    lacks the internals that this class needs (`_torch_internals.EVERY_LEVEL`).
     """
 
     @staticmethod
     def flat(*arguments: Any) -> tuple[Any, ...]:
-        """An op's arguments as the function takes them: no tensor within a list."""
+        """An op's arguments in the form that the function takes, with no tensor inside a list."""
         return arguments
 
     @staticmethod
     def nested(gradients: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What `backward` gives, an entry an argument of the op."""
+        """The result of `backward`, with one entry for each argument of the op."""
         return gradients
 
     @staticmethod
     def results(outputs: Any) -> Any:
-        """What `forward` gives, as the op's schema has it."""
+        """The result of `forward`, in the form of the op's schema."""
         return outputs
 
     @staticmethod
     def is_wanted(arguments: Any) -> bool:
-        """Whether the result must be differentiable, or lift to a level of `torch.func`."""
+        """Whether the result must be differentiable or must be lifted to a level of `torch.func`."""
         return (
             (torch.is_grad_enabled() and internals.any_requires_grad(arguments))
             or internals.dual_level_open()
@@ -105,9 +105,9 @@ class OpFunction(internals.SingleLevelFunction or torch.autograd.Function):  # t
 
     @classmethod
     def register(cls, name: str, fake: Callable[..., Any], vmap: Callable[..., Any]) -> None:
-        """Gives the ops of a function their fake kernel, their derivatives and their batching rule.
+        """Registers the fake kernel, the derivatives and the batching rule for the ops of a function.
 
-        `vmap` is a rule as `torch.library.register_vmap` takes it.
+        `vmap` is a rule for `torch.library.register_vmap`.
         """
 
         def add(own: str) -> None:
@@ -122,9 +122,9 @@ _IMPLEMENTATIONS = torch.library.Library("pahm_ops", "IMPL")
 
 
 def one_by_one(function: Callable[..., Any], count: int, dims: Any, arguments: Any) -> tuple[Any, Any]:
-    """The batching rule that always holds: the function for each of `count` entries, results stacked.
+    """The batching rule that always works: call the function for each of `count` entries, stack the results.
 
-    `dims` has the structure of `arguments` and names each tensor's batched dimension, None where it has none.
+    `dims` has the structure of `arguments` and gives each tensor's batched dimension, or None.
     """
     if count == 0:
         raise ValueError("vmap over a dimension of size 0 is supported for the first argument alone")
@@ -136,15 +136,15 @@ def one_by_one(function: Callable[..., Any], count: int, dims: Any, arguments: A
 
 
 def merged(tensor: Tensor, dim: int, into: int = 0) -> Tensor:
-    """`tensor` with its batched dimension `dim` merged into the entries' dimension `into`, outermost."""
+    """`tensor` with its batched dimension `dim` merged, outermost, into dimension `into` of the entries."""
     return tensor.movedim(dim, into).flatten(into, into + 1)
 
 
-# Derivatives of an op whose kernels give only the first, from a differentiable definition of it.
+# Derivatives for an op whose kernels give only the first one, from a differentiable definition of the op.
 
 
 def restricted(function: Callable[..., Any], values: list[Any], places: list[int]) -> Callable[..., Any]:
-    """`function` of its arguments at `places`, the others being `values`."""
+    """`function` as a function of its arguments at `places`; the others are fixed to `values`."""
 
     def of_inputs(*inputs: Tensor) -> Any:
         arguments = list(values)
@@ -156,7 +156,7 @@ def restricted(function: Callable[..., Any], values: list[Any], places: list[int
 
 
 def push_forward(function: Callable[..., Any], primals: list[Any], tangents: list[Any]) -> Any:
-    """Derivative of `function` along tangents. `torch.func.jvp` cannot run inside a dual level; this can."""
+    """Derivative of `function` along tangents. Unlike `torch.func.jvp`, it can run inside a dual level."""
     out, pull = torch.func.vjp(function, *primals)[:2]
     push = torch.func.vjp(pull, tuple(torch.zeros_like(value) for value in out))[1]
     return push(tuple(tangents))[0]

@@ -1,6 +1,6 @@
 """The derivative, the fake kernel and the batching rule of `mesh_pool`.
 
-The gradient of a product with a matrix is the product with its transpose, so the op takes both: x (B, N, C),
+The gradient of a product with a matrix is a product with its transpose, so the op takes both: x (B, N, C),
 then the matrix and its transpose, each as row_pointers, columns and values (`MeshTransform`).
 """
 
@@ -25,7 +25,7 @@ from pahm_ops.backends import kernel
 
 
 def mesh_pool(x: Tensor, *matrices: Tensor) -> Tensor:
-    """The op, differentiable by x."""
+    """The op, differentiable with respect to x."""
     how = derivative(x)
     if how == NONE:
         return run(kernel("mesh_pool", x), x, *matrices)

@@ -1,11 +1,11 @@
 """The derivatives, the fake kernels and the batching rules of `spiral_conv`.
 
-The map is linear in x and in weight, so each of the three products (it, its gradient to x, its gradient to
-weight) is a gradient of the other two. The derivatives of ReLU and ELU follow from their results; GELU's does
-not, so where it is wanted, GELU is an op of its own.
+The map is linear in x and in weight, so each of the three products (the map, its gradient to x, its gradient
+to weight) is a gradient of the other two. The derivatives of ReLU and ELU follow from their results. GELU's
+does not, so GELU becomes a separate op if a derivative is needed.
 
 Throughout: x (B, N, C), weight (Cout, L * C), bias (Cout,) or None, grad (B, M, Cout); table, t_pointers and
-t_rows are `SpiralTable`'s; `activation` is a number, `pahm_ops.spiral_conv.ACTIVATIONS` in order.
+t_rows are those of `SpiralTable`; `activation` is a position in `pahm_ops.spiral_conv.ACTIVATIONS`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def spiral_conv(
     bias: Tensor | None,
     activation: int,
 ) -> Tensor:
-    """The op, differentiable by x, weight and bias."""
+    """The op, differentiable with respect to x, weight and bias."""
     op, how = kernel("spiral_conv", x, weight.shape[0]), derivative(x, weight, bias)
     if how == NONE:
         return run(op, x, table, t_pointers, t_rows, weight, bias, activation)
@@ -55,7 +55,7 @@ def spiral_conv(
 def input_grad(
     grad: Tensor, table: Tensor, t_pointers: Tensor, t_rows: Tensor, weight: Tensor, vertices: int
 ) -> Tensor:
-    """The gradient of `spiral_conv` to x of `vertices` vertices, differentiable by grad and weight."""
+    """The gradient of `spiral_conv` to x with `vertices` vertices; differentiable in grad and weight."""
     how = derivative(grad, weight)
     if how == GRADIENT:
         return _InputGrad.apply(grad, table, t_pointers, t_rows, weight, vertices)
@@ -65,7 +65,7 @@ def input_grad(
 
 
 def weight_grad(grad: Tensor, x: Tensor, table: Tensor, t_pointers: Tensor, t_rows: Tensor) -> Tensor:
-    """The gradient of `spiral_conv` to weight, differentiable by grad and x."""
+    """The gradient of `spiral_conv` to weight; differentiable in grad and x."""
     how = derivative(grad, x)
     if how == GRADIENT:
         return _WeightGrad.apply(grad, x, table, t_pointers, t_rows)
@@ -170,7 +170,7 @@ def _fake(
     return x.new_empty(x.shape[0], table.shape[1], weight.shape[0])
 
 
-# A batch of meshes is more meshes, one of weights or of output gradients more output channels.
+# A batch of meshes becomes more meshes. A batch of weights or output gradients becomes more output channels.
 
 
 def _vmap(info: Any, dims: Any, *inputs: Any) -> tuple[Tensor, int]:

@@ -1,7 +1,7 @@
 """The derivatives, the fake kernels and the batching rules of `vertex_sample`.
 
-What the kernels do not compute comes from the gather reference in plain PyTorch: forward mode by computing
-with it while a dual level is open, derivatives of gradients as the pullback of its pullback.
+The gather reference in plain PyTorch computes what the kernels do not. Forward mode runs the reference while
+a dual level is open. Derivatives of gradients are the pullback of its pullback.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ Options = tuple[int, int, bool, bool]
 
 
 def vertex_sample(vertices: Tensor, camera: Tensor | None, options: Options, *maps: Tensor) -> Tensor:
-    """The op, differentiable by vertices, camera and maps.
+    """The op, differentiable with respect to vertices, camera and maps.
 
-    An autograd function sees only the tensors among its own arguments, so the maps come one by one.
+    An autograd function sees only the tensors among its own arguments, so each map is an argument.
     """
     how = derivative(vertices, camera, *maps)
     if how == GRADIENT:
@@ -53,7 +53,7 @@ def vertex_sample_backward(
     needs: tuple[bool, ...],
     *maps: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The gradients, differentiable: of the maps, of vertices and of camera; empty if `needs` says so."""
+    """Differentiable gradients of the maps, vertices and camera; empty if `needs` does not ask for them."""
     how = derivative(grad, vertices, camera, *maps)
     if how == GRADIENT:
         return _VertexSampleBackward.apply(grad, vertices, camera, options, needs, *maps)
@@ -68,7 +68,7 @@ def vertex_sample_backward(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
     vertices, camera, ctx.options, *maps = inputs
-    # A map's own gradient has its shape and memory format, so maps are kept even if no point needs one.
+    # A map's gradient has the map's shape and memory format, so keep the maps even if no point needs one.
     ctx.save_for_backward(vertices, camera, *maps)
 
 
@@ -199,7 +199,7 @@ class _VertexSampleBackwardOp(OpFunction):
 
 
 def _gather(options: Options, strict: bool = False) -> Callable[..., Tensor]:
-    """The op in differentiable PyTorch, of (vertices, camera, *maps)."""
+    """The op in differentiable PyTorch, as a function of (vertices, camera, *maps)."""
     height, width, align_corners, border = options
     mode = "border" if border else "zeros"
 
@@ -211,12 +211,12 @@ def _gather(options: Options, strict: bool = False) -> Callable[..., Tensor]:
 
 
 def _order(saved: list[Tensor | None]) -> list[int]:
-    """Where, among (grad, vertices, camera, *maps), each gradient's tensor is."""
+    """The position in (grad, vertices, camera, *maps) of each gradient's tensor."""
     return [*range(3, len(saved)), 1, 2]
 
 
 def _gradients(options: Options, asked: list[int]) -> Callable[..., tuple[Tensor, ...]]:
-    """The gradients of those of (grad, vertices, camera, *maps) that are asked for, as a function of all."""
+    """The gradients of the `asked` tensors in (grad, vertices, camera, *maps), as a function of all."""
 
     def gradients(grad: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         places = [i - 1 for i in asked]
@@ -228,7 +228,7 @@ def _gradients(options: Options, asked: list[int]) -> Callable[..., tuple[Tensor
 
 
 def _spread(tensor: Any, dim: int | None, count: int) -> Any:
-    """`count` batches as one, repeated where there is only one."""
+    """`count` batches merged into one; a single batch is repeated."""
     if tensor is None:
         return None
     if dim is None:
@@ -286,7 +286,7 @@ def _vmap(
     in_features, in_vertices, in_camera, *_ = dims
     count = info.batch_size
     if in_camera is None and all(dim is None for dim in in_features):
-        # The same maps at other vertices are the same maps at more vertices.
+        # Batched vertices on the same maps are the same maps with more vertices.
         out = vertex_sample(merged(vertices, in_vertices, into=1), camera, options, *features)
         return out.unflatten(1, (count, out.shape[1] // count)), 1
     maps = [_spread(m, dim, count) for m, dim in zip(features, in_features, strict=True)]
@@ -315,7 +315,7 @@ def _vmap_backward(
         *(_spread(m, dim, count) for m, dim in zip(features, in_features, strict=True)),
     )
     map_grads, others = list(found[:-2]), found[-2:]
-    # A gradient that is not needed is an empty vector.
+    # An unneeded gradient is an empty vector.
     batched = [[0 if g.dim() > 1 else None for g in map_grads], *(0 if g.dim() > 1 else None for g in others)]
     map_grads = [_split(g, count) if g.dim() > 1 else g for g in map_grads]
     return (map_grads, *(_split(g, count) if g.dim() > 1 else g for g in others)), tuple(batched)
