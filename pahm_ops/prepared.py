@@ -106,7 +106,7 @@ class MeshTransform(NamedTuple):
 
     @staticmethod
     def prepare(matrix: Any) -> MeshTransform:
-        """Prepare a scipy sparse matrix or array (any format), or a torch COO (also uncoalesced) or CSR tensor.
+        """Prepare a scipy sparse matrix or array (any format), a torch COO (coalesced or not) or CSR tensor.
 
         Entries may be in any order and may be zero or repeated (repeated ones add up); a row may have any
         number of them. float64 and float32 values keep their dtype, others become float32.

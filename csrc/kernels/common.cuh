@@ -1,4 +1,4 @@
-// What the launches and the kernels of all ops share.
+// Code that the launches and the kernels of all ops share.
 #pragma once
 
 #include "common/ceil_div.h"
@@ -8,29 +8,29 @@ namespace pahm {
 
 inline constexpr int block_threads = 256;
 
-// The least number of bits, up to `most`, that count to `size`.
+// The least number of bits, at most `most`, that can count to `size`.
 inline int bits_for(int64_t size, int most) {
   int bits = 0;
   while (bits < most && (int64_t{1} << bits) < size) ++bits;
   return bits;
 }
 
-// The largest size that kernels count in an int: rounded up to whole blocks, it still is one.
+// The largest size that kernels count in an int: rounded up to whole blocks, it still fits.
 inline constexpr int64_t most_size = 0x7fffffff - 1024;
 
-// What tables say is not believed: whatever numbers they hold, nothing outside the tensors is touched. An
-// index that is not below `count` names nothing.
+// Kernels do not trust tables: whatever numbers a table holds, no access leaves the tensors. An index that is
+// not in [0, `count`) is ignored.
 __device__ __forceinline__ bool is_index(int32_t value, int count) {
   return static_cast<uint32_t>(value) < static_cast<uint32_t>(count);
 }
-// Where a list begins or ends in an array of `count` numbers: at its end where the table says anything else.
+// Where a list begins or ends in an array of `count` numbers; the array's end if the value is invalid.
 __device__ __forceinline__ int32_t list_bound(int32_t value, int count) {
   return is_index(value, count) ? value : count;
 }
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// Where kernels run on a CPU, an access is known by the place in the source that asks for it.
+// When kernels run on a CPU, each access is identified by its place in the source.
 #if defined(__CUDACC__)
 #define PAHM_PLACE_PARAMETER
 #define PAHM_PLACE_ARGUMENT

@@ -1,5 +1,6 @@
-// The few things that kernels do with the device, so that the same kernel also runs on a CPU, where it is
-// watched and counted (tests/simt). Kernels reach global memory through load, store and atomic_add alone.
+// The few operations that kernels do on the device. With other definitions the same kernel runs on a CPU,
+// where tests/simt checks and counts its accesses. Kernels access global memory only by load, store and
+// atomic_add.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -16,7 +17,7 @@
 
 namespace pahm {
 
-// What memory of type S is summed in.
+// The type in which memory of type S is summed.
 template <typename S>
 struct SumOf {
   using type = float;
@@ -65,7 +66,7 @@ inline constexpr bool has_atomic_add =
 // An array of `count` elements of T that the threads of a block share.
 #define PAHM_SHARED(T, name, count) __shared__ __align__(16) T name[count]
 
-// The same of the size that launch() was told: one a kernel.
+// The same with the size given to launch(); a kernel may have one.
 #define PAHM_DYNAMIC_SHARED(T, name)                                   \
   extern __shared__ __align__(16) unsigned char pahm_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(pahm_dynamic_shared)
@@ -97,15 +98,15 @@ __device__ __forceinline__ S from_float(T x) {
   return FromFloat<S>::convert(x);
 }
 
-// A product that is rounded: the compiler may fuse others with a sum, in one place of the source and not in
-// another.
+// A product that is always rounded. The compiler may fuse other products with a sum, in one place of the
+// source and not in another.
 __device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 
 // ---- global memory ----
 
-// A type of 16 bytes is moved by one instruction, and read by way of the read-only cache: nothing that the
-// same launch writes may be read so.
+// One instruction moves a type of 16 bytes. It reads through the read-only cache, so 16-byte loads may not
+// read memory that the same launch writes.
 template <typename T>
 __device__ __forceinline__ T load(const T* address) {
   if constexpr (sizeof(T) == 16) {
@@ -123,7 +124,7 @@ __device__ __forceinline__ void store(T* address, T value) {
   if constexpr (sizeof(T) == 16) {
     uint4 bits;
     memcpy(&bits, &value, sizeof bits);
-    // The compiler may split an assignment.
+    // The compiler may split a plain assignment.
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)),
                  "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
                  : "memory");
@@ -187,8 +188,8 @@ __device__ __forceinline__ uint32_t ballot(uint32_t mask, bool predicate) {
 
 // ---- the host's side ----
 
-// Runs a kernel on `blocks` blocks of `threads` threads, with `shared_bytes` of dynamic shared memory each.
-// std::invalid_argument where the grid is too large, std::runtime_error where CUDA refuses.
+// Runs a kernel on `blocks` blocks of `threads` threads, each block with `shared_bytes` of dynamic shared
+// memory. Throws std::invalid_argument if the grid is too large, std::runtime_error if CUDA fails.
 template <typename... P, typename... A>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, const Device& device,
             A&&... arguments) {
@@ -199,7 +200,7 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_by
   };
   const auto grid = static_cast<unsigned>(blocks), block = static_cast<unsigned>(threads);
   const auto bytes = static_cast<size_t>(shared_bytes);
-  // Beyond 48 KiB, static arrays included, a kernel must be allowed to. Always the most that there is:
+  // A kernel needs permission for more than 48 KiB, static arrays included. Always ask for the maximum:
   // another thread may launch the same kernel with less.
   constexpr int64_t room_for_static = 16 * 1024;
   if (shared_bytes + room_for_static > 48 * 1024) {

@@ -1,4 +1,4 @@
-// mesh_pool: x (B, N, C), a CSR matrix (M, N) -> (B, M, C). The backward is the same with the transpose.
+// mesh_pool: x (B, N, C), a CSR matrix (M, N) -> (B, M, C). The backward pass is the same with the transpose.
 #pragma once
 
 #include "kernels/common.cuh"
@@ -17,8 +17,8 @@ struct MeshPoolArguments {
   int vertices, entries;
 };
 
-// A block has `1 << lane_bits` packs of channels of one mesh (a slab) and `block_rows` rows of the matrix, so
-// that its L1 cache sees each row of x once.
+// A block handles a slab, which is `1 << lane_bits` packs of channels of one mesh, and `block_rows` rows of
+// the matrix, so that its L1 cache fetches each row of x once.
 struct MeshPoolPlan {
   int lane_bits, slabs, block_rows, row_blocks;
 };
@@ -56,7 +56,7 @@ void mesh_pool_launch(const MeshPoolArguments<S, V>& a, const Device& device) {
   const int64_t packs = a.channels / Count;
   const int lane_bits = bits_for(packs, 5);
   const int64_t slabs = ceil_div(packs, int64_t{1} << lane_bits), step = block_threads >> lane_bits;
-  // As many rows as leave four blocks a processor.
+  // As many rows as leave four blocks for each processor.
   const int64_t blocks = a.batch * slabs, wanted = ceil_div(4 * device.processors, blocks);
   const int64_t block_rows = step * ceil_div(a.rows, step * wanted),
                 row_blocks = ceil_div(a.rows, block_rows);

@@ -1,5 +1,5 @@
-// spiral_conv: x (B, N, C), table (L, M), weight (O, L * C) -> (B, M, O), and its gradients: three products
-// of matrices, none of which is ever gathered into memory.
+// spiral_conv: x (B, N, C), table (L, M), weight (O, L * C) -> (B, M, O), and its gradients: three matrix
+// products. No gathered matrix is ever written to memory.
 //
 //                rows        columns   summed over      left[row, k]                       right[k, column]
 //   forward      (b, m)      o         (l, c)           x[b, table[l, m], c]               weight[o, (l, c)]
@@ -8,15 +8,15 @@
 //   weight grad  (l, c)      o         (b, m)           x[b, table[l, m], c]               grad[b, m, o]
 //
 // A block computes a tile of the result from tiles of both sides in shared memory (tile_product.cuh). Sums
-// over a long k are split between blocks and added up in a fixed order: no atomics, the same bits in every
-// run.
+// over a long k are split between blocks, and the parts are added in a fixed order: no atomics, the same bits
+// in every run.
 #pragma once
 
 #include "kernels/tile_product.cuh"
 
 namespace pahm {
 
-// Meshes, their vertices in (N) and out (M), spiral length, channels in and out; L * M is an int.
+// Meshes, input (N) and output (M) vertices, spiral length, input and output channels; L * M fits an int.
 struct SpiralSizes {
   int64_t batch;
   int vertices, rows, length, channels, out_channels;
@@ -25,7 +25,7 @@ struct SpiralSizes {
 template <typename S>
 struct SpiralConvArguments : SpiralSizes {
   const S* x;            // (B, N, C)
-  const int32_t* table;  // (L, M): rows of a tile read neighbours
+  const int32_t* table;  // (L, M): the rows of a tile read neighbouring entries
   const S* weight;       // (O, L * C)
   const S* bias;         // (O), or null
   int activation;        // as pahm_ops/spiral_conv.py numbers them: none, ReLU, ELU, GELU
@@ -35,8 +35,8 @@ struct SpiralConvArguments : SpiralSizes {
 template <typename S>
 struct SpiralInputGradArguments : SpiralSizes {
   const S* grad;              // (B, M, O)
-  const int32_t* t_pointers;  // (L * N + 1): where the list of (l, n), number l * N + n, begins in t_rows
-  const int32_t* t_rows;      // (L * M): the m with table[l, m] == n, rising
+  const int32_t* t_pointers;  // (L * N + 1): entry l * N + n says where the list of (l, n) begins in t_rows
+  const int32_t* t_rows;      // (L * M): each list is the m with table[l, m] == n, ascending
   const S* weight;            // (O, L * C)
   S* out;                     // (B, N, C)
 };
@@ -49,9 +49,9 @@ struct SpiralWeightGradArguments : SpiralSizes {
   S* out;                // (O, L * C)
 };
 
-// ---- what a thread brings of each side ----
+// ---- what a thread fetches from each side ----
 
-// A position in (l, c), moved on by less than a few rows of c.
+// A position in (l, c) that advances by at most a few rows of c.
 struct SpiralPosition {
   int l, c;
   __device__ SpiralPosition(int64_t k, int channels)
@@ -61,7 +61,7 @@ struct SpiralPosition {
   }
 };
 
-// A row (item, m) of all meshes' rows, moved on by less than a few meshes.
+// A row (item, m) among the rows of all meshes; it advances by at most a few meshes.
 struct MeshRow {
   int64_t item;
   int m;
@@ -77,8 +77,8 @@ struct ForwardLeft : AlongK<Count, Shape::rows, Shape> {
   using Arguments = SpiralConvArguments<S>;
   SpiralPosition at;
   MeshRow first;
-  // What the table says at l == known: it serves a few steps of k. (Packs of one number are too many to
-  // keep.)
+  // The table's entries at l == known are kept for a few steps of k. (There are too many packs of one number
+  // to keep.)
   int known = -1;
   int32_t vertices[Base::packs];
 
@@ -130,7 +130,7 @@ struct InputGradLeft : AlongK<Count, Shape::rows, Shape> {
   SpiralPosition at;  // c counts output channels here
   MeshRow first;
   int known = -1;                                                      // as in ForwardLeft
-  int32_t begin[Base::packs], end[Base::packs], head[Base::packs][2];  // a list's first two
+  int32_t begin[Base::packs], end[Base::packs], head[Base::packs][2];  // head: a list's first two
 
   __device__ InputGradLeft(const Arguments& a, int64_t first_row, int64_t first_k)
       : at(first_k + Base::k(), a.out_channels), first(first_row + Base::line(0), a.vertices) {}

@@ -1,4 +1,4 @@
-// A product of two matrices that are given by how a thread fetches its share of a tile.
+// A product of two matrices. Each is defined by how a thread fetches its share of a tile.
 #pragma once
 
 #include <utility>
@@ -7,7 +7,7 @@
 
 namespace pahm {
 
-// Some numbers of one side of a product, as they are summed.
+// Some numbers of one side of a product, in the type that is summed.
 template <typename S, int Count>
 struct TilePack {
   Sum<S> values[Count];
@@ -22,8 +22,8 @@ struct TilePack {
   }
 };
 
-// A block's tile: `rows` by `columns` of the result, `depth` of k at a time. A thread has thread_rows by
-// thread_columns of it, in groups of 16 bytes, the groups spread so that a warp reads neighbouring banks.
+// A block's tile: `rows` by `columns` of the result, `depth` of k at a time. A thread computes thread_rows by
+// thread_columns of it in groups of 16 bytes, spread so that a warp reads neighbouring banks.
 template <typename T, int Columns, int ThreadRows, int ThreadColumns, int Depth>
 struct TileShape {
   static constexpr int rows = 128, columns = Columns, depth = Depth;
@@ -31,11 +31,11 @@ struct TileShape {
   static constexpr int threads = rows / thread_rows * (columns / thread_columns);
   static constexpr int row_group = 16 / sizeof(T),
                        column_group = thread_columns < row_group ? thread_columns : row_group;
-  // Between the rows k of a side: the lanes that store along k meet different banks.
+  // Padding between a side's rows of k, so that lanes that store along k use different banks.
   static constexpr int pad = 16 / sizeof(T);
 };
 
-// A side whose packs lie along k: element i of a thread is `k()` .. + Count of line `line(i)`.
+// A side whose packs lie along k: pack i of a thread is k() .. k() + Count - 1 of line `line(i)`.
 template <int Count, int Lines, typename Shape>
 struct AlongK {
   static constexpr bool along_k = true;
@@ -49,7 +49,7 @@ struct AlongK {
   __device__ static bool exists(int i) { return line(i) < Lines; }
 };
 
-// A side whose packs lie along its lines: element i of a thread is k `k(i)` of the lines `line()` .. + Count.
+// A side whose packs lie along its lines: pack i of a thread is line() .. line() + Count - 1 at k `k(i)`.
 template <int Count, int Lines, typename Shape>
 struct AlongLine {
   static constexpr bool along_k = false;
@@ -62,13 +62,13 @@ struct AlongLine {
   __device__ static bool exists(int i) { return k(i) < Shape::depth; }
 };
 
-// Where a line lies in row k of a tile. The two packs of 8 of a line would meet in one bank.
+// The position of a line in row k of a tile. Unchanged, a line's two packs of 8 would share a bank.
 template <typename Side, int Count>
 __device__ __forceinline__ int line_position(int k, int line) {
   return Side::along_k && Count == 8 && Side::lines >= 32 ? line ^ (k / 8 % 2 * 16) : line;
 }
 
-// Puts what a thread fetched where the tile has it: rows of k, `Pitch` apart.
+// Stores what a thread fetched into the tile: rows of k, `Pitch` apart.
 template <typename Side, int Count, int Pitch, typename Shared, typename S>
 __device__ __forceinline__ void put(Shared& tile, int buffer,
                                     const TilePack<S, Count> (&packs)[Side::packs]) {
@@ -86,7 +86,7 @@ __device__ __forceinline__ void put(Shared& tile, int buffer,
           Count < 16 / static_cast<int>(sizeof(T)) ? Count : 16 / static_cast<int>(sizeof(T));
       constexpr int parts = Count / vector;
       static_assert(parts <= 2);
-      // Lanes whose first parts would meet in one bank begin with another.
+      // Lanes whose first parts share a bank start with different parts.
       const int turn = static_cast<int>(threadIdx.x) / 4 % parts;
 #pragma unroll
       for (int part = 0; part < parts; ++part) {
@@ -103,15 +103,15 @@ __device__ __forceinline__ void put(Shared& tile, int buffer,
   }
 }
 
-// Of the result, and of the sum over k.
+// Sizes of the result and of the sum over k.
 struct ProductSize {
   int64_t rows, columns, depth;
 };
 
 struct ProductPlan {
   int64_t column_tiles;  // tiles side by side in a row of the result
-  int64_t splits;        // of the sum over k, each by blocks of its own
-  int64_t split_depth;   // numbers of k in a split
+  int64_t splits;        // of the sum over k; each has its own blocks
+  int64_t split_depth;   // values of k in a split
   void* partial;         // Sum<S> (splits, rows, columns), or null with one split
 };
 
@@ -125,13 +125,13 @@ __device__ __forceinline__ T activate(T x, int kind) {
   return x;
 }
 
-// A sum's place in the result or in one of its partial sums.
+// The place of a sum in the result or in a partial sum.
 template <typename Product>
 __device__ __forceinline__ int64_t result_index(const ProductSize& size, int64_t row, int64_t column) {
   return Product::columns_adjacent ? row * size.columns + column : column * size.rows + row;
 }
 
-// At once, or the first `rest` of them one by one.
+// Stores a whole group at once, or its first `rest` values one by one.
 template <typename D, int Group>
 __device__ __forceinline__ void store_group(D* address, const Sum<D> (&values)[Group], bool whole,
                                             int64_t rest) {
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(Shape::threads, 2)
   left.fetch(a, left_packs);
   right.fetch(a, right_packs);
   for (int step = 0; step < steps; ++step) {
-    // One buffer is summed while the next is fetched; the barrier parts the writers of one from its readers.
+    // One buffer is summed while the next is fetched; the barrier separates a buffer's writers and readers.
     const int left_buffer = step % 2 * Shape::depth * row_pitch,
               right_buffer = step % 2 * Shape::depth * column_pitch;
     put<Left, Count, row_pitch>(left_tiles, left_buffer, left_packs);
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(Shape::threads, 2)
 
   T* const partial =
       plan.splits == 1 ? nullptr : static_cast<T*>(plan.partial) + split * size.rows * size.columns;
-  // Whatever lies side by side in the result is stored at once.
+  // Neighbours in the result are stored at once.
   constexpr bool along_columns = Product::columns_adjacent;
   constexpr int group = along_columns ? column_group : row_group;
   const bool whole = Count > 1 && (along_columns ? size.columns : size.rows) % group == 0;
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(Shape::threads, 2)
   }
 }
 
-// Adds the splits up, in their order.
+// Adds the splits in order.
 template <typename Product>
 __global__ void __launch_bounds__(block_threads, 4)
     add_splits_kernel(const __grid_constant__ typename Product::Arguments a,
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(block_threads, 4)
 
 // ---- plans ----
 
-// Results of few columns have a tile of their own.
+// Results with at most this many columns use a special tile.
 inline constexpr int narrow_columns = 4;
 template <typename S>
 inline constexpr int tile_depth = sizeof(S) == 2 ? 16 : 8;
@@ -270,8 +270,8 @@ using WideTile = TileShape<Sum<S>, sizeof(S) == 8 ? 32 : 64, 8, sizeof(S) == 8 ?
 template <typename S>
 using NarrowTile = TileShape<Sum<S>, narrow_columns, 4, 1, tile_depth<S>>;
 
-// How often a sum over k is split: until the blocks fill the device twice, as long as what the splits write
-// and read again is at most half of what the product reads, and no split is short.
+// How often a sum over k is split: until the blocks fill the device twice, as long as no split is short and
+// the splits write and read back at most half of what the product reads.
 template <typename Product>
 ProductPlan plan_product(const typename Product::Arguments& a, int processors) {
   using S = typename Product::Scalar;
@@ -285,12 +285,12 @@ ProductPlan plan_product(const typename Product::Arguments& a, int processors) {
   const auto at_most = [&](int64_t limit) { splits = limit < splits ? limit : splits; };
   at_most(Product::input_bytes(a) / (4 * partial_bytes));
   at_most(size.depth / (16 * tile_depth<S>));
-  if (splits < 1) splits = 1;  // also for a sum of nothing
+  if (splits < 1) splits = 1;  // also for an empty sum
   const int64_t split_depth = ceil_div(ceil_div(size.depth, splits), tile_depth<S>) * tile_depth<S>;
   return {column_tiles, splits == 1 ? 1 : ceil_div(size.depth, split_depth), split_depth, nullptr};
 }
 
-// Bytes of plan.partial.
+// The size of plan.partial in bytes.
 template <typename Product>
 int64_t partial_bytes(const typename Product::Arguments& a, const ProductPlan& plan) {
   const ProductSize size = Product::size(a);
@@ -316,7 +316,7 @@ void product_launch(const typename Product::Arguments& a, const ProductPlan& pla
          device, a, size, plan);
 }
 
-// The result may be empty, and so may the sum that it is of.
+// Both the result and the sum over k may be empty.
 template <typename Product>
 void product_launch(const typename Product::Arguments& a, const ProductPlan& plan, const Device& device) {
   constexpr int wide = 16 / sizeof(typename Product::Scalar);

@@ -1,5 +1,5 @@
 // vertex_sample: maps (B, C_s, H_s, W_s), vertices (B, N, 3 or 2), camera -> (B, N, C_1 + ... + C_S).
-// What both directions share: arguments, projection, and where a vertex lies on a map.
+// Both directions share this file: arguments, projection, and where a vertex lies on a map.
 #pragma once
 
 #include "kernels/common.cuh"
@@ -8,14 +8,14 @@ namespace pahm {
 
 inline constexpr int most_maps = 16;
 
-// Either planes (B, C, H, W) or channels_last (B, H, W, C), without gaps.
+// A map without gaps, either planes (B, C, H, W) or channels_last (B, H, W, C).
 template <typename S>
 struct SampleMap {
   const S* data;  // (batch, channels, height, width), without gaps
-  S* grad;        // as data lies, or null if it is not wanted
+  S* grad;        // laid out like data, or null if it is not needed
   int channels, height, width;
   int first_channel;   // in the output
-  bool channels_last;  // how both lie in memory; else NCHW
+  bool channels_last;  // the memory format of both; else NCHW
 };
 
 enum class Camera { none, weak, perspective };
@@ -28,14 +28,14 @@ struct SampleArguments {
   int64_t batch;
   int vertex_count;
   int channels;       // of all maps
-  const T* vertices;  // (batch, vertex_count, 3), without a camera (.., 2) in normalised coordinates
+  const T* vertices;  // (batch, vertex_count, 3); without a camera (.., 2) in normalised coordinates
   const T* camera;    // (batch, 3) [s, tx, ty], (batch, 3, 3) in pixels, or null
   Camera camera_kind;
   T scale[2], shift[2];  // pixels of a perspective camera to normalised coordinates: multiply, then add
   bool align_corners, border;
 };
 
-// The image, in pixels, that intrinsics describe.
+// Sets the size, in pixels, of the image that intrinsics describe.
 template <typename S>
 void set_image_size(SampleArguments<S>& a, int64_t height, int64_t width) {
   if (a.camera_kind != Camera::perspective) return;
@@ -46,13 +46,13 @@ void set_image_size(SampleArguments<S>& a, int64_t height, int64_t width) {
   }
 }
 
-// Blocks [first_block, first_block + blocks) of a launch work on one map of all items. `x` and `y` are the
-// kernel's own.
+// Blocks [first_block, first_block + blocks) of a launch work on one map of all items. Each kernel defines
+// `x` and `y`.
 struct MapBlocks {
   int64_t first_block;
   int x, y;
 };
-// How a launch is shared out between maps.
+// How a launch is divided between maps.
 struct MapPlan {
   MapBlocks maps[most_maps];
   int map_count;
@@ -62,7 +62,7 @@ struct MapPlan {
     while (map + 1 < map_count && block >= maps[map + 1].first_block) ++map;
     return map;
   }
-  // A block's place among those of its map.
+  // A block's number among the blocks of its map.
   __device__ int block_of(int map, unsigned block) const {
     return static_cast<int>(block - static_cast<unsigned>(maps[map].first_block));
   }
@@ -73,19 +73,19 @@ __device__ __forceinline__ bool finite(T x) {
   return x - x == 0;
 }
 
-// Several kernels, and parts of one, project the same vertex, and rely on finding it in the same cell. So
-// `project` and `locate` round each product: the compiler cannot choose other bits in one of those places.
+// The same vertex is projected in several kernels and in several places of one kernel, and all must find it
+// in the same cell. So `project` and `locate` round each product, and the compiler cannot vary the bits.
 
-// A vertex, the camera of its batch item, and what the projection makes of them.
+// A vertex, the camera of its batch item, and the results of the projection.
 template <typename T>
 struct Projected {
   T vertex[3], camera[9];
   T ray[3];    // the camera matrix times the vertex
   T point[2];  // normalised
-  bool valid;  // false for what is not finite, and behind a perspective camera
+  bool valid;  // false if a value is not finite or the vertex is behind a perspective camera
 };
 
-// The coordinates of vertex n; z is 0 where there is none.
+// The coordinates of vertex n; z is 0 if there is no z.
 template <typename S>
 __device__ __forceinline__ void load_vertex(const SampleArguments<S>& a, int64_t item, int n,
                                             Sum<S> (&v)[3]) {
@@ -95,8 +95,8 @@ __device__ __forceinline__ void load_vertex(const SampleArguments<S>& a, int64_t
     v[i] = i < width ? load(a.vertices + (item * a.vertex_count + n) * width + i) : Sum<S>(0);
 }
 
-// Those of 32 vertices, one a lane, read side by side. All lanes of the warp come here; a vertex beyond the
-// last is 0.
+// The coordinates of 32 vertices, one per lane, in adjacent reads. All lanes of the warp must call this; a
+// vertex beyond the last is 0.
 template <typename S>
 __device__ __forceinline__ void load_vertices(const SampleArguments<S>& a, int64_t item, int first,
                                               Sum<S> (&v)[3]) {
@@ -159,12 +159,12 @@ __device__ Projected<Sum<S>> project(const SampleArguments<S>& a, int64_t item, 
 }
 
 // The cell of four pixels around a vertex, in the order (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1). Its
-// pixels may lie outside the map, by one at most.
+// pixels may lie outside the map, but by at most one.
 template <typename T>
 struct Cell {
   int x, y;
   T fx, fy;  // position inside the cell, in [0, 1)
-  T dx, dy;  // pixels per unit of the normalised coordinate; 0 where the vertex was clamped to the border
+  T dx, dy;  // pixels per unit of the normalised coordinate; 0 if the vertex was clamped to the border
 
   __device__ T weight(int k) const { return (k & 1 ? fx : 1 - fx) * (k & 2 ? fy : 1 - fy); }
   __device__ bool inside(int k, int height, int width) const {
@@ -173,7 +173,7 @@ struct Cell {
   }
 };
 
-// From a normalised coordinate to pixels; false where no pixel is near.
+// From a normalised coordinate to pixels; false if no pixel is near.
 template <typename S>
 __device__ __forceinline__ bool to_pixels(const SampleArguments<S>& a, Sum<S> normalised, int size,
                                           Sum<S>& position, Sum<S>& slope) {
@@ -193,7 +193,7 @@ __device__ __forceinline__ bool to_pixels(const SampleArguments<S>& a, Sum<S> no
   return true;
 }
 
-// False for a vertex that takes nothing from the map: not valid, or outside with zero padding.
+// False for a vertex that takes nothing from the map: invalid, or outside with zero padding.
 template <typename S>
 __device__ __forceinline__ bool locate(const SampleArguments<S>& a, const SampleMap<S>& map,
                                        const Projected<Sum<S>>& p, Cell<Sum<S>>& cell) {
@@ -204,7 +204,7 @@ __device__ __forceinline__ bool locate(const SampleArguments<S>& a, const Sample
     return false;
   }
   const T x0 = floor(x), y0 = floor(y);
-  // Beyond 2^24 floats skip pixels, and the map's end may have been rounded up.
+  // Beyond 2^24 floats skip pixels, and rounding may have moved a position past the map's end.
   const int cell_x = static_cast<int>(x0), cell_y = static_cast<int>(y0);
   cell.x = cell_x < map.width ? cell_x : map.width - 1;
   cell.y = cell_y < map.height ? cell_y : map.height - 1;

@@ -1,30 +1,31 @@
-// vertex_sample, backward, with no atomics: the result has the same bits in every run.
+// vertex_sample, backward, without atomics: the result has the same bits in every run.
 //
-// - sort_vertices_kernel puts the vertices of each item and map in the order of their cells.
-// - pixel_grads_kernel (channels_last) and plane_grads_kernel (planes) give a group of lanes a pixel. It sums
-//   what the vertices of the four cells around it give, stores the pixel's gradient once, and leaves each
-//   vertex the product of its output gradient and the pixel: one pass over the output gradients.
-// - point_grads_kernel takes those products back through the projection.
+// - sort_vertices_kernel sorts the vertices of each item and map by cell.
+// - pixel_grads_kernel (channels_last) and plane_grads_kernel (planes) assign each pixel to a group of lanes.
+//   The group sums the contributions of the vertices in the four cells around the pixel and stores the
+//   pixel's gradient once. For each vertex it also stores the product of its output gradient and the pixel,
+//   so one pass over the output gradients is enough.
+// - point_grads_kernel propagates those products back through the projection.
 #pragma once
 
 #include "kernels/vertex_sample_sorted.cuh"
 
 namespace pahm {
 
-// Where a map's slabs of products begin, and their number.
+// The first of a map's slabs of products, and their number.
 struct MapSlabs {
   int first[most_maps], count[most_maps];
 };
 
 // ---- gradients of maps ----
 
-// The pixels of a group of lanes: `Groups` packs of channels, `group_stride` channels apart, each lane.
+// The pixels of a group of lanes: each lane has `Groups` packs of channels, `group_stride` channels apart.
 template <typename S, int Count, int Groups>
 struct PixelSums {
   using T = Sum<S>;
   T pixel[Groups][Count], sum[Groups][Count];
 
-  // Sums over the vertices that touch the pixel; `lanes` lanes beside each other share it.
+  // Sums over the vertices that touch the pixel, which `lanes` adjacent lanes share.
   template <typename Ranges>
   __device__ __forceinline__ void gather(const SampleBackwardArguments<S>& b, const SampleMap<S>& map,
                                          int64_t item, int index, int pixel_index, int pixel_in_tile,
@@ -62,7 +63,7 @@ struct PixelSums {
   }
 };
 
-// channels_last. x of a MapBlocks: bits of the lanes of a pixel; y: tiles of pixels.
+// channels_last. MapBlocks' x: log2 of the lanes per pixel; y: tiles of pixels.
 template <typename S, int Count>
 __global__ void __launch_bounds__(block_threads, 4)
     pixel_grads_kernel(const __grid_constant__ SampleBackwardArguments<S> b,
@@ -101,12 +102,12 @@ __global__ void __launch_bounds__(block_threads, 4)
   }
 }
 
-// Packs of channels that a lane of sample planes has at a pixel: 32 sums, or fewer.
+// Packs of channels that a lane of planes has at a pixel: at most 32 sums.
 template <int Count>
 inline constexpr int plane_groups = Count == 8 ? 4 : 8;
 
-// planes: two lanes have a pixel, so that they read a sector of an output gradient; 16 pixels are a warp's.
-// x of a MapBlocks: unused; y: tiles of pixels.
+// planes: two lanes share a pixel, so that they read a whole sector of an output gradient; a warp has 16
+// pixels. MapBlocks' x: unused; y: tiles of pixels.
 template <typename S, int Count>
 __global__ void __launch_bounds__(block_threads, 2)
     plane_grads_kernel(const __grid_constant__ SampleBackwardArguments<S> b,
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__(block_threads, 2)
         const T* const at =
             b.work.products +
             ((slabs.first[i] + slab) * a.batch * a.vertex_count + item * a.vertex_count + n) * 4;
-        // A pixel outside the map has left nothing there.
+        // No product was stored for a pixel outside the map.
         const auto pack = load_pack<4>(at);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -226,7 +227,7 @@ __global__ void __launch_bounds__(block_threads, 2)
       store(b.vertex_grad + (item * a.vertex_count + n) * width + i, vertex_grad[i]);
   }
   if (b.camera_grad == nullptr) return;
-  // One block an item: lanes, then warps, in a fixed order.
+  // One block per item sums over lanes, then over warps, in a fixed order.
 #pragma unroll
   for (int i = 0; i < 9; ++i) {
     for (int distance = 16; distance > 0; distance /= 2)
@@ -244,7 +245,7 @@ __global__ void __launch_bounds__(block_threads, 2)
 
 // ---- plans ----
 
-// How the maps' gradients are computed: what both passes over them must agree on.
+// How the maps' gradients are computed; both passes over them must agree on this.
 template <typename S>
 struct SampleBackwardPlan {
   bool wide;  // 16 bytes of channels at a time
@@ -269,7 +270,7 @@ struct SampleBackwardPlan {
   }
 };
 
-// Lays a backward pass' workspace out in `memory` and tells its bytes; null: only tells them.
+// Lays out a backward pass's workspace in `memory`, unless that is null, and returns its size in bytes.
 template <typename S>
 int64_t set_sample_workspace(SampleBackwardArguments<S>& b, void* memory) {
   using T = Sum<S>;

@@ -5,7 +5,7 @@
 
 namespace pahm {
 
-// ---- channels_last: the lanes of a vertex read its four pixels side by side ----
+// ---- channels_last: the lanes of a vertex read adjacent channels of its four pixels ----
 
 template <typename S, int Count>
 __global__ void __launch_bounds__(block_threads, 4)
@@ -44,13 +44,13 @@ __global__ void __launch_bounds__(block_threads, 4)
 
 // ---- planes: a block stages a band of rows of a few planes in shared memory ----
 
-// Channels of a block: 32 bytes of the output's row.
+// Channels per block: 32 bytes of an output row.
 template <typename S>
 inline constexpr int plane_channels = 32 / sizeof(S);
 inline constexpr int most_band_rows = 64;
 
-// Elements between two staged planes: room for `rows` rows and the rest of a sector at both ends; the lanes
-// of a vertex, which read the same place of each plane, meet different banks.
+// Elements between two staged planes: room for `rows` rows and the rest of a sector at both ends. The lanes
+// of a vertex read the same place of each plane, and with this distance they use different banks.
 template <typename S>
 __host__ __device__ constexpr int64_t plane_pitch(int rows, int width) {
   constexpr int sector = 32 / sizeof(S), wave = 128 / sizeof(S), step = wave / plane_channels<S>;
@@ -64,7 +64,7 @@ struct Spot {
   int vertex, x, y;
 };
 
-// x of a MapBlocks: rows of cells in a band; 0: the map is too wide to stage, and read in place. y: bands.
+// MapBlocks' x: rows of cells in a band, or 0 if the map is too wide to stage and is read in place. y: bands.
 template <typename S>
 __global__ void __launch_bounds__(block_threads, 3)
     sample_planes_kernel(const __grid_constant__ SampleArguments<S> a, S* output,
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(block_threads, 3)
   const int index = plan.find(blockIdx.x);
   const SampleMap<S>& map = a.maps[index];
   const bool staged = plan.maps[index].x > 0;
-  // The first cell row is -1, and has only its lower pixels on the map.
+  // The first cell row is -1; only its lower pixels are on the map.
   const int band_rows = staged ? plan.maps[index].x : map.height + 1, bands = plan.maps[index].y;
   int block = plan.block_of(index, blockIdx.x);
   const int first_cell_row = block % bands * band_rows - 1;
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(block_threads, 3)
   const S* const planes = map.data + (item * map.channels + first_channel) * pixels;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = block_threads / 32;
 
-  // The pixels that the band's vertices need, row by row.
+  // Stage the pixels that the band's vertices need, row by row.
   const int first_row = first_cell_row < 0 ? 0 : first_cell_row;
   const int end_row = last_cell_row + 2 < map.height ? last_cell_row + 2 : map.height;
   const int rows = end_row - first_row, pitch = static_cast<int>(plane_pitch<S>(band_rows + 1, map.width));
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(block_threads, 3)
       }
     }
     __syncthreads();
-    // Whole sectors, each once: one that several rows share is the upper row's.
+    // Whole sectors, each read once: the upper row reads a sector that several rows share.
     for (int run = warp; run < rows * used; run += warps) {
       const int r = run % rows, c = run / rows, row_begin = (first_row + r) * map.width;
       if (high[r] < 0) continue;
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(block_threads, 3)
     __syncthreads();
   }
 
-  // A warp finds those of its 32 vertices that lie in the band and samples them, 32 bytes of channels each.
+  // A warp finds which of its 32 vertices lie in the band and samples 32 bytes of channels for each.
   for (int base = warp * 32; base < a.vertex_count; base += block_threads) {
     const int n = base + lane;
     T vertex[3];
@@ -208,7 +208,7 @@ void sample_planes_launch(const SampleArguments<S>& a, S* output, const Device& 
     int rows = 0;
     while (rows < map.height + 1 && rows < most_band_rows && bytes(rows + 1) <= most_bytes) ++rows;
     if (rows == 0 && bytes(1) + static_bytes <= device.shared_limit) rows = 1;
-    // Bands of one height.
+    // Bands of equal height.
     const int64_t bands = rows == 0 ? 1 : ceil_div(map.height + 1, rows);
     if (rows > 0) rows = static_cast<int>(ceil_div(map.height + 1, bands));
     plan.maps[i] = {blocks, rows, static_cast<int>(bands)};
@@ -218,7 +218,7 @@ void sample_planes_launch(const SampleArguments<S>& a, S* output, const Device& 
   launch(sample_planes_kernel<S>, blocks, block_threads, shared_bytes, device, a, output, plan);
 }
 
-// The maps of one memory format alone.
+// Only the maps of one memory format.
 template <typename S>
 SampleArguments<S> maps_of_format(const SampleArguments<S>& a, bool channels_last) {
   SampleArguments<S> chosen = a;
@@ -229,7 +229,7 @@ SampleArguments<S> maps_of_format(const SampleArguments<S>& a, bool channels_las
   return chosen;
 }
 
-// Whether all accesses to the maps' and the output's channels can be of 16 bytes.
+// Whether all accesses to the channels of the maps and the output can be 16 bytes wide.
 template <typename S>
 bool channels_are_aligned(const SampleArguments<S>& a, const void* rows, bool grads) {
   constexpr int wide = 16 / sizeof(S);

@@ -1,4 +1,4 @@
-// vertex_sample's vertices in the order of the cells that they lie in, and which of them touch a pixel.
+// vertex_sample's vertices sorted by cell, and which of them touch a pixel.
 #pragma once
 
 #include "kernels/vertex_sample_forward.cuh"
@@ -10,10 +10,10 @@ inline constexpr int tile_pixels = 32;
 // Workspace. V: vertices of an item.
 template <typename T>
 struct SampleWorkspace {
-  int32_t* cells;         // (B, maps, V) rising
+  int32_t* cells;         // (B, maps, V) ascending
   int32_t* order;         // (B, maps, V) the vertices with those cells
-  Pack<T, 2>* positions;  // (B, maps, V) of those vertices inside their cells: fx, fy
-  T* products;            // (slabs of all maps, B, V, 4); null where no point gradients are wanted
+  Pack<T, 2>* positions;  // (B, maps, V) fx, fy of those vertices inside their cells
+  T* products;            // (slabs of all maps, B, V, 4); null if no point gradients are needed
 };
 
 template <typename S>
@@ -21,8 +21,8 @@ struct SampleBackwardArguments {
   using T = Sum<S>;
   SampleArguments<S> forward;
   const S* output_grad;
-  T* vertex_grad;  // null where not wanted
-  T* camera_grad;  // null where not wanted
+  T* vertex_grad;  // null if not needed
+  T* camera_grad;  // null if not needed
   SampleWorkspace<T> work;
 };
 
@@ -34,7 +34,7 @@ __device__ __forceinline__ int32_t cell_index(const Cell<T>& cell, int width) {
   return (cell.y + 1) * (width + 1) + cell.x + 1;
 }
 
-// A vertex' place is the number of those before it: no atomics, the same in every run.
+// A vertex's place is the number of vertices before it: no atomics, the same in every run.
 template <typename S>
 __global__ void __launch_bounds__(block_threads, 3)
     sort_vertices_kernel(const __grid_constant__ SampleArguments<S> a,
@@ -86,8 +86,8 @@ __device__ __forceinline__ int cells_below(const int32_t* cells, int count, int3
   return begin;
 }
 
-// Which sorted vertices touch each pixel of a tile: those of the two cells of the row above it, whose lower
-// pixels are the tile's, begin at ranges[4 p] and end at ranges[4 p + 1]; then those of the row below.
+// Which sorted vertices touch each pixel p of a tile. The vertices in the two cells above the pixel are
+// [ranges[4 p], ranges[4 p + 1]); the next two numbers of ranges are for the two cells below it.
 template <typename S, typename Ranges>
 __device__ __forceinline__ void find_ranges(const SampleMap<S>& map, const int32_t* cells, int vertex_count,
                                             int first_pixel, Ranges& ranges) {
@@ -102,7 +102,7 @@ __device__ __forceinline__ void find_ranges(const SampleMap<S>& map, const int32
 // One vertex that touches a pixel.
 template <typename T>
 struct Touch {
-  int vertex, corner;  // which of the vertex' four pixels it is
+  int vertex, corner;  // corner: which of the vertex's four pixels it is
   T weight;
 };
 

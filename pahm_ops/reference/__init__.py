@@ -1,1 +1,1 @@
-"""Each op in plain PyTorch: what its kernels are held to, and what serves where none was compiled."""
+"""Each op in plain PyTorch: the definition that kernels are tested against, and the fallback without them."""

@@ -12,8 +12,8 @@ def mesh_pool(x: Tensor, row_pointers: Tensor, columns: Tensor, values: Tensor) 
     Half-precision input is summed in float32.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    # The row of each entry: how many rows have begun. (repeat_interleave would say so, but not in ONNX, which
-    # has no indices of int32 either.)
+    # The row of each entry, counted by the rows that have begun. (repeat_interleave is not available in ONNX,
+    # nor are int32 indices.)
     begun, starts = row_pointers.new_zeros(columns.numel() + 1, dtype=torch.int64), row_pointers[1:-1].long()
     rows = begun.index_add(0, starts, torch.ones_like(starts)).cumsum(0)[:-1]
     products = x.index_select(1, columns.long()).to(dtype) * values.to(dtype)[:, None]

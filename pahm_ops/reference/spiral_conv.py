@@ -1,4 +1,4 @@
-"""Spiral convolution as SpiralNet++ defines it (Gong et al., arXiv:1911.05856): gather, then a linear map."""
+"""Spiral convolution of SpiralNet++ (Gong et al., arXiv:1911.05856): gather, then a linear map."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The definition of the spiral index table, in plain Python: half-edges in dictionaries."""
+"""The definition of the spiral index table, in plain Python with half-edges in dictionaries."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 def half_edges(faces: NDArray[np.int64]) -> dict[tuple[int, int], int]:
-    """The face left of each directed edge; refuses degenerate faces and edges that are not manifold."""
+    """The face left of each directed edge; raises on degenerate faces and non-manifold edges."""
     left: dict[tuple[int, int], int] = {}
     repeated: list[tuple[int, int]] = []
     for face, (a, b, c) in enumerate(faces.tolist()):
@@ -32,10 +32,10 @@ def half_edges(faces: NDArray[np.int64]) -> dict[tuple[int, int], int]:
 
 
 def ordered_neighbors(faces: NDArray[np.int64], vertex_count: int) -> list[list[int]]:
-    """The neighbours of each vertex in OpenMesh's order: clockwise, b after a where (v, b, a) is a face.
+    """The neighbours of each vertex in OpenMesh's order: clockwise, b after a if (v, b, a) is a face.
 
-    An interior vertex starts at the vertex that follows it in the last face that contains it, a boundary
-    vertex at the neighbour w for which no face has the directed edge (v, w).
+    An interior vertex's list starts with the vertex that follows it in the last face that contains it. The
+    list of a boundary vertex v starts with the neighbour w for which no face has the directed edge (v, w).
     """
     left = half_edges(faces)
     start: list[int | None] = [None] * vertex_count
@@ -65,7 +65,8 @@ def ordered_neighbors(faces: NDArray[np.int64], vertex_count: int) -> list[list[
 def next_ring(neighbors: list[list[int]], last_ring: list[int], seen: set[int]) -> list[int]:
     """The vertices around last_ring that are not in seen.
 
-    Each of its vertices gives its neighbours from the one after the first in last_ring around to that one.
+    Each vertex of last_ring adds its neighbours, starting after the first neighbour that is in last_ring and
+    going around to that one.
     """
     inside = set(last_ring)
     ring: list[int] = []
@@ -79,10 +80,10 @@ def next_ring(neighbors: list[list[int]], last_ring: list[int], seen: set[int]) 
 
 
 def rescaled(vertices: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The vertices times a power of two that gives their bounding box a longest side in [0.5, 1].
+    """The vertices times a power of two that brings the longest side of their bounding box into [0.5, 1].
 
-    An axis on which they all agree becomes 0. Both are exact, and squared distances between the vertices then
-    neither overflow nor vanish.
+    An axis on which all vertices agree becomes 0. Both steps are exact, and squared distances between the
+    vertices then neither overflow nor vanish.
     """
     if len(vertices) == 0:
         return vertices
@@ -99,7 +100,7 @@ def spiral_indices(
     dilation: int,
     vertices: NDArray[np.float64] | None,
 ) -> NDArray[np.int64]:
-    """The table that `pahm_ops.mesh.spiral_indices` describes, of arguments that it has checked."""
+    """The table that `pahm_ops.mesh.spiral_indices` describes. The arguments must already be checked."""
     neighbors = ordered_neighbors(faces, vertex_count)
     points = None if vertices is None else rescaled(vertices)
     wanted = length * dilation

@@ -24,11 +24,11 @@ def project(
 ) -> tuple[Tensor, Tensor]:
     """Project vertices to normalised image coordinates.
 
-    Returns points (B, N, 2), x before y, in grid_sample's coordinates, and valid (B, N), bool. A vertex
-    with a NaN or infinite coordinate, or whose projection is not finite, is not valid; its point is (0, 0)
-    and carries no gradient. Where `strict`, raises ValueError for a finite vertex at or behind a perspective
-    camera; otherwise, and inside torch.compile and torch.func's transforms, which cannot look at values, such
-    a vertex is not valid.
+    Returns points (B, N, 2), x before y, in grid_sample's coordinates, and valid (B, N), bool. A vertex with
+    a NaN or infinite coordinate, or whose projection is not finite, is invalid; its point is (0, 0) and
+    carries no gradient. With `strict`, raises ValueError for a finite vertex at or behind a perspective
+    camera. Otherwise such a vertex is invalid, as it is inside torch.compile and torch.func's transforms,
+    which cannot look at values.
     """
     valid = vertices.isfinite().all(-1)
     if camera is None:
@@ -71,7 +71,7 @@ def vertex_sample(
     align_corners: bool,
     padding_mode: str,
 ) -> Tensor:
-    """Project, sample every map with grid_sample, concatenate; half precision is computed in float32."""
+    """Project, sample every map with grid_sample and concatenate; half precision is computed in float32."""
 
     def sample(feature: Tensor, points: Tensor, align_corners: bool, padding_mode: str) -> Tensor:
         grid = points.unsqueeze(2)
@@ -91,7 +91,7 @@ def vertex_sample_gather(
     padding_mode: str,
     strict: bool = True,
 ) -> Tensor:
-    """The same with four gathers a map: slower, but differentiable any number of times."""
+    """The same with four gathers per map: slower, but differentiable any number of times."""
     return _sample_all(_gather, features, vertices, camera, image_size, align_corners, padding_mode, strict)
 
 
@@ -109,8 +109,8 @@ def _sample_all(
     work = torch.float64 if dtype == torch.float64 else torch.float32
     camera = None if camera is None else camera.to(work)
     points, valid = project(vertices.to(work), camera, image_size, align_corners, strict)
-    # Beyond +-10 every point lies off the map or is clamped to its edge, whatever the map's size; clamping
-    # here changes no result and keeps grid_sample away from integer overflow and from 0 * inf.
+    # Beyond +-10 every point lies off the map or is clamped to its edge, whatever the map's size. Clamping
+    # here changes no result and keeps integer overflow and 0 * inf out of grid_sample.
     points = points.clamp(-10, 10)
     sampled = [sample(feature.to(work), points, align_corners, padding_mode) for feature in features]
     output = torch.cat(sampled, 1).transpose(1, 2)
@@ -126,7 +126,7 @@ def _gather(feature: Tensor, points: Tensor, align_corners: bool, padding_mode: 
     cell = pixels.detach().floor()
     right, down = (pixels - cell).unbind(-1)
     width, height = feature.shape[3], feature.shape[2]
-    # Beyond 2^24 floats skip pixels, and the map's end may have been rounded up.
+    # Beyond 2^24 floats skip pixels, and rounding may have moved a position past the map's end.
     last = torch.tensor([width - 1, height - 1], device=points.device)
     x, y = torch.where(cell < size, torch.minimum(cell.long(), last), cell.long()).unbind(-1)
     flat = feature.flatten(2)

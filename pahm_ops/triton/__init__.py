@@ -1,1 +1,1 @@
-"""Each op in Triton, where no CUDA kernel was compiled: plain functions of tensors, without derivatives."""
+"""Each op in Triton, for use without compiled CUDA kernels: plain functions of tensors, no derivatives."""

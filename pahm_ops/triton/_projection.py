@@ -1,4 +1,4 @@
-"""From vertices to the four pixels around them, inside kernels; meaning as in `pahm_ops.reference`."""
+"""Kernel code that finds the four pixels around each vertex, as defined in `pahm_ops.reference`."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 # CAMERA is 0 for points in normalised coordinates, 1 for weak perspective, 2 for intrinsics. WORK is the
-# type of the arithmetic, float64 or float32.
+# type that the arithmetic uses, float64 or float32.
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def finite(x):
 
 @triton.jit
 def image_scale(size, ALIGN: tl.constexpr, WORK: tl.constexpr):
-    """Normalised units a pixel, and the normalised coordinate of pixel 0."""
+    """Normalised units per pixel, and the normalised coordinate of pixel 0."""
     one = tl.full((), 1.0, WORK)
     if ALIGN:
         scale, shift = 2.0 * one / (size - 1), -one
@@ -39,7 +39,7 @@ def ray(camera, mesh, here, x, y, z, ROW: tl.constexpr, WORK: tl.constexpr):
 
 @triton.jit
 def coordinates(vertices, at, here, CAMERA: tl.constexpr, WORK: tl.constexpr):
-    """The coordinates of vertices `at` (of the whole batch); z is 0 without a camera."""
+    """The coordinates of vertices `at`, numbered over the whole batch; z is 0 without a camera."""
     WIDTH: tl.constexpr = 2 if CAMERA == 0 else 3
     x = tl.load(vertices + at * WIDTH, mask=here, other=0.0).to(WORK)
     y = tl.load(vertices + at * WIDTH + 1, mask=here, other=0.0).to(WORK)
@@ -63,9 +63,9 @@ def project(
     ALIGN: tl.constexpr,
     WORK: tl.constexpr,
 ):
-    """Normalised image coordinates, 0 where a vertex is not valid, and whether it is.
+    """Normalised image coordinates, 0 for an invalid vertex, and whether each vertex is valid.
 
-    Not valid is a vertex that is not finite, or whose camera or projection is not, or behind the camera.
+    A vertex is invalid if it, its camera or its projection is not finite, or if it lies behind the camera.
     """
     valid = here & finite(x) & finite(y) & finite(z)
     if CAMERA == 1:
@@ -90,9 +90,9 @@ def project(
 
 @triton.jit
 def place(point, valid, size, ALIGN: tl.constexpr, BORDER: tl.constexpr):
-    """Pixels along one axis: position, its slope by the normalised coordinate, whether a pixel is near.
+    """Along one axis: position in pixels, its slope by the normalised coordinate, whether a pixel is near.
 
-    With BORDER the position is clamped to the map and its slope is 0 where it was. The position is 0 where
+    With BORDER the position is clamped to the map, and a clamped position has slope 0. The position is 0 if
     no pixel is near.
     """
     extent = tl.zeros_like(point) + size
@@ -113,7 +113,7 @@ def place(point, valid, size, ALIGN: tl.constexpr, BORDER: tl.constexpr):
 
 @triton.jit
 def pixel_at(position, size):
-    """The pixel at or before a position. Above 2^24 floats skip pixels, and may lie past the last one."""
+    """The pixel at or before a position. Above 2^24 floats skip pixels and may lie past the last one."""
     return tl.minimum(tl.floor(position).to(tl.int32), size - 1)
 
 
@@ -121,7 +121,7 @@ def pixel_at(position, size):
 def corner(position_x, position_y, near, height, width, K: tl.constexpr):
     """Pixel K of the four around a position, in the order (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1).
 
-    Returns x, y (int64; 0 where the map has no such pixel), the pixel's weight and whether it is there.
+    Returns x, y (int64; 0 if the map has no such pixel), the pixel's weight and whether the pixel exists.
     """
     left, top = tl.floor(position_x), tl.floor(position_y)
     x, y = pixel_at(position_x, width) + K % 2, pixel_at(position_y, height) + K // 2

@@ -1,4 +1,4 @@
-"""The kernels of `spiral_conv`: its product, that of each gradient, and the sum of the parts of one."""
+"""The kernels of `spiral_conv`: its product, each gradient's product, and the sum of a product's parts."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
@@ -8,13 +8,13 @@ import triton.language as tl
 
 from pahm_ops.triton._common import tile_rows
 
-# x has packs * VEC channels, the output out_packs * OUT_VEC: so the compiler knows what these are multiples
-# of, and how long its vectors may be. rows_class is there for the tuner, whose key it is part of.
+# x has packs * VEC channels, the output has out_packs * OUT_VEC. The constants tell the compiler what the
+# channels are multiples of, and so how long its vectors may be. rows_class is only part of the tuner's key.
 
 
 @triton.jit
 def _expm1(x):
-    """exp(x) - 1 of x <= 0; by Kahan: the logarithm takes back the rounding of an exponential near 1."""
+    """exp(x) - 1 for x <= 0, by Kahan: the logarithm cancels the rounding of an exponential near 1."""
     exp = tl.exp(x)
     near = (exp - 1.0) * x / tl.log(exp)
     return tl.where(exp == 1.0, x, tl.where(x < -0.5, exp - 1.0, near))
@@ -152,8 +152,8 @@ def input_grad_kernel(
                     b = b.to(tl.float32)
                 high = a.to(b.dtype)
                 total = tl.dot(high, b, total, input_precision=PRECISION, out_dtype=SUM)
-                # What rounding took from the sum of several rows is a second product: no more is lost than
-                # with a product for each row, of which there would be three or four.
+                # Rounding the sum of several rows loses low bits, and a second product adds them back. This
+                # loses no more than a product for each row would, and there would be three or four of those.
                 if HALF and longest > 1:
                     low = (a - high.to(SUM)).to(b.dtype)
                     total = tl.dot(low, b, total, input_precision=PRECISION, out_dtype=SUM)

@@ -1,4 +1,4 @@
-"""Launches kernels in a configuration that is tuned at first use, or else in their default one."""
+"""Launches kernels in a configuration that is tuned at first use, or in their default one."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _LOCK = threading.Lock()
 class Kernel:
     """A Triton kernel (`function`, as `triton.jit` made it) and the configurations found for it.
 
-    On a GPU the candidates are timed at the first use of a class of shapes; Triton keeps what it finds in
-    its cache on disk. The first candidate is the default. It serves where nothing may be timed: in the
-    interpreter, while a CUDA graph is captured, with the environment variable PAHM_TRITON_TUNE=0, and under
+    On a GPU the candidates are timed at the first use of a class of shapes; Triton keeps the results in its
+    cache on disk. The first candidate is the default. It is used if nothing may be timed: in the interpreter,
+    while a CUDA graph is captured, with the environment variable PAHM_TRITON_TUNE=0, and under
     `torch.use_deterministic_algorithms`, because another configuration may sum in another order.
     """
 
     def __init__(self, function: Any, key: Sequence[str]) -> None:
-        """`key` names the arguments that make a class of shapes, next to the dtypes of the tensors."""
+        """`key` names the arguments that, with the tensors' dtypes, define a class of shapes."""
         self.function = function
         self._key = list(key)
         self._best: dict[tuple[Any, ...], triton.Config] = {}
@@ -39,9 +39,9 @@ class Kernel:
         candidates: Sequence[triton.Config],
         **arguments: Any,
     ) -> None:
-        """Run on the device of the first tensor, a program a tile of `grid`.
+        """Run on the device of the first tensor, one program for each tile of `grid`.
 
-        `grid` has sizes, each with the name of the block that divides it, or None where each is a tile.
+        `grid` has sizes, each with the name of the block that divides it, or None if each index is a tile.
         """
 
         def programs(chosen: Mapping[str, Any]) -> tuple[int]:
@@ -59,7 +59,7 @@ class Kernel:
             candidates = [triton.Config(c.kwargs, c.num_warps, c.num_stages) for c in candidates]
         with _on_device_of(tensors[0]):
             if wanted and key not in self._best and not _capturing(tensors[0]):
-                with _LOCK:  # One at a time: what is timed beside another is timed wrongly.
+                with _LOCK:  # One at a time: concurrent timings disturb each other.
                     if key not in self._best:
                         tuned = triton.autotune(list(candidates), self._key, cache_results=True)(
                             self.function
@@ -72,12 +72,12 @@ class Kernel:
 
 
 def config(warps: int, stages: int, **blocks: int) -> triton.Config:
-    """The limit of 255 registers keeps NVIDIA's assembler from a lower one of its own, with spilling."""
+    """A configuration. Without the limit of 255 registers NVIDIA's assembler picks a lower one and spills."""
     return triton.Config(blocks, num_warps=warps, num_stages=stages, maxnreg=255)
 
 
 def deduplicated(candidates: Sequence[triton.Config]) -> tuple[triton.Config, ...]:
-    """The candidates without repetitions, which small tensors bring about."""
+    """The candidates without duplicates, which occur for small tensors."""
     return tuple({str(candidate): candidate for candidate in candidates}.values())
 
 
@@ -88,7 +88,7 @@ def _tuning_wanted() -> bool:
 
 
 def _capturing(tensor: Tensor) -> bool:
-    """Whether a graph is being captured, where nothing can be timed."""
+    """Whether a graph is being captured; nothing can be timed then."""
     asked = getattr(torch.get_device_module(tensor.device), "is_current_stream_capturing", None)
     return asked is not None and asked()
 

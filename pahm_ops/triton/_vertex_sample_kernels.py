@@ -1,4 +1,4 @@
-"""The kernels of `vertex_sample`; each samples, or takes back, one map."""
+"""The kernels of `vertex_sample`; each handles one map, forward or backward."""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
@@ -9,9 +9,9 @@ import triton.language as tl
 from pahm_ops.triton._common import tile_rows
 from pahm_ops.triton._projection import coordinates, corner, image_scale, pixel_at, place, project, ray
 
-# A map has height x width pixels and packs * VEC channels; its strides are stride_c and, for the rest,
-# stride_* * STRIDE_VEC. Its channels begin at first * OUT_VEC among the output's total * OUT_VEC. From the
-# constants the compiler learns what the numbers are multiples of, and so how long its vectors may be.
+# A map has height x width pixels and packs * VEC channels. Its channel stride is stride_c, the other strides
+# are stride_* * STRIDE_VEC. Its channels begin at first * OUT_VEC among the output's total * OUT_VEC. The
+# constants tell the compiler what the numbers are multiples of, and so how long its vectors may be.
 
 
 @triton.jit
@@ -91,9 +91,9 @@ def cell_kernel(
     BORDER: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Where each vertex lies on the map, and the number of its cell: of the four pixels around it.
+    """Where each vertex lies on the map, and the number of its cell, which is the four pixels around it.
 
-    The map has (height + 1) * (width + 1) cells a batch item, numbered from `base` on; a vertex that takes
+    The map has (height + 1) * (width + 1) cells per batch item, numbered from `base`. A vertex that takes
     nothing from the map has the number `none`.
     """
     WORK: tl.constexpr = positions.dtype.element_ty
@@ -141,8 +141,9 @@ def map_grad_kernel(
 ):
     """Sums each pixel of a map's gradient over the vertices around it, in the order of their cells.
 
-    order holds the vertices of all maps by cell, those of this map numbered from `shift` on; cell i has
-    [starts[i], starts[i + 1]) of it. Cells side by side have neighbouring numbers: a pixel reads two runs.
+    order holds the vertices of all maps sorted by cell; this map's vertices are numbered from `shift`. Cell i
+    owns the range [starts[i], starts[i + 1]) of order. Adjacent cells in a row have consecutive numbers, so
+    a pixel reads two runs.
     """
     WORK: tl.constexpr = positions.dtype.element_ty
     channels = packs * VEC
@@ -165,7 +166,7 @@ def map_grad_kernel(
                 at_y = tl.load(positions + 2 * vertex + 1, mask=listed, other=0.0)
                 right = at_x - tl.floor(at_x) + (pixel_at(at_x, width) - x)
                 down = at_y - tl.floor(at_y) + (pixel_at(at_y, height) - y)
-                # The distance to a pixel of the vertex's cell is in [0, 1]: 1 minus it is bilinear.
+                # The distance to a pixel of the vertex's cell is in [0, 1]; 1 minus it is the bilinear weight.
                 weight = (1 - tl.abs(right)) * (1 - tl.abs(down))
                 value = tl.load(
                     grad + (vertex * (total * OUT_VEC) + first * OUT_VEC)[:, None] + c[None, :],
@@ -266,9 +267,9 @@ def projection_grad_kernel(
     ALIGN: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Adds the maps' shares in their order and takes the sum back through the projection.
+    """Adds the maps' shares in order and propagates the sum back through the projection.
 
-    camera_grad (B, blocks, 3 or 9) takes the sum of each block of vertices; None where it is not wanted.
+    camera_grad (B, blocks, 3 or 9) receives the sum of each block of vertices; None if it is not needed.
     """
     WORK: tl.constexpr = shares.dtype.element_ty
     GRAD: tl.constexpr = vertex_grad.dtype.element_ty

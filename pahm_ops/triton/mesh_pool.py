@@ -35,8 +35,8 @@ def mesh_pool(
     """``out[b, r] = sum_e values[e] * x[b, columns[e]]`` over the entries e of row r.
 
     x (B, N, C), float32, float64, float16 or bfloat16, and a CSR matrix (M, N): row_pointers (M + 1,) and
-    columns (E,) int32, values (E,) float32 or float64 -> (B, M, C). Half precision is summed in float32, the
-    entries of a row in their order.
+    columns (E,) int32, values (E,) float32 or float64 -> (B, M, C). Half precision is summed in float32. The
+    entries of a row are added in order.
     """
     check_operand("x", x, x.device, 3)
     for name, table in (("row_pointers", row_pointers), ("columns", columns)):
@@ -70,7 +70,7 @@ def mesh_pool(
 
 @lru_cache(maxsize=1024)
 def _candidates(channels: int, size: int) -> tuple[triton.Config, ...]:
-    """The default gives a thread a vector of 16 bytes: its registers let many threads wait together."""
+    """The default gives a thread one 16-byte vector, so registers allow many threads to wait at once."""
     block_c = block(channels, 8, 128)
     tile = 128 * max(2, min(vector_width(channels), 16 // size))
     return deduplicated(

@@ -34,12 +34,12 @@ def spiral_conv(
     bias: Tensor | None,
     activation: int,
 ) -> Tensor:
-    """Spiral convolution, the activation applied while a result is in registers.
+    """Spiral convolution, with the activation applied while a result is in registers.
 
-    x (B, N, C), table (L, M) int32 in [0, N), weight (Cout, L * C), bias (Cout,) or None -> (B, M, Cout),
-    but for the table of one dtype: float32, float64, float16 or bfloat16. activation: 0 none, 1 ReLU, 2 ELU,
-    3 the exact GELU. Half precision is summed in float32. Tensor cores round the factors of a float32 product
-    to TF32 if PyTorch's own products may.
+    x (B, N, C), table (L, M) int32 in [0, N), weight (Cout, L * C), bias (Cout,) or None -> (B, M, Cout).
+    All but the table have one dtype: float32, float64, float16 or bfloat16. activation: 0 none, 1 ReLU,
+    2 ELU, 3 the exact GELU. Half precision is summed in float32. Tensor cores round the factors of a float32
+    product to TF32 if PyTorch's own products may.
     """
     check_operand("x", x, x.device, 3)
     check_operand("table", table, x.device, 2, torch.int32)
@@ -50,7 +50,7 @@ def spiral_conv(
     check(length > 0 and weight.shape[1] == length * channels, "weight must be (Cout, L * C)")
     check(bias is None or len(bias) == out_channels, "bias must be (Cout,)")
     check(0 <= activation < 4, f"activation must be 0, 1, 2 or 3, got {activation}")
-    if channels == 0:  # A sum of nothing: as if of one channel that is zero.
+    if channels == 0:  # An empty sum: treat it as one channel of zeros.
         x, weight, channels = x.new_zeros(batch, vertices, 1), weight.new_zeros(out_channels, length), 1
     x, table, weight = x.contiguous(), table.contiguous(), weight.contiguous()
     bias, tf32 = None if bias is None else bias.contiguous(), _tf32(x.dtype)
@@ -85,7 +85,7 @@ def spiral_conv(
 def spiral_conv_input_grad(
     grad: Tensor, table: Tensor, t_pointers: Tensor, t_rows: Tensor, weight: Tensor, vertices: int
 ) -> Tensor:
-    """Gradient of `spiral_conv` to x, by gathering: no atomics, the same bits each time.
+    """Gradient of `spiral_conv` to x, computed by gathering: no atomics, the same bits each time.
 
     grad (B, M, Cout), weight (Cout, L * C) -> (B, vertices, C), `vertices` at least 1. Entries
     [t_pointers[i], t_pointers[i + 1]) of t_rows, both int32, are the m with table[l, m] == n, where i is
@@ -137,8 +137,8 @@ def spiral_conv_weight_grad(
 ) -> Tensor:
     """Gradient of `spiral_conv` to weight: no atomics, the same bits each time.
 
-    grad (B, M, Cout), x (B, N, C), table (L, M) int32 -> (Cout, L * C). Parts of the rows are summed apart,
-    where that keeps more of the GPU busy, in a float32 (float64) workspace, then added in their order.
+    grad (B, M, Cout), x (B, N, C), table (L, M) int32 -> (Cout, L * C). If it keeps more of the GPU busy,
+    parts of the rows are summed separately in a float32 (float64) workspace, then added in order.
     """
     check_operand("grad", grad, grad.device, 3)
     check_operand("x", x, grad.device, 3, grad.dtype)
@@ -154,7 +154,7 @@ def spiral_conv_weight_grad(
         return out.zero_()
     tiles = triton.cdiv(out_channels, _PART) * triton.cdiv(channels, _PART) * length
     splits = min(triton.cdiv(2 * processors(x), tiles), triton.cdiv(count, 2 * _PART))
-    # The rows of a part are counted in 32 bits, from any row of a mesh on.
+    # A part may start at any row of a mesh, and its rows are counted in 32 bits.
     splits = max(splits, triton.cdiv(count, max(min(2**30, MOST - rows), _PART)))
     share = triton.cdiv(triton.cdiv(count, splits), _PART) * _PART
     splits = triton.cdiv(count, share)
@@ -192,14 +192,14 @@ def _tf32(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and tf32_allowed()
 
 
-#: The default has tiles of no more rows than this share of all, so that each multiprocessor gets one.
+#: A default tile has at most one part in this many of all rows, so that each multiprocessor gets a tile.
 _SHARE = 128
-#: Rows are split in multiples of it, and it is what a tile has about.
+#: Rows are split in multiples of this number, which is about the rows of a tile.
 _PART = 64
 
-# Tiles (rows, columns, summed at a time, warps, stages) by how products are made, the default first: 64
-# rows, as the matrix instructions of Hopper and Blackwell have them, without spilling. Where the number of
-# channels is odd each element is loaded by itself and takes registers for its address.
+# Tiles (rows, columns, summed at a time, warps, stages) for each kind of product. The default comes first: 64
+# rows, which match the matrix instructions of Hopper and Blackwell and do not spill. With an odd number of
+# channels each element is loaded separately and needs registers for its address.
 _TILES = {
     "half": ((64, 64, 64, 4, 3), (128, 64, 64, 8, 3), (128, 128, 64, 8, 3), (32, 64, 64, 4, 4)),
     "tf32": ((64, 64, 32, 4, 3), (64, 64, 32, 8, 3), (128, 64, 32, 8, 3), (32, 64, 32, 4, 4)),
@@ -218,7 +218,7 @@ def _candidates(
     inner: tuple[str, int],
     **constants: int,
 ) -> tuple[triton.Config, ...]:
-    """Configurations for a product of these sizes, each given with the name of its block."""
+    """Configurations for a product of these sizes; each size comes with the name of its block."""
     found: list[triton.Config] = []
     ragged = columns[1] % 2 != 0 or inner[1] % 2 != 0
     for *tile, warps, stages in _TILES[_product(dtype, tf32, ragged)]:
@@ -238,7 +238,7 @@ def _product(dtype: torch.dtype, tf32: bool, ragged: bool) -> str:
 
 
 def _shape(dtype: torch.dtype, tf32: bool, rows: int, channels: int, out_channels: int) -> dict[str, Any]:
-    """The arguments that all three kernels have, and the tuner's key."""
+    """The arguments that all three kernels share, including the tuner's key."""
     vec, out_vec = vector_width(channels), vector_width(out_channels)
     return {
         "packs": channels // vec,
@@ -247,7 +247,7 @@ def _shape(dtype: torch.dtype, tf32: bool, rows: int, channels: int, out_channel
         "VEC": vec,
         "OUT_VEC": out_vec,
         "PRECISION": "tf32" if tf32 and dtype == torch.float32 else "ieee",
-        # Triton's interpreter gets products of bfloat16 wrong.
+        # Triton's interpreter computes bfloat16 products wrongly.
         "WIDEN": dtype == torch.bfloat16 and interpreted(),
     }
 

@@ -29,11 +29,11 @@ def vertex_sample(
 ) -> Tensor:
     """Feature maps (B, C_s, H_s, W_s) sampled at the projections of vertices -> (B, N, C_1 + ... + C_S).
 
-    Maps of any strides and of one dtype, float32, float64, float16 or bfloat16; vertices (B, N, 3), without
-    a camera (B, N, 2); camera None, (B, 3) or (B, 3, 3) with an image of `height` x `width` pixels. Both of
-    the maps' dtype, or float32 with half-precision maps, which are summed in float32. One launch a map,
-    each with the whole of projection and sampling. Nothing looks at values on the host: a vertex behind a
-    perspective camera is not valid there, that is, has zero features and gradients.
+    Maps have any strides and one dtype: float32, float64, float16 or bfloat16. vertices: (B, N, 3), or
+    (B, N, 2) without a camera. camera: None, (B, 3), or (B, 3, 3) with an image of `height` x `width` pixels.
+    Both have the maps' dtype, or float32 with half-precision maps, which are summed in float32. One launch
+    per map does both projection and sampling. The host does not look at values: a vertex behind a perspective
+    camera is invalid, that is, it has zero features and gradients.
     """
     _check_operands(features, vertices, camera)
     batch, count = vertices.shape[:2]
@@ -72,9 +72,9 @@ def vertex_sample_backward(
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Gradients of `vertex_sample`, grad (B, N, C_1 + ... + C_S), to maps, vertices and camera.
 
-    `needs` has a flag a map, one for the vertices, one for the camera; a gradient that is not needed is an
-    empty vector. That of a map has the map's memory format. No atomics: the same bits each time. For the
-    maps the vertices are sorted by the cell of pixels that they lie in, so that one thread sums an element.
+    `needs` has a flag for each map, one for the vertices and one for the camera; an unneeded gradient is an
+    empty vector. A map's gradient has the map's memory format. No atomics: the same bits each time. For map
+    gradients the vertices are sorted by their cell of pixels, so that one thread sums each element.
     """
     _check_operands(features, vertices, camera)
     check_operand("grad", grad, features[0].device, 3, features[0].dtype)
@@ -120,7 +120,7 @@ def _check_sizes(features: Sequence[Tensor], count: int, total: int) -> None:
 
 
 def _point_grads(grad: Tensor, features: Sequence[Tensor], geometry: Geometry, border: bool) -> Tensor:
-    """(maps, B, N, 2): what each map adds to the gradient of the normalised points."""
+    """(maps, B, N, 2): each map's share of the gradient to the normalised points."""
     batch, count, total = grad.shape
     shares = torch.zeros(len(features), batch, count, 2, dtype=_wide(grad.dtype), device=grad.device)
     first = 0
@@ -152,7 +152,7 @@ def _through_projection(shares: Tensor, geometry: Geometry, need_camera: bool) -
     if vertex_grad.numel():
         _PROJECTION_GRAD.launch(
             [(batch * blocks, None)],
-            # A multiply-add in the sum over lanes would give each of them other last bits.
+            # A fused multiply-add in the sum over lanes would give the lanes different last bits.
             [config(4, 1, BLOCK_V=_VERTICES, enable_fp_fusion=False)],
             shares=shares,
             **geometry,
@@ -179,7 +179,7 @@ def _map_grads(
         return [out.zero_() if i in wanted else out for i, out in enumerate(outs)]
     if not wanted:
         return outs
-    # The cells of all maps are numbered in one row, so that one sort serves all.
+    # The cells of all maps are numbered consecutively, so that one sort handles all maps.
     bases = [0]
     for i in wanted:
         bases.append(bases[-1] + batch * (features[i].shape[2] + 1) * (features[i].shape[3] + 1))
@@ -237,7 +237,7 @@ def _format(feature: Tensor) -> torch.memory_format:
 def _geometry(
     vertices: Tensor, camera: Tensor | None, height: int, width: int, align_corners: bool
 ) -> Geometry:
-    """What the kernels that project are told."""
+    """The arguments of the kernels that project."""
     return {
         "vertices": vertices.contiguous(),
         "camera": None if camera is None else camera.contiguous(),
@@ -251,7 +251,7 @@ def _geometry(
 
 
 def _map(feature: Tensor, first: int, total: int) -> dict[str, Any]:
-    """Sizes and strides of a map, and where its channels are among all."""
+    """Sizes and strides of a map, and the position of its channels among those of all maps."""
     channels = feature.shape[1]
     strides = [
         0 if size == 1 else stride for size, stride in zip(feature.shape, feature.stride(), strict=True)
@@ -285,7 +285,7 @@ def _layout(feature: Tensor) -> tuple[int, int, bool]:
 def _candidates(
     rows: str, channels: int, size: int, last: bool, **constants: int
 ) -> tuple[triton.Config, ...]:
-    """The default gives a thread a vector of 16 bytes: its registers let many threads wait together."""
+    """The default gives a thread one 16-byte vector, so registers allow many threads to wait at once."""
     vec = min(vector_width(channels), 16 // size) if last else 1
     found = []
     for share, most, warps in (
@@ -300,7 +300,7 @@ def _candidates(
     return deduplicated(found)
 
 
-#: Vertices of a program where there are no channels.
+#: Vertices per program in kernels without channels.
 _VERTICES = 128
 
 _KEY = ("height", "width", "packs", "stride_c", "count_class", "VEC", "STRIDE_VEC", "OUT_VEC")
