@@ -1,6 +1,6 @@
-// The whole op surface: one schema a line. Kernels register themselves in the file of their op. Those with an
-// underscore are called by pahm_ops alone. SpiralTable and MeshTransform in pahm_ops/prepared.py make the
-// tables and the matrices; an op takes what its derivatives need as well.
+// All ops, one schema per line. Kernels register themselves in the file of their op. Only pahm_ops calls ops
+// with a leading underscore. SpiralTable and MeshTransform in pahm_ops/prepared.py make the tables and the
+// matrices; an op also takes what its derivatives need.
 #include <torch/csrc/stable/library.h>
 
 // clang-format off

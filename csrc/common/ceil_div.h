@@ -1,4 +1,4 @@
-// Free of torch and of CUDA: also for device code.
+// Needs neither torch nor CUDA, so device code can use it too.
 #pragma once
 
 #include <cstdint>

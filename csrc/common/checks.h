@@ -1,5 +1,5 @@
-// Tensors as the kernels of both kinds of device take them, and what memory safety needs. Meaning is checked
-// in Python, which also words it for people.
+// Prepares tensors for the kernels of the CPU and GPUs, and checks what memory safety needs. Python checks
+// the meaning of arguments and words those errors for people.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -18,10 +18,10 @@ namespace pahm {
 
 using torch::stable::Tensor;
 
-// Kernels throw std::exceptions to libtorch. The stable ABI is made for that: what TORCH_BOX wraps around a
-// kernel throws by itself (STD_TORCH_CHECK in torch/csrc/stable/library.h), in every version that has it.
+// Kernels throw std::exceptions to libtorch. The stable ABI allows that: the code that TORCH_BOX wraps around
+// a kernel itself throws (STD_TORCH_CHECK in torch/csrc/stable/library.h), in every version that has it.
 
-// Python sees a ValueError with the message: a text, or a function that makes it where it is needed.
+// Python sees a ValueError with the message, which is a text or a function that is called only if needed.
 template <typename Message>
 void check(bool condition, const Message& message) {
   if (condition) return;
@@ -32,21 +32,21 @@ void check(bool condition, const Message& message) {
   }
 }
 
-// The product of sizes, which tensors whose elements share memory may have far too large.
+// The product of sizes. It may overflow for tensors whose elements share memory.
 inline int64_t product(int64_t a, int64_t b) {
   int64_t result = 0;
   check(!__builtin_mul_overflow(a, b, &result), "sizes must have a product below 2^63");
   return result;
 }
 
-// torch's own, without a call through its dispatcher where there is nothing to do.
+// Like torch's own, but without a call through the dispatcher if there is nothing to do.
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 inline Tensor of_type(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
-// An uninitialised contiguous tensor on the device of `like`. torch::stable::new_empty finds its op by name
-// at every call, which takes longer than a small kernel.
+// An uninitialised contiguous tensor on the device of `like`. torch::stable::new_empty looks up its op by
+// name at every call, which takes longer than a small kernel.
 template <size_t Rank>
 Tensor new_empty(const Tensor& like, const std::array<int64_t, Rank>& sizes, ScalarType type) {
   std::array<int64_t, Rank> strides;

@@ -1,4 +1,4 @@
-// From a tensor's dtype to a C++ type.
+// Maps a tensor's dtype to a C++ type.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -10,8 +10,7 @@ namespace pahm {
 
 using torch::headeronly::ScalarType;
 
-// Calls f with a value-initialised float, double, BFloat16 or Half; void is a type that there are no kernels
-// for.
+// Calls f with a value-initialised float, double, BFloat16 or Half; pass void for a type without kernels.
 template <typename BFloat16, typename Half = void, typename F>
 void dispatch_floating(ScalarType type, const F& f) {
   switch (type) {
@@ -30,7 +29,7 @@ void dispatch_floating(ScalarType type, const F& f) {
   throw std::invalid_argument("expected a tensor of float32, float64 or bfloat16, or on a GPU of float16");
 }
 
-// What tensors of a dtype are computed in: half precision in float32.
+// The type in which tensors of a dtype are computed: float32 for half precision.
 inline ScalarType compute_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

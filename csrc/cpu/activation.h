@@ -1,7 +1,7 @@
-// Activations on vectors. Compiled once an instruction set (cpu/foreach_isa.h): no include, no guard.
+// Activations on vectors. Compiled once per instruction set (cpu/foreach_isa.h): no include, no guard.
 namespace pahm::PAHM_ISA {
 
-// exp(x), float: x = n ln 2 + r, a polynomial in r (Cephes' expf), and 2^n put together from its bits.
+// exp(x) in float: x = n ln 2 + r, a polynomial in r (Cephes' expf), and 2^n assembled from its bits.
 inline __attribute__((always_inline)) Vec<float> exponential(Vec<float> x) {
   const Vec<float> low = broadcast(-87.3f), high = broadcast(88.3f);
   x = x < low ? low : x;
@@ -21,7 +21,7 @@ inline __attribute__((always_inline)) Vec<float> exponential(Vec<float> x) {
   return p * scale;
 }
 
-// exp(x) - 1 for x <= 0. Near zero, where the difference would cancel, its series.
+// exp(x) - 1 for x <= 0. Near zero the difference would cancel, so the series is used.
 inline __attribute__((always_inline)) Vec<float> exponential_minus_one(Vec<float> x) {
   Vec<float> s = x * (1.0f / 5040) + 1.0f / 720;
   s = s * x + 1.0f / 120;
@@ -32,7 +32,7 @@ inline __attribute__((always_inline)) Vec<float> exponential_minus_one(Vec<float
   return x > -0.35f ? s : exponential(x) - 1.0f;
 }
 
-// x times the normal distribution's probability below x. Its tail is Abramowitz and Stegun's 7.1.26
+// x times the normal distribution's probability below x. The tail is formula 7.1.26 of Abramowitz and Stegun
 // (to 1.5e-7).
 inline __attribute__((always_inline)) Vec<float> gelu(Vec<float> x) {
   const Vec<float> z = (x < 0.0f ? -x : x) * 0.70710678f;
@@ -45,7 +45,7 @@ inline __attribute__((always_inline)) Vec<float> gelu(Vec<float> x) {
   return 0.5f * x * (x < 0.0f ? tail : 2.0f - tail);
 }
 
-// In double the library's functions, lane by lane.
+// Double uses the library's functions, lane by lane.
 inline Vec<double> exponential_minus_one(Vec<double> x) {
   for (int i = 0; i < lanes<double>; ++i) x[i] = std::expm1(x[i]);
   return x;

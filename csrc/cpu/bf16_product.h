@@ -1,5 +1,5 @@
-// Products of bfloat16 matrices summed in float32, by vectors (AVX512-BF16) or tiles (AMX). Compiled once, by
-// spiral_conv_bf16.cpp, for a CPU with both; a function that uses tiles runs only where there are tiles.
+// Products of bfloat16 matrices, summed in float32, with vectors (AVX512-BF16) or tiles (AMX). Compiled once,
+// by spiral_conv_bf16.cpp, for a CPU with both; functions that use tiles run only on CPUs with tiles.
 namespace pahm::PAHM_ISA {
 
 using BFloat16 = c10::BFloat16;
@@ -9,7 +9,7 @@ inline constexpr int64_t block_rows = 32, block_columns = 32, depth_step = 32;
 
 enum class Unit { vectors, tiles };
 
-// All eight tiles are 16 rows of 64 bytes. The CPU keeps the setting for each thread.
+// Configures all eight tiles as 16 rows of 64 bytes. The CPU keeps the setting for each thread.
 class Tiles {
  public:
   Tiles() {
@@ -29,8 +29,8 @@ struct NoTiles {};
 template <Unit U>
 using Setup = std::conditional_t<U == Unit::tiles, Tiles, NoTiles>;
 
-// C (32, 32) = A (32, depth) times B, or C += that. `depth` is a multiple of 32. B is (depth / 2, 32, 2): two
-// numbers along the sum stand side by side, as the instructions take them.
+// C (32, 32) = A (32, depth) times B, or C += that. `depth` is a multiple of 32. B is (depth / 2, 32, 2):
+// pairs of numbers along the sum are adjacent, as the instructions require.
 template <Unit U>
 inline void block_product(const BFloat16* a, int64_t a_stride, const BFloat16* b, int64_t depth, float* c,
                           bool add) {
@@ -96,7 +96,7 @@ inline void block_product(const BFloat16* a, int64_t a_stride, const BFloat16* b
   }
 }
 
-// Two rows of `count` numbers (at most 32) side by side, (32, 2), zero beyond `count`; a null row is zero.
+// Interleaves two rows of `count` numbers (at most 32) into (32, 2), zero beyond `count`; a null row is zero.
 inline void interleave(const BFloat16* upper, const BFloat16* lower, int64_t count, BFloat16* out) {
   const auto half = [count](const BFloat16* row, int64_t first) __attribute__((always_inline)) {
     const int64_t left = count - first;

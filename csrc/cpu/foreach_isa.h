@@ -1,13 +1,14 @@
-// Compiles one file of kernels for every instruction set of the architecture, each in a namespace of its own:
+// Compiles one file of kernels for every instruction set of the architecture, each in its own namespace:
 //
 //   #define PAHM_KERNEL_FILE "cpu/some_op.h"
 //   #include "cpu/foreach_isa.h"
 //
-// makes pahm::isa_baseline::f (SSE2 on x86-64, NEON on aarch64), and on x86-64 also pahm::isa_avx2::f and
-// pahm::isa_avx512::f, of each function f that the file defines inside `namespace pahm::PAHM_ISA { ... }`.
-// PAHM_ISA_CALL(f, arguments) calls the right one. The file may include others of its kind and no other
-// header, and has no include guard: what it needs from the standard library or from torch is included before
-// this one, so that those inline functions keep the baseline instruction set. No include guard here either.
+// For each function f that the file defines inside `namespace pahm::PAHM_ISA { ... }` this makes
+// pahm::isa_baseline::f (SSE2 on x86-64, NEON on aarch64), and on x86-64 also pahm::isa_avx2::f and
+// pahm::isa_avx512::f. PAHM_ISA_CALL(f, arguments) calls the right one. The file has no include guard and may
+// include only other files of its kind. Include what it needs from the standard library or from torch before
+// this header, so that those inline functions keep the baseline instruction set. This header has no include
+// guard either.
 
 #include <cstdint>
 #include <cstring>

@@ -34,7 +34,7 @@ struct Registers {
   explicit Registers(uint32_t subleaf) { __get_cpuid_count(7, subleaf, &a, &b, &c, &d); }
 };
 
-// Linux hands out the tiles' registers to processes that ask for them.
+// On Linux a process must request the tile registers.
 bool has_amx() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
   constexpr uint32_t tiles = 1u << 24, bf16 = 1u << 22;
@@ -58,8 +58,8 @@ Isa widest() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Isa::avx2 : Isa::plain;
 }
 
-// Intel's vector units take four times as long for a product of bfloat16 numbers as for one of float32, so
-// that the latter are faster; AMD's take the same time.
+// Intel's vector units take four times as long for a bfloat16 product as for a float32 product, so float32 is
+// faster; AMD's take the same time for both.
 bool products_of_bf16_pay() { return __builtin_cpu_is("amd"); }
 
 #else

@@ -3,17 +3,17 @@
 
 namespace pahm {
 
-// In rising order on each architecture. The last two are AVX-512 with products of bfloat16 numbers, on
-// vectors and on tiles; kernels that have no use for these are the same as for avx512.
+// In ascending order on each architecture. The last two are AVX-512 with bfloat16 products, on vectors and on
+// tiles; kernels without such products are the same as for avx512.
 enum class Isa : int { plain = 0, neon = 1, avx2 = 2, avx512 = 3, avx512_bf16 = 4, amx = 5 };
 
-// The best set this CPU has, or the one that the environment variable PAHM_CPU_ISA names. Read anew at each
-// call. Throws std::invalid_argument if the variable names a set that does not exist or that this CPU lacks.
+// The best set of this CPU, or the one that the environment variable PAHM_CPU_ISA names. Each call reads the
+// variable again. Throws std::invalid_argument if it names a set that does not exist or that this CPU lacks.
 Isa active_isa();
 
 }  // namespace pahm
 
-// Calls FUNCTION as it was compiled for the instruction set ISA (see foreach_isa.h).
+// Calls FUNCTION as compiled for the instruction set ISA (see foreach_isa.h).
 #if defined(__x86_64__)
 #define PAHM_ISA_CALL_AS(ISA, FUNCTION, ...)       \
   do {                                             \
@@ -31,5 +31,5 @@ Isa active_isa();
   ::pahm::isa_baseline::FUNCTION(__VA_ARGS__)
 #endif
 
-// The same for the active one.
+// The same for the active instruction set.
 #define PAHM_ISA_CALL(FUNCTION, ...) PAHM_ISA_CALL_AS(::pahm::active_isa(), FUNCTION, __VA_ARGS__)

@@ -1,5 +1,5 @@
 // mesh_pool: x (B, N, C), a CSR matrix (M, N) -> (B, M, C). Its gradient is the same with the transpose,
-// which is there for it alone.
+// which only the gradient uses.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/isa.h"
@@ -13,7 +13,7 @@ struct MeshPoolArguments {
   const S* x;                   // (B, vertices, channels)
   const int32_t* row_pointers;  // (rows + 1)
   const int32_t* columns;       // (entries)
-  const V* values;              // (entries), float or double whatever x is
+  const V* values;              // (entries), float or double for any type of x
   S* out;                       // (B, rows, channels)
   int64_t vertices, rows, channels;
 };

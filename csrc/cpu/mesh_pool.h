@@ -1,7 +1,7 @@
-// Kernel of mesh_pool. Compiled once an instruction set (cpu/foreach_isa.h): no include, no guard.
+// Kernel of mesh_pool. Compiled once per instruction set (cpu/foreach_isa.h): no include, no guard.
 namespace pahm::PAHM_ISA {
 
-// `Vectors` vectors of channels of one output row, x and out pointing at the first of them.
+// `Vectors` vectors of channels of one output row; x and out point at the first of them.
 template <int Vectors, typename S, typename V>
 inline __attribute__((always_inline)) void mesh_pool_channels(const MeshPoolArguments<S, V>& a, const S* x,
                                                               S* out, int64_t first, int64_t last) {

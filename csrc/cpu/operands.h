@@ -1,4 +1,4 @@
-// What the ops check of tensors on the CPU.
+// Checks of the ops' tensors on the CPU.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,7 @@ inline Tensor index_table(const Tensor& t, int64_t dims, const char* name) {
   return as_contiguous(t);
 }
 
-// Python sees an IndexError. Read anew at each call: a table's memory is the caller's.
+// Python sees an IndexError. Each call checks again, because the caller owns a table's memory.
 inline void check_range(const Tensor& indices, int64_t limit, const char* name) {
   const int32_t* p = indices.const_data_ptr<int32_t>();
   int32_t low = 0, high = -1;

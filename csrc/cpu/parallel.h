@@ -8,9 +8,9 @@
 
 namespace pahm {
 
-// Runs f(begin, end) over pieces of [0, count) of about `work` operations an item; a thread gets no piece
-// smaller than what its start costs. How [0, count) is cut depends on the number of threads, so an item's
-// result must not depend on which others share its piece.
+// Runs f(begin, end) over pieces of [0, count), with about `work` operations per item. No piece is so small
+// that starting a thread for it costs more. The pieces depend on the number of threads, so an item's result
+// must not depend on which others share its piece.
 template <typename F>
 void parallel_for(int64_t count, int64_t work, const F& f) {
   constexpr int64_t least_work = 1 << 15;

@@ -1,4 +1,4 @@
-// From vertices to normalised image coordinates, and gradients back.
+// Projects vertices to normalised image coordinates, and takes gradients back.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -16,7 +16,7 @@
 
 namespace pahm {
 
-// Vertices, camera and image as the kernels take them: contiguous, in the type they compute in.
+// Vertices, camera and image in the form that the kernels take: contiguous, in the type they compute in.
 struct View {
   Tensor vertices;
   std::optional<Tensor> camera;
@@ -64,7 +64,7 @@ struct Projection {
     return camera[3 * i] * v[0] + camera[3 * i + 1] * v[1] + camera[3 * i + 2] * v[2];
   }
 
-  // NaN for a vertex that is not valid; false for one behind the camera.
+  // Sets NaN for an invalid vertex; returns false for a vertex behind the camera.
   bool apply(const T* v, T* point) const {
     point[0] = point[1] = std::numeric_limits<T>::quiet_NaN();
     if (!camera_finite || !finite(v, camera == nullptr ? 2 : 3)) return true;
@@ -80,7 +80,7 @@ struct Projection {
     return true;
   }
 
-  // Adds the camera's gradient, sets the vertex's.
+  // Adds to the camera's gradient, sets the vertex's gradient.
   void backward(const T* v, const T* point, const T* g, T* vertex_grad, double* camera_grad) const {
     const int width = camera == nullptr ? 2 : 3;
     std::fill(vertex_grad, vertex_grad + width, T(0));
@@ -107,7 +107,7 @@ struct Projection {
   }
 };
 
-// (B, N, 2) normalised points. A vertex behind the camera is refused (`strict`) or not valid.
+// (B, N, 2) normalised points. A vertex behind the camera is an error (`strict`) or invalid.
 template <typename T>
 std::vector<T> project(const View& view, bool strict) {
   const int64_t batch = view.vertices.size(0), count = view.vertices.size(1), width = view.vertices.size(2);

@@ -1,4 +1,4 @@
-// Uninitialised working memory on a cache line's boundary, freed at the end of its scope.
+// Uninitialised working memory, aligned to a cache line and freed at the end of its scope.
 #pragma once
 
 #include <cstddef>

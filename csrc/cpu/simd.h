@@ -1,5 +1,5 @@
-// Vectors of PAHM_VECTOR_BYTES, as compiler vectors: +, -, * work on them, and a * b + c becomes one fused
-// instruction. Included by foreach_isa.h, once an instruction set; hence no include guard.
+// Compiler vectors of PAHM_VECTOR_BYTES: +, -, * work on them, and a * b + c becomes one fused instruction.
+// foreach_isa.h includes this file once per instruction set, so it has no include guard.
 namespace pahm::PAHM_ISA {
 
 template <typename T, int Bytes = PAHM_VECTOR_BYTES>
@@ -14,7 +14,7 @@ using Vec = typename VectorOf<T>::type;
 template <typename T>
 inline constexpr int lanes = PAHM_VECTOR_BYTES / static_cast<int>(sizeof(T));
 
-// What memory of type S is computed in: bfloat16 in float.
+// The type in which memory of type S is computed: float for bfloat16.
 template <typename S>
 struct ComputeOf {
   using type = S;
@@ -53,7 +53,7 @@ inline __attribute__((always_inline)) Vec<float> load(const c10::BFloat16* p) {
 
 inline __attribute__((always_inline)) void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof v); }
 inline __attribute__((always_inline)) void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof v); }
-// Rounds to nearest even; a NaN stays one.
+// Rounds to nearest even; a NaN stays a NaN.
 inline __attribute__((always_inline)) void store(c10::BFloat16* p, Vec<float> v) {
   Vec<uint32_t> bits;
   std::memcpy(&bits, &v, sizeof v);
@@ -65,7 +65,7 @@ inline __attribute__((always_inline)) void store(c10::BFloat16* p, Vec<float> v)
   std::memcpy(p, &narrow, sizeof narrow);
 }
 
-// The first `count` lanes only (0 <= count <= lanes); a load fills the others with zero.
+// Only the first `count` lanes (0 <= count <= lanes); a load fills the others with zero.
 template <typename S>
 inline __attribute__((always_inline)) Vec<Compute<S>> load_first(const S* p, int64_t count) {
   alignas(PAHM_VECTOR_BYTES) S buffer[lanes<Compute<S>>] = {};

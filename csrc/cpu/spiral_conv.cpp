@@ -1,5 +1,5 @@
 // spiral_conv and its two gradients: x (B, N, C), table (L, M), weight (Cout, L * C), bias (Cout,) -> (B, M,
-// Cout), through an activation. The lists of the transposed table are the GPU's.
+// Cout), with an activation. Only the GPU uses the lists of the transposed table.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -48,13 +48,13 @@ struct SpiralWeightGrad {
   int64_t stride;         // input channels, padded to whole vectors
   int64_t meshes;         // in a group
   int64_t group;          // rows of one
-  const int64_t* places;  // (L, group), where the spirals of a group point, counted in its vertices
-  int64_t block;          // rows that are taken at a time
+  const int64_t* places;  // (L, group), the vertices that a group's spirals point to, numbered in the group
+  int64_t block;          // rows processed at a time
 };
 
 struct SpiralTiling {
-  int64_t rows;   // of a tile of results
-  int64_t panel;  // output channels of one
+  int64_t rows;   // in a tile of results
+  int64_t panel;  // output channels in a tile
   int64_t lanes;  // numbers in a vector
 };
 
@@ -68,11 +68,10 @@ namespace {
 
 using c10::BFloat16;
 
-// The weight gradient takes no more rows at a time than this, and no more than fit half of a second-level
-// cache.
+// The weight gradient processes at most this many rows at a time, and no more than fit in half an L2 cache.
 constexpr int64_t block_rows = 1024, cache_bytes = 1 << 19;
 
-// Where the spirals of several meshes point, (L, rows of all), counted in the vertices of all.
+// The vertices that the spirals of several meshes point to, (L, rows of all), numbered over all meshes.
 void list_places(const SpiralShape& shape, int64_t meshes, const int32_t* table, int64_t* places) {
   for (int64_t l = 0; l < shape.length; ++l, table += shape.rows) {
     for (int64_t mesh = 0; mesh < meshes; ++mesh, places += shape.rows) {
@@ -212,7 +211,7 @@ Tensor spiral_conv_weight_grad(const Tensor& grad_, const Tensor& x_, const Tens
                                  table.const_data_ptr<int32_t>(), out.mutable_data_ptr<BFloat16>());
     return out;
   }
-  // Channels are padded to whole vectors of any instruction set, so that no load runs over the end of a row.
+  // Channels are padded to whole vectors of any instruction set, so that no load runs past the end of a row.
   const int64_t vector = type == ScalarType::Double ? 8 : 16;
   const int64_t stride = ceil_div(shape.channels, vector) * vector;
   const Tensor grad = compute_copy(grad_);

@@ -1,20 +1,20 @@
-// Kernels of spiral_conv. Compiled once an instruction set (cpu/foreach_isa.h): no guard.
+// Kernels of spiral_conv. Compiled once per instruction set (cpu/foreach_isa.h): no guard.
 //
 // All three products keep a tile of MR rows by NV vectors of their result in registers. The vectors come from
-// consecutive memory, the rows are broadcast one number at a time; at every step one of the two is read
-// straight from where the spiral table points, so that nothing is gathered (Dukhan, arXiv:1907.02129).
+// consecutive memory; the rows are broadcast one number at a time. One of the two is always read directly
+// from where the spiral table points, so nothing is gathered (Dukhan, arXiv:1907.02129).
 #include "cpu/activation.h"
 #include "cpu/transpose.h"
 
 namespace pahm::PAHM_ISA {
 
-// Rows of a tile: with its 2 vectors a row, and 3 more, it fills the register file.
+// Rows of a tile: its 2 vectors per row and 3 more fill the register file.
 inline constexpr int tile_rows = PAHM_VECTOR_REGISTERS == 32 ? 14 : 6;
 
 template <typename T>
 inline constexpr int64_t panel_width = 2 * lanes<T>;
 
-// A panel's width in memory: its last vector is left out where no column needs it.
+// A panel's width in memory: the last vector is left out if no column needs it.
 template <typename T>
 inline int64_t stored_width(int64_t columns) {
   return columns > lanes<T> ? panel_width<T> : lanes<T>;
@@ -40,7 +40,7 @@ inline __attribute__((always_inline)) void multiply(Vec<T> (&acc)[MR][NV], const
 
 // ---- forward ----
 
-// Lays out a panel of weight (Cout, K), the output channels from `column`: (K, width), zero beyond Cout.
+// Lays out a panel of weight (Cout, K), with the output channels from `column`: (K, width), zero beyond Cout.
 template <typename T>
 void spiral_pack_forward(const SpiralShape& s, const T* weight, int64_t column, T* panel) {
   const int64_t K = s.length * s.channels, width = stored_width<T>(s.out_channels - column);
@@ -49,8 +49,8 @@ void spiral_pack_forward(const SpiralShape& s, const T* weight, int64_t column, 
   transpose(weight + column * K, K, real, K, panel, width);
 }
 
-// Where the meshes of Rows rows from `first_row` of the flattened (B, M) begin, and these rows' places in the
-// first row of the table; rows past `count` repeat the last.
+// For Rows rows from `first_row` of the flattened (B, M): where each row's mesh begins, and the row's place
+// in the first row of the table. Rows past `count` repeat the last.
 template <int Rows, typename S>
 inline __attribute__((always_inline)) void locate_rows(const SpiralForward<S>& a, int64_t first_row,
                                                        int64_t count, const Compute<S>* (&base)[Rows],
@@ -105,8 +105,8 @@ void spiral_forward_tile(const SpiralForward<S>& a, const Compute<S>* panel, int
   }
 }
 
-// Tiles begin to end, counted down the rows of the flattened (B, M) within a panel, then panel by panel.
-// `panel` holds one, laid out anew for the next.
+// Tiles begin to end, numbered down the rows of the flattened (B, M) within a panel, then panel by panel.
+// `panel` holds one panel and is laid out again for the next.
 template <typename S>
 void spiral_forward(const SpiralForward<S>& a, Compute<S>* panel, int64_t begin, int64_t end) {
   using T = Compute<S>;
@@ -123,7 +123,7 @@ void spiral_forward(const SpiralForward<S>& a, Compute<S>* panel, int64_t begin,
   }
 }
 
-// Few output channels would waste a wide tile: here the vectors run along the input channels, `narrow_rows`
+// Few output channels would waste a wide tile. Here the vectors run along the input channels, `narrow_rows`
 // rows by `Outputs` channels at a time, and are summed at the end. The weight is not packed.
 inline constexpr int narrow_rows = PAHM_VECTOR_REGISTERS == 32 ? 4 : 2;
 
@@ -158,7 +158,7 @@ void spiral_forward_narrow_tile(const SpiralForward<S>& a, int64_t first_row, in
       }
     }
   }
-  // The rows' results follow each other in memory.
+  // The results of the rows are contiguous in memory.
   constexpr int results = narrow_rows * Outputs, width = lanes<T>;
   alignas(PAHM_VECTOR_BYTES) T sums[(results + width - 1) / width * width] = {};
 #pragma GCC unroll 4
@@ -197,7 +197,7 @@ void spiral_forward_narrow(const SpiralForward<S>& a, int64_t begin, int64_t end
 
 // ---- gradient to the input ----
 
-// Lays out a panel of weight (Cout, L, C), the input channels from `column`: (L, Cout, width), zero beyond C.
+// Lays out a panel of weight (Cout, L, C) with input channels from `column`: (L, Cout, width), zero beyond C.
 template <typename T>
 void spiral_pack_input_grad(const SpiralShape& s, const T* weight, int64_t column, T* panel) {
   const int64_t width = stored_width<T>(s.channels - column);
@@ -213,8 +213,8 @@ void spiral_pack_input_grad(const SpiralShape& s, const T* weight, int64_t colum
   }
 }
 
-// One mesh and one panel of input channels: each row's product is added where its spiral points, always in
-// the same order. `sums` is (N, NV vectors).
+// One mesh and one panel of input channels: each row's product is added to the vertices of its spiral, always
+// in the same order. `sums` is (N, NV vectors).
 template <typename S, int NV>
 void spiral_input_grad_panel(const SpiralInputGrad<S>& a, const Compute<S>* panel, int64_t b, int64_t column,
                              Compute<S>* sums) {
@@ -246,8 +246,8 @@ void spiral_input_grad_panel(const SpiralInputGrad<S>& a, const Compute<S>* pane
   }
 }
 
-// Items begin to end: a few meshes at a time, all their panels, and for a panel each of these meshes. `panel`
-// is laid out anew for the next, which so many rows share that it hardly counts.
+// Items begin to end, in this order: a few meshes at a time, within these each panel, within a panel each of
+// these meshes. `panel` is laid out again for each panel; so many rows share one that this costs little.
 template <typename S>
 void spiral_input_grad(const SpiralInputGrad<S>& a, Compute<S>* panel, Compute<S>* sums, int64_t begin,
                        int64_t end) {
@@ -270,7 +270,7 @@ void spiral_input_grad(const SpiralInputGrad<S>& a, Compute<S>* panel, Compute<S
 // ---- gradient to the weight ----
 
 // sums (MR, NV vectors) = grad (rows, MR of Cout) transposed times the rows of x (stride apart) that `places`
-// names. A function of its own: inlined, its accumulators would not all get a register.
+// lists. This is a separate function because, inlined, its accumulators would not all get a register.
 template <typename T, int MR, int NV>
 __attribute__((noinline)) void outer_products(const T* grad, int64_t grad_stride, const T* x,
                                               int64_t x_stride, const int64_t* places, int64_t rows,
@@ -295,8 +295,8 @@ __attribute__((noinline)) void outer_products(const T* grad, int64_t grad_stride
   }
 }
 
-// What rows first to last of the flattened (B, M) give one tile: MR output channels from `o`, columns from
-// `column` of place l. Added to what is there; the first rows of all are written.
+// The contribution of rows first to last of the flattened (B, M) to one tile: MR output channels from `o`,
+// columns from `column` of place l. The very first rows overwrite the tile, all others add to it.
 template <typename T, int MR, int NV>
 void spiral_weight_grad_tile(const SpiralWeightGrad<T>& a, int64_t first, int64_t last, int64_t o, int64_t l,
                              int64_t column) {
@@ -342,14 +342,14 @@ inline __attribute__((always_inline)) void for_tiles(int64_t o, int64_t count, c
   }
 }
 
-// Items begin to end of (tiles of output channels, panels, L). Each is summed over all meshes by one thread
-// in one order; all threads walk through the flattened rows in blocks, which stay in the cache.
+// Items begin to end of (tiles of output channels, panels, L). One thread sums each item over all meshes in a
+// fixed order; all threads walk through the flattened rows in blocks, which stay in the cache.
 template <typename T>
 void spiral_weight_grad(const SpiralWeightGrad<T>& a, int64_t begin, int64_t end) {
   const SpiralShape& s = a.shape;
   const int64_t panels = (a.stride + panel_width<T> - 1) / panel_width<T>, rows = s.batch * s.rows;
   for (int64_t first = 0, last = 0; first < rows; first = last) {
-    // A block is a part of a group, so that its places follow each other.
+    // A block lies within one group, so that its places are contiguous.
     const int64_t next_group = (first / a.group + 1) * a.group, next = first + a.block;
     last = next < next_group ? next : next_group;
     if (last > rows) last = rows;
@@ -368,7 +368,7 @@ void spiral_weight_grad(const SpiralWeightGrad<T>& a, int64_t begin, int64_t end
   }
 }
 
-// How the products are cut, for the caller who shares out the work.
+// How the products are cut, for the caller that divides the work.
 template <typename T>
 void spiral_tiling(SpiralTiling& tiling) {
   tiling = {tile_rows, panel_width<T>, lanes<T>};

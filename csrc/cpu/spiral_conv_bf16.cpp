@@ -1,5 +1,5 @@
-// spiral_conv and its gradients in bfloat16 on the products that x86-64 CPUs have: checked and called by
-// spiral_conv.cpp.
+// spiral_conv and its gradients in bfloat16, with the products of x86-64 CPUs. spiral_conv.cpp checks the
+// arguments and calls these.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -80,7 +80,7 @@ using isa_bf16::Unit;
 
 constexpr int64_t step = isa_bf16::depth_step, block = isa_bf16::block_rows;
 
-// What the rows gathered at a time may take.
+// The most bytes for the rows gathered at a time.
 constexpr int64_t cache_bytes = 1 << 19;
 
 int64_t padded(int64_t channels) { return ceil_div(channels, step) * step; }

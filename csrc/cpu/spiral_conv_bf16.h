@@ -1,11 +1,11 @@
 // spiral_conv and its gradients in bfloat16, summed in float32. Compiled once, by spiral_conv_bf16.cpp.
 //
 // All three are products of blocks of 32 rows by 32 columns. Rows that the spiral table scatters are copied
-// side by side for one block only, into working memory that stays in the cache.
+// into contiguous working memory for one block only, so that it stays in the cache.
 namespace pahm::PAHM_ISA {
 
-// Numbers along the sum that pass before a block of results is put aside: the weights of so many stay in the
-// first-level cache for the next block.
+// Numbers along the sum to process before moving to the next block of results: the weights for this many stay
+// in the first-level cache for that block.
 inline constexpr int64_t depth_block = 256;
 
 // ---- forward ----
@@ -22,7 +22,7 @@ inline void pack_forward(const SpiralForwardBf16& a, const BFloat16* weight, BFl
     std::memset(static_cast<void*>(out), 0, static_cast<size_t>(a.depth * block_columns) * sizeof(BFloat16));
   }
   if (s.channels % 2 == 0 && reinterpret_cast<uintptr_t>(in) % alignof(float) == 0) {
-    // Pairs are moved as numbers of 32 bits.
+    // Move pairs as 32-bit numbers.
     transpose(reinterpret_cast<const float*>(in), K / 2, columns, s.channels / 2,
               reinterpret_cast<float*>(out), block_columns);
     return;
@@ -34,7 +34,7 @@ inline void pack_forward(const SpiralForwardBf16& a, const BFloat16* weight, BFl
   }
 }
 
-// Copies the spirals of 32 rows from `first_row` of the flattened (B, M), each (L, depth); rows past the end
+// Copies the spirals of 32 rows from `first_row` of the flattened (B, M), each (L, depth). Rows past the end
 // repeat the last.
 inline void gather_spirals(const SpiralForwardBf16& a, int64_t first_row, BFloat16* gathered) {
   const SpiralShape& s = a.shape;
@@ -74,7 +74,7 @@ inline void finish_block(const SpiralForwardBf16& a, const float* sums, int64_t 
   }
 }
 
-// Blocks begin to end of 32 rows of the flattened (B, M). Up to a.group of them are gathered at a time.
+// Blocks begin to end, each of 32 rows of the flattened (B, M). At most a.group are gathered at a time.
 template <Unit U>
 void spiral_forward_bf16(const SpiralForwardBf16& a, int64_t begin, int64_t end) {
   [[maybe_unused]] const Setup<U> setup;
@@ -120,7 +120,7 @@ inline void pack_input_grad(const SpiralInputGradBf16& a, const BFloat16* weight
   }
 }
 
-// Items begin to end of (B, panels). Each row's product is added where its spiral points, in one order.
+// Items begin to end of (B, panels). A row's product is added to the vertices of its spiral in a fixed order.
 template <Unit U>
 void spiral_input_grad_bf16(const SpiralInputGradBf16& a, int64_t begin, int64_t end) {
   [[maybe_unused]] const Setup<U> setup;
@@ -164,13 +164,13 @@ void spiral_input_grad_bf16(const SpiralInputGradBf16& a, int64_t begin, int64_t
 
 // ---- gradient to the weight ----
 
-// Rows of the flattened (B, M) that are taken at a time.
+// Rows of the flattened (B, M) to process at a time.
 inline constexpr int64_t sum_block = 512;
-// Between channels of the transposed output gradient: not a power of two, whose addresses would all fall into
-// few sets of the cache.
+// The stride between channels of the transposed output gradient. With a power of two all addresses would fall
+// into a few sets of the cache.
 inline constexpr int64_t sum_stride = sum_block + depth_step;
 
-// The output gradient's rows first to last transposed, (Cout padded, sum_stride), zero past the end.
+// The output gradient's rows first to last, transposed: (Cout padded, sum_stride), zero past the end.
 inline void transpose_grad(const SpiralWeightGradBf16& a, int64_t first, int64_t last, BFloat16* pairs,
                            BFloat16* out) {
   const SpiralShape& s = a.shape;
@@ -188,8 +188,8 @@ inline void transpose_grad(const SpiralWeightGradBf16& a, int64_t first, int64_t
   }
 }
 
-// Items begin to end of (L, panels of 32 input channels). Each is summed over all meshes by one thread in one
-// order; all threads walk through the rows in blocks.
+// Items begin to end of (L, panels of 32 input channels). One thread sums each item over all meshes in a
+// fixed order; all threads walk through the rows in blocks.
 template <Unit U>
 void spiral_weight_grad_bf16(const SpiralWeightGradBf16& a, int64_t begin, int64_t end) {
   [[maybe_unused]] const Setup<U> setup;

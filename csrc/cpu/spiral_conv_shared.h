@@ -1,4 +1,4 @@
-// What the files of spiral_conv share: its shape, and the kernels of bfloat16 as the ops call them.
+// Declarations that the files of spiral_conv share: its shape, and the bfloat16 kernels that the ops call.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -15,12 +15,12 @@ struct SpiralShape {
   int64_t batch, vertices, rows, length, channels, out_channels;
 };
 
-// Numbers as the op takes them.
+// The numbers that the op takes.
 enum class Activation : int64_t { none = 0, relu = 1, elu = 2, gelu = 3 };
 
-// ---- where the CPU multiplies bfloat16 itself: tensors contiguous and not empty, indices in range ----
+// ---- for CPUs with bfloat16 products; tensors are contiguous and not empty, indices are in range ----
 
-// Whether these serve a call. Few output channels are left to the float32 kernels where there are no tiles.
+// Whether these handle a call. Without tiles, calls with few output channels go to the float32 kernels.
 bool multiplies_bf16(Isa isa, const SpiralShape& shape);
 
 // x (B, N, C), table (L, M), weight (Cout, L * C), bias (Cout,) or null -> out (B, M, Cout).

@@ -1,7 +1,7 @@
-// Transposing matrices. Compiled once an instruction set (cpu/foreach_isa.h): no include, no guard.
+// Transposing matrices. Compiled once per instruction set (cpu/foreach_isa.h): no include, no guard.
 namespace pahm::PAHM_ISA {
 
-// One tile of lanes by lanes.
+// Transposes one tile of lanes by lanes.
 template <typename In, typename Out, size_t... K>
 inline __attribute__((always_inline)) void transpose_tile(const In* in, int64_t in_stride, Out* out,
                                                           int64_t out_stride, std::index_sequence<K...>) {
@@ -25,15 +25,15 @@ inline __attribute__((always_inline)) void transpose_tile(const In* in, int64_t 
   for (int i = 0; i < n; ++i) store(out + i * out_stride, r[i]);
 }
 
-// out[i * out_stride + j] = in[j * in_stride + i] for i < width, j < height, between a type of memory and
-// what it is computed in.
+// out[i * out_stride + j] = in[j * in_stride + i] for i < width, j < height, converting between a type of
+// memory and the type it is computed in.
 template <typename In, typename Out>
 void transpose(const In* in, int64_t in_stride, int64_t height, int64_t width, Out* out, int64_t out_stride) {
   constexpr int n = lanes<Compute<In>>;
   if (height < n || width < n) {
     for (int64_t j = 0; j < height; ++j) {
       for (int64_t i = 0; i < width; ++i) {
-        // Pairs of bfloat16 come as floats: their bytes are copied, as no float lies there.
+        // Pairs of bfloat16 come as floats. Copy their bytes, because there is no real float there.
         In from;
         std::memcpy(static_cast<void*>(&from), in + j * in_stride + i, sizeof from);
         const Out to = static_cast<Out>(from);

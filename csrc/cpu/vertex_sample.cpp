@@ -2,7 +2,7 @@
 // vertices (B, N, 3 or 2), camera none, (B, 3) or (B, 3, 3)  ->  (B, N, C_1 + ... + C_S).
 //
 // Work is cut into units (a map's vertices or a map's channels) by shapes alone, never by the number of
-// threads, and every sum is made inside one unit, in vertex order: the same bits for any number of threads.
+// threads, and every sum stays inside one unit, in vertex order. So the number of threads changes no bits.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -25,19 +25,19 @@
 
 namespace pahm {
 
-constexpr int plane_block = 16;        // channels a unit has at most in sparse planes,
-constexpr int row_block = 256;         // elsewhere,
-constexpr int vertex_block = 128;      // vertices a forward unit has where channels lie side by side
-constexpr int64_t cached = 64 * 1024;  // pixels x channels that a block of dense planes has, about
+constexpr int plane_block = 16;        // most channels in a unit of sparse planes
+constexpr int row_block = 256;         // most channels in any other unit
+constexpr int vertex_block = 128;      // vertices in a forward unit if channels are adjacent
+constexpr int64_t cached = 64 * 1024;  // approximate pixels x channels in a block of dense planes
 
-// How a map lies in memory and is read: channels side by side; channels a plane apart, with so many vertices
-// that a block of planes is first copied side by side; or a plane apart with few vertices, read where they
-// touch it.
+// How a map lies in memory and is read. rows: channels are adjacent. dense_planes: channels are a plane apart
+// and vertices are many, so a block of planes is first copied to adjacent channels. planes: channels are a
+// plane apart and vertices are few, so only the pixels that they touch are read.
 enum class Layout { rows, dense_planes, planes };
 
 struct SampleMap {
   const void* data;
-  void* grad;  // dense, channels side by side or planes as the map has them; or null
+  void* grad;  // dense, with adjacent channels or planes like the map; or null
   int64_t channels, height, width;
   int64_t first_channel;                // in the output
   int64_t batch, channel, row, column;  // strides of data, in elements
@@ -52,10 +52,10 @@ struct SampleJob {
   const SampleMap* maps;
   const SampleUnit* units;
   int64_t unit_count, vertices, channels;  // channels of all maps together
-  const void* points;                      // (B, N, 2), normalised, NaN where a vertex is not valid
-  const void* zeros;                       // a run of zeros as long as the widest map has channels
+  const void* points;                      // (B, N, 2), normalised, NaN if a vertex is invalid
+  const void* zeros;                       // as many zeros as the widest map has channels
   void* output;                            // (B, N, channels)
-  const void* output_grad;                 // likewise
+  const void* output_grad;                 // (B, N, channels)
   void* point_grads;                       // (B, units, N, 2) or null
   bool align_corners, border;
 };
@@ -81,7 +81,7 @@ View check_arguments(const Maps& features, const Tensor& vertices, const std::op
           "features must be (B, C, H, W) of one batch size");
     check(map.size(2) > 0 && map.size(3) > 0, "features must have a height and a width");
     product(product(map.size(0), map.size(1)), product(map.size(2), map.size(3)));
-    // The work is divided by channels before any memory for them is asked for.
+    // Work is divided by channels before memory for them is allocated, so check their number first.
     check(map.size(1) <= most_channels, [&] {
       return "features must have at most " + std::to_string(most_channels) + " channels, got " +
              std::to_string(map.size(1));
@@ -115,7 +115,7 @@ int64_t dense_block(int64_t pixels) {
   return std::clamp<int64_t>(cached / pixels / plane_block * plane_block, plane_block, row_block);
 }
 
-// What a call needs besides its tensors.
+// Everything that a call needs besides its tensors.
 struct Plan {
   std::vector<SampleMap> maps;
   std::vector<SampleUnit> units;
@@ -162,7 +162,7 @@ struct Plan {
 
   Plan(const Plan&) = delete;
 
-  // Operations in one unit, about.
+  // The approximate number of operations in one unit.
   int64_t work() const { return 16 + 8 * job.vertices * job.channels / std::max<int64_t>(1, job.unit_count); }
 };
 
@@ -189,10 +189,10 @@ Tensor vertex_sample(const Maps& features, const Tensor& vertices, const std::op
   return output;
 }
 
-// The memory format that a map's gradient takes: the map's own, or the nearest.
+// The memory format of a map's gradient: the map's own, or the nearest one.
 bool wants_channels_last(const Tensor& map) { return !map.is_contiguous() && map.stride(1) == 1; }
 
-// Sums the units' shares of the point gradients and takes them back through the projection.
+// Sums the units' shares of the point gradients and propagates them back through the projection.
 template <typename T>
 void backward_projection(const View& view, const SampleJob& job, const std::vector<T>& points,
                          T* vertex_grads, T* camera_grads) {
@@ -220,8 +220,8 @@ void backward_projection(const View& view, const SampleJob& job, const std::vect
   });
 }
 
-// Gradients of the maps, the vertices and the camera; `needs` says which, a map each, then vertices, then
-// camera. One that is not needed is an empty tensor.
+// Gradients of the maps, the vertices and the camera. `needs` has a flag for each map, then one for the
+// vertices and one for the camera. An unneeded gradient is an empty tensor.
 std::tuple<Maps, Tensor, Tensor> vertex_sample_backward(const Tensor& grad, const Maps& features,
                                                         const Tensor& vertices,
                                                         const std::optional<Tensor>& camera, int64_t height,

@@ -1,5 +1,5 @@
 // Bilinear sampling of one unit of work: some vertices or some channels of one map of one batch item.
-// Compiled once an instruction set by foreach_isa.h; the structs are in vertex_sample.cpp.
+// Compiled once per instruction set by foreach_isa.h; the structs are in vertex_sample.cpp.
 #include "cpu/transpose.h"
 
 namespace pahm::PAHM_ISA {
@@ -9,7 +9,7 @@ template <typename T>
 struct Corners {
   int64_t x, y;
   T fx, fy;  // position inside the cell, in [0, 1)
-  T dx, dy;  // pixels per unit of the normalised coordinate; 0 where the point was clamped
+  T dx, dy;  // pixels per unit of the normalised coordinate; 0 if the point was clamped
   T weight[4];
   bool inside[4];
   bool all_inside;
@@ -19,7 +19,7 @@ struct Corners {
   }
 };
 
-// From a normalised coordinate to pixels. Clamps to the border, or returns false where no pixel is near.
+// From a normalised coordinate to pixels. Clamps to the border, or returns false if no pixel is near.
 template <typename T>
 inline __attribute__((always_inline)) bool place(T normalised, int64_t size, const SampleJob& job,
                                                  T& position, T& slope) {
@@ -40,7 +40,7 @@ inline __attribute__((always_inline)) bool place(T normalised, int64_t size, con
   return position >= -1 && position < extent;
 }
 
-// False for a vertex that takes nothing from the map: not valid (NaN), or outside with zero padding.
+// False for a vertex that takes nothing from the map: invalid (NaN), or outside with zero padding.
 template <typename T>
 inline __attribute__((always_inline)) bool locate(const SampleJob& job, const SampleMap& map, int64_t vertex,
                                                   Corners<T>& c) {
@@ -51,7 +51,7 @@ inline __attribute__((always_inline)) bool locate(const SampleJob& job, const Sa
     return false;
   }
   const T x0 = std::floor(x), y0 = std::floor(y);
-  // Beyond 2^24 floats skip pixels, and the map's end may have been rounded up.
+  // Beyond 2^24 floats skip pixels, and rounding may have moved a position past the map's end.
   c.x = std::min(static_cast<int64_t>(x0), map.width - 1);
   c.y = std::min(static_cast<int64_t>(y0), map.height - 1);
   c.fx = x - x0;
@@ -83,14 +83,14 @@ inline __attribute__((always_inline)) void sum_lanes_of_four(const Vec<T>* v, T*
   for (int k = 0; k < 4; ++k) sums[k] = sum_lanes<T>(v[k]);
 }
 
-// A block of channels of one map of one batch item as the loops over vertices read it.
+// A block of channels of one map of one batch item, as the loops over vertices read it.
 template <typename D>
 struct Source {
   const D* data;
   int64_t row, column, channel;
 };
 
-// Copies channels [begin, end) of planes side by side.
+// Copies channels [begin, end) of planes to adjacent channels.
 template <typename S>
 Source<Compute<S>> side_by_side(const SampleMap& map, int64_t item, const SampleUnit& unit,
                                 Compute<S>* scratch) {
@@ -115,7 +115,7 @@ Source<Compute<S>> side_by_side(const SampleMap& map, int64_t item, const Sample
   return {scratch, map.width * channels, channels, 1};
 }
 
-// Channels side by side: vertices [begin, end), channels [unit_begin, unit_begin + channels).
+// Adjacent channels: vertices [begin, end), channels [unit_begin, unit_begin + channels).
 template <typename S, typename D>
 void sample_rows(const SampleJob& job, const SampleMap& map, int64_t item, int64_t begin, int64_t end,
                  const Source<D>& source, int64_t first_channel, int64_t channels) {
@@ -144,7 +144,7 @@ void sample_rows(const SampleJob& job, const SampleMap& map, int64_t item, int64
   }
 }
 
-// Channels a plane apart, and few vertices: reads only the pixels that they touch.
+// Channels a plane apart and few vertices: reads only the pixels that they touch.
 template <typename S>
 void sample_planes(const SampleJob& job, const SampleMap& map, int64_t item, const SampleUnit& unit) {
   using T = Compute<S>;
@@ -166,7 +166,7 @@ void sample_planes(const SampleJob& job, const SampleMap& map, int64_t item, con
   }
 }
 
-// Units [begin, end) of all batch items' units, one item after the other.
+// Units [begin, end) among the units of all batch items, one item after another.
 template <typename S>
 void sample_units(const SampleJob& job, int64_t begin, int64_t end, Compute<S>* scratch) {
   for (int64_t i = begin; i < end; ++i) {
@@ -185,14 +185,14 @@ void sample_units(const SampleJob& job, int64_t begin, int64_t end, Compute<S>* 
   }
 }
 
-// Where the gradient of a block of channels is summed: the gradient itself, or scratch.
+// Where the gradient of a block of channels is summed: in the gradient itself or in scratch.
 template <typename T>
 struct Target {
   T* data;
   int64_t row, column, channel;
 };
 
-// Channels side by side: adds the block's products with the output gradient to map and points.
+// Adjacent channels: adds the block's products with the output gradient to map and points.
 template <typename S, bool ToMap, bool ToPoints, typename D>
 void backward_rows(const SampleJob& job, const SampleMap& map, int64_t item, const SampleUnit& unit,
                    const Source<D>& source, const Target<Compute<S>>& target, Compute<S>* point_grads) {
@@ -239,7 +239,7 @@ void backward_rows(const SampleJob& job, const SampleMap& map, int64_t item, con
   }
 }
 
-// Channels a plane apart, and few vertices.
+// Channels a plane apart and few vertices.
 template <typename S, bool ToMap, bool ToPoints>
 void backward_planes(const SampleJob& job, const SampleMap& map, int64_t item, const SampleUnit& unit,
                      const Source<S>& source, const Target<Compute<S>>& target, Compute<S>* point_grads) {
@@ -270,7 +270,7 @@ void backward_planes(const SampleJob& job, const SampleMap& map, int64_t item, c
   }
 }
 
-// Copies `count` sums into the gradient, in its own dtype.
+// Copies `count` sums into the gradient, in the gradient's dtype.
 template <typename S, typename T>
 void round_to(S* out, const T* sums, int64_t count) {
   int64_t i = 0;

@@ -8,18 +8,18 @@ namespace {
 
 __global__ void nothing() {}
 
-// False where the library has no code for the device, or the driver is older than the CUDA of the build.
+// False if the library has no code for the device, or the driver is older than the CUDA of the build.
 bool cuda_runs(int64_t device) {
   int count = 0;
   bool runs = cudaGetDeviceCount(&count) == cudaSuccess && device >= 0 && device < count;
   if (runs) {
-    // As in OnDeviceOf, but an error is an answer.
+    // As in OnDeviceOf, but here an error means "no".
     const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
     cudaFuncAttributes attributes;
     runs = cudaSetDevice(static_cast<int>(device)) == cudaSuccess &&
            cudaFuncGetAttributes(&attributes, nothing) == cudaSuccess;
   }
-  cudaGetLastError();  // Else the next launch would find the error.
+  cudaGetLastError();  // Clears the error, which the next launch would otherwise report.
   return runs;
 }
 

@@ -1,4 +1,4 @@
-// From tensors on a GPU to the launches of csrc/kernels: what is checked, the device and the stream.
+// Helpers between tensors on a GPU and the launches of csrc/kernels: checks, the device and the stream.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -40,7 +40,7 @@ inline std::string dtype_name(ScalarType type) {
   }
 }
 
-// Sizes that kernels count in an int.
+// For sizes that kernels count in an int.
 inline void check_small(const char* name, int64_t size) {
   check(size <= most_size, [&] {
     return std::string(name) + " must be at most " + std::to_string(most_size) + ", got " +
@@ -66,7 +66,7 @@ inline void check_floating(const Tensor& x, int64_t dims, const char* name) {
   check_rank(x, dims, name);
 }
 
-// The tensor that all others must fit to, contiguous.
+// The tensor that all others must match, contiguous.
 inline Tensor first_operand(const Tensor& x, int64_t dims, const char* name) {
   check_floating(x, dims, name);
   return as_contiguous(x);
@@ -77,7 +77,7 @@ inline void check_device(const Tensor& t, const Tensor& first, const char* name)
         [&] { return std::string(name) + " must be on " + device_name(first) + ", got " + device_name(t); });
 }
 
-// Another tensor, contiguous: on the device of the first, of this dtype and rank.
+// Another tensor, contiguous, with this dtype and rank, on the device of the first.
 inline Tensor operand(const Tensor& t, const Tensor& first, ScalarType type, int64_t dims, const char* name) {
   check_device(t, first, name);
   check(t.scalar_type() == type, [&] {
@@ -97,11 +97,12 @@ T* mutable_pointer(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Makes the device of `x` the current one, until the end of the scope, and tells what launches need of it.
+// Makes the device of `x` current until the end of the scope, and holds what launches need to know about it.
 //
-// The CUDA runtime is linked into this library, and torch has another. Torch's guard sets, and sets back, the
-// current device of torch's. Ours is asked for nothing but what happens in such a scope, so it is set alone:
-// kernels on a default stream and their attributes go to its current device, whatever torch's is.
+// This library links its own CUDA runtime, and torch has another. Torch's guard sets and restores the current
+// device of torch's runtime. Our runtime is used only within such scopes, so its device is set but not
+// restored. It must be set: kernels on a default stream and their attributes use our runtime's current
+// device, whatever torch's is.
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const Tensor& x) : guard_(x.get_device_index()) {

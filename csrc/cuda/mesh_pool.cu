@@ -1,5 +1,5 @@
 // mesh_pool on a GPU: x (B, N, C), a CSR matrix (M, N) -> (B, M, C).
-// An index that is out of range takes nothing: the device cannot raise, and Python has checked them.
+// Indices out of range are ignored: the device cannot raise, and Python has checked the indices.
 #include "kernels/mesh_pool.cuh"
 
 #include <torch/csrc/stable/library.h>

@@ -1,5 +1,5 @@
-// spiral_conv and its two gradients on a GPU. An index that is out of range takes nothing: the device cannot
-// raise, and Python has checked them.
+// spiral_conv and its two gradients on a GPU. Indices out of range are ignored: the device cannot raise, and
+// Python has checked the indices.
 #include "kernels/spiral_conv.cuh"
 
 #include <torch/csrc/stable/library.h>
@@ -11,7 +11,7 @@
 namespace pahm {
 namespace {
 
-// Sizes as the kernels count them.
+// The sizes in the types that the kernels use.
 SpiralSizes sizes_of(int64_t batch, int64_t vertices, int64_t rows, int64_t length, int64_t channels,
                      int64_t out_channels) {
   check_small("the number of vertices", vertices);
@@ -28,7 +28,7 @@ SpiralSizes sizes_of(int64_t batch, int64_t vertices, int64_t rows, int64_t leng
           static_cast<int>(out_channels)};
 }
 
-// Launches a product, with memory for the sums of its splits.
+// Launches a product and allocates memory for the sums of its splits.
 template <typename Product>
 void run(const typename Product::Arguments& arguments, const Tensor& like, const OnDeviceOf& on) {
   ProductPlan plan = plan_product<Product>(arguments, on.device().processors);
@@ -57,7 +57,7 @@ Tensor spiral_conv(const Tensor& x_, const Tensor& table_, const Tensor&, const 
 
   Tensor out = new_empty<3>(x, {batch, rows, out_channels});
   if (out.numel() == 0) return out;
-  if (channels == 0) {  // A sum of nothing: as if of one channel that is zero.
+  if (channels == 0) {  // An empty sum: treat it as one channel of zeros.
     return spiral_conv(torch::stable::new_zeros(x, {batch, x.size(1), 1}), table, table, table,
                        torch::stable::new_zeros(weight, {out_channels, length}), bias, activation);
   }

@@ -1,5 +1,5 @@
 // vertex_sample and its backward on a GPU: maps (B, C_s, H_s, W_s), vertices (B, N, 3 or 2), a camera
-// -> (B, N, C_1 + ... + C_S). Values are not looked at: a vertex behind the camera takes nothing.
+// -> (B, N, C_1 + ... + C_S). The host does not look at values: a vertex behind the camera takes nothing.
 #include "kernels/vertex_sample_backward.cuh"
 
 #include <torch/csrc/stable/library.h>
@@ -15,7 +15,7 @@ namespace {
 
 using Maps = std::vector<Tensor>;
 
-// What both directions check, contiguous or channels_last, in the types that the kernels take.
+// The checked arguments of both directions, contiguous or channels_last, in the types that the kernels take.
 struct Sampled {
   Maps maps;
   Tensor vertices;
@@ -32,7 +32,7 @@ bool is_channels_last(const Tensor& map) {
          (map.size(0) == 1 || map.stride(0) == row * map.size(2));
 }
 
-// The map, or a copy without gaps in the memory format that its gradient takes.
+// The map, or a copy without gaps in the memory format of its gradient.
 Tensor without_gaps(const Tensor& map) {
   if (map.is_contiguous() || is_channels_last(map)) return map;
   return torch::stable::contiguous(map, map.stride(1) == 1 ? torch::headeronly::MemoryFormat::ChannelsLast

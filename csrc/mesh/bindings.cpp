@@ -1,6 +1,5 @@
-// The Python face of this folder: numpy arrays in, numpy arrays out. Dtypes, shapes and ranges are checked by
-// the Python callers in pahm_ops/mesh, which also word those errors; what is wrong with a topology is said
-// here.
+// The Python interface of this folder: numpy arrays in, numpy arrays out. The Python callers in pahm_ops/mesh
+// check dtypes, shapes and ranges and word those errors. Errors about topology come from here.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -25,7 +24,7 @@ namespace {
 using IntArray = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 using RealArray = py::array_t<double, py::array::c_style | py::array::forcecast>;
 
-// Row `row` of an array (N, 3); numpy's arrays need not be aligned.
+// Row `row` of an array (N, 3); numpy arrays may be unaligned.
 template <typename T, typename Array>
 std::array<T, 3> read_row(const Array& array, size_t row) {
   std::array<T, 3> out;

@@ -11,9 +11,9 @@ namespace {
 
 using Weights = std::array<double, 3>;
 
-// Squared sine of the angle below which a triangle's normal is too uncertain to tell inside from outside.
+// The squared sine of the angle below which a triangle's normal is too uncertain to tell inside from outside.
 constexpr double sliver = 1e-8;
-// Squared area, in a mesh of size 1, below which products of coordinates may vanish.
+// The squared area, in a mesh of size 1, below which products of coordinates may vanish.
 constexpr double tiny = 1e-280;
 
 double squared_distance_at(const Vec3& p, const Vec3& a, const Vec3& b, const Vec3& c, const Weights& w) {
@@ -21,7 +21,7 @@ double squared_distance_at(const Vec3& p, const Vec3& a, const Vec3& b, const Ve
   return dot(d, d);
 }
 
-// How far along the segment from a to b the point nearest to p lies, in [0, 1].
+// The position on the segment from a to b, in [0, 1], of the point nearest to p.
 double along(const Vec3& p, const Vec3& a, const Vec3& b) {
   const Vec3 ab = b - a;
   const double length = dot(ab, ab);
@@ -40,7 +40,7 @@ double squared_distance_to_box(const Vec3& p, const Vec3& low, const Vec3& high)
 }  // namespace
 
 SurfacePoint SurfaceTree::closest_on_face(Index face, const Vec3& p) const {
-  // Inside the prism over the triangle the projection is nearest, elsewhere a point of the border.
+  // Inside the prism over the triangle the projection is nearest; elsewhere a point of the border is.
   const Vec3 &a = points_[faces_[face][0]], &b = points_[faces_[face][1]], &c = points_[faces_[face][2]];
   const Vec3 ab = b - a, ac = c - a, ap = p - a;
   const Vec3 normal = cross(ab, ac);

@@ -14,10 +14,10 @@ struct SurfacePoint {
 
 class SurfaceTree {
  public:
-  // Finite points of any size; at least one face, of indices into points. Keeps a reference to faces.
+  // Finite points of any size; at least one face, with indices into points. Keeps a reference to faces.
   SurfaceTree(const std::vector<Vec3>& points, const std::vector<Face>& faces);
 
-  // Any finite p. Equal distances: the first face in file order.
+  // p may be any finite point. At equal distances the first face in file order wins.
   SurfacePoint closest(const Vec3& p) const;
 
  private:

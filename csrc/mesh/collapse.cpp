@@ -14,17 +14,16 @@ namespace pahm::mesh {
 namespace {
 
 // Weights relative to a face's own plane. The boundary's planes stand on its edges, at right angles to the
-// face. The pull towards the vertices that were merged spreads the remaining ones evenly where the surface is
-// flat.
+// face. The pull towards merged vertices spreads the remaining ones evenly where the surface is flat.
 constexpr double boundary_weight = 10;
 constexpr double point_weight = 1e-2;
-// A face may turn by at most acos(min_turn), and 2 * area / (sum of squared edges), 0.58 where equilateral,
-// stay above min_shape.
+// A face may turn by at most acos(min_turn). Its 2 * area / (sum of squared edges), which is 0.58 if
+// equilateral, must stay above min_shape.
 constexpr double min_turn = 0.2;
 constexpr double min_shape = 0.05;
 
 struct Candidate {
-  int tier;  // 0: keeps the shape of the faces; 1: keeps the topology only
+  int tier;  // 0: keeps the shape of the faces; 1: keeps only the topology
   double cost;
   Index from, to;
   uint32_t version;
@@ -56,7 +55,7 @@ class Collapser {
     for (size_t v = 0; v < points.size(); ++v) push_best(static_cast<Index>(v), nullptr);
   }
 
-  // False when no collapse is left that keeps the topology.
+  // False if no collapse is left that keeps the topology.
   bool step() {
     while (!heap_.empty()) {
       const Candidate best = heap_.top();
@@ -87,7 +86,7 @@ class Collapser {
   }
 
  private:
-  // Centred, with a bounding box of diagonal 1: the sums of the quadrics stay well conditioned.
+  // Centred, with a bounding box of diagonal 1, so that the sums of the quadrics stay well conditioned.
   static std::vector<Vec3> normalized(const std::vector<Vec3>& points) {
     if (points.empty()) return {};
     std::vector<Vec3> out = Scaling(points)(points);
@@ -150,8 +149,7 @@ class Collapser {
     }
   }
 
-  // Queues the cheapest collapse of u that comes after `previous`; after the last one of tier 0 follows
-  // tier 1.
+  // Queues the cheapest collapse of u that comes after `previous`. Tier 1 comes after the last one of tier 0.
   void push_best(Index u, const Candidate* previous) {
     gather_ring(u, ring_);
     for (int tier = previous ? previous->tier : 0; tier < 2; ++tier) {
@@ -169,8 +167,8 @@ class Collapser {
     }
   }
 
-  // The link condition: u and v have no common neighbours but those across the edge, where the outside of
-  // every boundary loop counts as one more vertex, and they do not span a tetrahedron or a lone triangle.
+  // The link condition: the only common neighbours of u and v are those across the edge, where the outside of
+  // every boundary loop counts as one more vertex. Also u and v do not span a tetrahedron or a lone triangle.
   bool keeps_topology(Index u, Index v) {
     const int shared = shared_faces(u, v);
     if (shared == 2 && on_boundary_[u]) return false;

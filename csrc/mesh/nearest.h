@@ -1,4 +1,4 @@
-// The k nearest vertices of a vertex: a k-d tree.
+// Finds the k nearest vertices of a vertex with a k-d tree.
 #pragma once
 
 #include "mesh/scaling.h"
@@ -8,7 +8,7 @@ namespace pahm::mesh {
 
 class NearestVertices {
  public:
-  // Finite points of any size.
+  // Takes finite points of any size.
   explicit NearestVertices(const std::vector<Vec3>& points);
 
   // The `count` points nearest to points[query]: itself first, then by distance, equal distances by index.
@@ -30,7 +30,7 @@ class NearestVertices {
 
   const std::vector<Vec3> points_;  // scaled
   std::vector<Index> order_;
-  std::vector<uint8_t> axis_;  // of the node whose median stands at this place of order_
+  std::vector<uint8_t> axis_;  // the axis of the node whose median is at this place of order_
 };
 
 }  // namespace pahm::mesh

@@ -1,4 +1,4 @@
-// Squared distances to planes and points, summed.
+// Sums of squared distances to planes and points.
 #pragma once
 
 #include "mesh/vec3.h"

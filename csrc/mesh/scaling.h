@@ -1,4 +1,4 @@
-// Coordinates of any finite size, brought to a size at which squares and cubes neither overflow nor vanish.
+// Scales coordinates of any finite size to a size at which squares and cubes neither overflow nor vanish.
 #pragma once
 
 #include <algorithm>
@@ -9,9 +9,9 @@
 
 namespace pahm::mesh {
 
-// Multiplies by the power of two that gives the bounding box of some finite points a longest side in [0.5,
-// 1], and moves an axis on which they all agree to 0. Both are exact: differences between the points keep
-// their bits.
+// Multiplies by the power of two that brings the longest side of the points' bounding box into [0.5, 1], and
+// moves an axis on which all points agree to 0. Points are finite. Both steps are exact: differences between
+// the points keep their bits.
 class Scaling {
  public:
   explicit Scaling(const std::vector<Vec3>& points) {
@@ -31,8 +31,8 @@ class Scaling {
     std::frexp(std::min(side, std::numeric_limits<double>::max()), &exponent_);
   }
 
-  // Any finite point. One so far away that all of the mesh is at the same distance, to the precision of a
-  // double, is moved closer, to a box at which this is still so.
+  // Takes any finite point. If a point is so far away that the whole mesh is at the same distance, to the
+  // precision of a double, it is moved closer, to a box at which this still holds.
   Vec3 operator()(const Vec3& p) const {
     Vec3 out;
     for (int k = 0; k < 3; ++k) {

@@ -9,15 +9,14 @@
 namespace pahm::mesh {
 namespace {
 
-// Grows the row of one vertex ring by ring. The marks hold a counter that only grows, so they are never
-// cleared.
+// Grows the row of one vertex ring by ring. The marks hold a counter that only grows, so none are cleared.
 class RingWalk {
  public:
   RingWalk(const Adjacency& mesh, size_t vertex_count)
       : mesh_(mesh), seen_(vertex_count), ring_(vertex_count) {}
 
-  // False when the rings ran out. As in SpiralNet++ that is so as soon as the ring after the last one taken
-  // is empty, even if the row is full by then.
+  // False if the rings ran out. As in SpiralNet++, they have run out as soon as the ring after the last one
+  // taken is empty, even if the row is already full.
   bool row(Index vertex, size_t wanted, std::vector<Index>& out) {
     ++row_id_;
     out.assign(1, vertex);
@@ -27,8 +26,7 @@ class RingWalk {
     for (Index u : last_) seen_[u] = row_id_;
     for (;;) {
       out.insert(out.end(), last_.begin(), last_.end());
-      // Of the ring that fills the row only the used part is walked, but whether there is one is always
-      // asked.
+      // Walk only the used part of the ring that fills the row, but always check for an empty ring.
       const size_t missing = out.size() < wanted ? wanted - out.size() : 1;
       next_ring(missing);
       if (next_.empty()) return false;

@@ -8,7 +8,7 @@
 namespace pahm::mesh {
 namespace {
 
-// What a face says about one of its vertices v: the face is (v, next, prev) up to rotation.
+// One of a face's vertices v, with its neighbours in the face: the face is (v, next, prev) up to rotation.
 struct Corner {
   Index next, prev, face;
 };
@@ -74,7 +74,7 @@ Adjacency build_adjacency(const std::vector<Face>& faces, Index vertex_count) {
   out.neighbors.reserve(corners.size() + corners.size() / 8);
   out.on_boundary.assign(vertex_count, 0);
   std::vector<Index> nexts;
-  Index pinched = -1;  // told only if every edge is right
+  Index pinched = -1;  // reported only if every edge is right
   for (Index v = 0; v < vertex_count; ++v) {
     Corner* first = corners.data() + starts[v];
     Corner* last = corners.data() + starts[v + 1];

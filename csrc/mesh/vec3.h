@@ -1,4 +1,4 @@
-// Arithmetic of three doubles.
+// Arithmetic on vectors of three doubles.
 #pragma once
 
 #include "mesh/topology.h"

@@ -1,8 +1,8 @@
 """Index tables of triangle meshes, built once on the host from numpy arrays.
 
-`spiral_indices` gives the rows that `pahm_ops.spiral_conv` reads, `MeshHierarchy` the coarser levels of a
-mesh and the transforms between them that `pahm_ops.mesh_pool` applies, `load_mesh` reads the mesh files they
-start from, and `load_transforms` the hierarchies that SpiralNet++ and HandMesh have saved.
+`spiral_indices` makes the table that `pahm_ops.spiral_conv` reads. `MeshHierarchy` makes the coarser levels
+of a mesh and the transforms between them, which `pahm_ops.mesh_pool` applies. `load_mesh` reads mesh files.
+`load_transforms` reads the hierarchies that SpiralNet++ and HandMesh have saved.
 """
 
 from pahm_ops.mesh.files import load_mesh

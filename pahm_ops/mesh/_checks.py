@@ -1,4 +1,4 @@
-"""What every table builder asks of its arguments, and where the compiled module is found."""
+"""The checks that all table builders apply to their arguments, and the search for the compiled module."""
 
 import importlib
 import importlib.util
@@ -13,7 +13,7 @@ _INDEX_LIMIT = 2**31 - 1
 
 
 def compiled_tables() -> ModuleType | None:
-    """The compiled module, None where nothing was compiled; one that is there but does not load raises."""
+    """The compiled module, or None if nothing was compiled. Raises if the module exists but does not load."""
     if importlib.util.find_spec("pahm_ops.mesh._tables") is None:
         return None
     return importlib.import_module("pahm_ops.mesh._tables")
@@ -26,7 +26,7 @@ def as_vertices(vertices: ArrayLike) -> NDArray[np.float64]:
         raise TypeError(f"vertices must be real numbers, got dtype {array.dtype}")
     if array.ndim != 2 or array.shape[1] != 3:
         raise ValueError(f"vertices must have shape (N, 3), got {array.shape}")
-    with np.errstate(invalid="ignore"):  # A signalling NaN is refused below, without a warning.
+    with np.errstate(invalid="ignore"):  # Signalling NaNs are rejected below, without a warning.
         array = np.ascontiguousarray(array, dtype=np.float64)
     finite = np.isfinite(array).all(axis=1)
     if not finite.all():
@@ -36,7 +36,7 @@ def as_vertices(vertices: ArrayLike) -> NDArray[np.float64]:
 
 
 def as_faces(faces: ArrayLike, vertex_count: int | None) -> NDArray[np.int64]:
-    """Faces of shape (F, 3), as contiguous int64, that index vertex_count vertices (None: any number)."""
+    """Faces of shape (F, 3), as contiguous int64, indexing vertex_count vertices (None: any number)."""
     array = np.asarray(faces)
     if array.dtype.kind not in "iu":
         raise TypeError(f"faces must be integers, got dtype {array.dtype}")
@@ -52,7 +52,7 @@ def as_faces(faces: ArrayLike, vertex_count: int | None) -> NDArray[np.int64]:
 
 
 def as_count(value: Any, name: str) -> int:
-    """A whole number of at least 1."""
+    """`value` as a whole number of at least 1."""
     try:
         count = operator.index(value)
     except TypeError:

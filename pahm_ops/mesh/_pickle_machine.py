@@ -1,8 +1,8 @@
-"""Pickles of arrays, read into inert records.
+"""Reading pickles of arrays into inert records.
 
-Python's own unpickler calls what a file names, sets attributes on classes and allocates what the file claims.
-This one knows the opcodes of protocols 0 to 5, calls nothing, and makes numbers, strings, lists, tuples and
-`Record`s only.
+Python's own unpickler calls whatever a file names, sets attributes on classes and allocates whatever the file
+claims. This one knows the opcodes of protocols 0 to 5, calls nothing, and makes only numbers, strings, lists,
+tuples and `Record`s.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 OPCODE_LIMIT = 1_000_000
-"""A pickle of arrays has a few hundred opcodes; one of lists has an opcode a number."""
+"""A pickle of arrays has a few hundred opcodes; a pickle of lists has one opcode per number."""
 
 SPARSE = {
     f"{form}_{kind}"
@@ -44,13 +44,13 @@ _NAMES: dict[str, tuple[str, ...]] = {
 
 
 class Name(NamedTuple):
-    """A class or function that a pickle names, by the last part of its name."""
+    """A class or function named in a pickle: the last part of its name."""
 
     name: str
 
 
 class Dictionary:
-    """The pairs of a dictionary, unhashed: a file may choose keys that are slow to hash."""
+    """The pairs of a dictionary, not hashed, because a file may choose keys that are slow to hash."""
 
     __slots__ = ("pairs",)
 
@@ -63,7 +63,7 @@ class Dictionary:
 
 
 class Record:
-    """An object of a pickle: what it was made with, and the state and the items that it was given."""
+    """An object in a pickle: the arguments that made it, its state and its items."""
 
     __slots__ = ("arguments", "items", "name", "state")
 
@@ -77,9 +77,9 @@ class Record:
 def read_pickle(data: bytes) -> Any:
     """The object in a pickle: None, bool, int, float, str, bytes, list, tuple, `Dictionary` or `Record`.
 
-    Sets become lists. Strings of Python 2 are decoded as latin1, and so are bytes that Python 3 wrote for
-    Python 2. Raises ValueError for what is no pickle, for a class other than those of arrays, and for more
-    than `OPCODE_LIMIT` opcodes.
+    Sets become lists. Strings of Python 2, and bytes that Python 3 wrote for Python 2, are decoded as latin1.
+    Raises ValueError for data that is not a pickle, for classes other than those of arrays, and for more than
+    `OPCODE_LIMIT` opcodes.
     """
     return _Machine(data).run()
 
@@ -102,7 +102,7 @@ def _find(module: Any, name: Any) -> Name:
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """What stands for the result of a call."""
+    """The record that stands for the result of a call."""
     if type(function) is not Name or type(arguments) is not tuple:
         _refuse("it calls what is no function of arrays")
     name, count = function.name, len(arguments)
@@ -177,7 +177,7 @@ def _unpacked(form: str) -> Callable[[bytes], Any]:
 
 _byte, _long_index = _unpacked("<B"), _unpacked("<I")
 
-# The length of an opcode's argument: so many bytes, to the end of the line, or what a count before it says.
+# The length of an opcode's argument: a fixed number of bytes, to the end of the line, or given by a count.
 _FIXED = {b"J": 4, b"K": 1, b"M": 2, b"G": 8, b"h": 1, b"j": 4, b"q": 1, b"r": 4, b"\x80": 1, b"\x95": 8}
 _LINES = {b"I", b"L", b"F", b"S", b"V", b"g", b"p", b"c", b"i"}
 _COUNTED = {
@@ -361,7 +361,7 @@ class _Machine:
         self.stack.append(_new(cls))
 
     def new_old(self, argument: bytes) -> None:
-        """An instance of a class of Python 2's old kind, of which there are none among arrays."""
+        """An instance of a Python 2 old-style class. Arrays never use these."""
         _new(_find(_utf8(argument), _utf8(self.line())), None)
 
     def build(self, _: bytes) -> None:
@@ -372,7 +372,7 @@ class _Machine:
         self.count(state)
 
     def count(self, parts: Any) -> None:
-        """Adds up the bytes of arrays: arrays that share bytes could need more memory than the file has."""
+        """Adds up the bytes of arrays: arrays that share bytes could need more memory than the file."""
         if type(parts) is tuple:
             self.array_bytes += sum(len(part) for part in parts if type(part) in (bytes, str))
         if self.array_bytes > len(self.data):

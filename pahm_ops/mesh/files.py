@@ -1,4 +1,4 @@
-"""Triangle meshes from files."""
+"""Reading triangle meshes from files."""
 
 import os
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from pahm_ops.mesh.text_formats import read_obj, read_off, read_stl
 if TYPE_CHECKING:
     import trimesh
 
-# Formats that write the corners of each face anew, so that no two faces share a vertex.
+# Formats that write the corners of each face separately, so that no two faces share a vertex.
 _UNSHARED = {".stl", ".stl_ascii"}
 _READERS: dict[str, Callable[[bytes], Polygons]] = {
     ".obj": read_obj,
@@ -31,36 +31,35 @@ _READERS: dict[str, Callable[[bytes], Polygons]] = {
 def load_mesh(
     source: "str | os.PathLike[str] | trimesh.Trimesh", merge: bool | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Reads the vertices and faces of a triangle mesh, in the order in which the file has them.
+    """Reads the vertices and faces of a triangle mesh, in the file's order.
 
-    OBJ, OFF, PLY and STL files give all vertices of the file, and each polygon as a fan of triangles from its
-    first corner. Materials, groups, texture coordinates, normals and colours split and reorder nothing; lines
-    and points are left out. GLB and glTF files give the meshes of the default scene, each where its node
-    places it, without skins and morph targets. Other formats are not read; trimesh reads some, but may split
+    OBJ, OFF, PLY and STL files give all their vertices, and each polygon as a fan of triangles from its first
+    corner. Materials, groups, texture coordinates, normals and colours do not split or reorder anything;
+    lines and points are ignored. GLB and glTF files give the meshes of the default scene, each placed by its
+    node, without skins and morph targets. Other formats are not supported; trimesh reads some, but may split
     vertices and reorder parts.
 
     Args:
-        source: a mesh file, whose format its suffix names, or a trimesh.Trimesh.
-        merge: whether vertices at exactly the same position become one, the first of them; order is kept
-            otherwise. None merges for STL only, where faces share no vertices, and leaves every other file as
-            it is: seams at which a file splits vertices (GLB) are then boundaries of the mesh, and merge=True
-            closes them.
+        source: a mesh file whose suffix names its format, or a trimesh.Trimesh.
+        merge: whether to merge vertices at exactly the same position into the first of them; otherwise the
+            order is kept. None merges only for STL, where faces share no vertices. For other files the seams
+            at which a file splits vertices (GLB) are then boundaries of the mesh; merge=True closes them.
 
     Returns:
-        (N, 3) float64 vertices, in the file's unit, and (F, 3) int64 faces. Vertices of no face are kept.
+        (N, 3) float64 vertices, in the file's unit, and (F, 3) int64 faces. Vertices without a face are kept.
 
     Raises:
-        IndexError: a face of a trimesh.Trimesh refers to no vertex.
+        IndexError: a face of a trimesh.Trimesh refers to a vertex that does not exist.
         FileNotFoundError: no such file.
-        ValueError: another format; a file that is not whole, or holds what is not read (free-form surfaces,
-            compressed glTF, coordinates that are not finite, no triangles).
+        ValueError: another format; a file that is incomplete or holds something unsupported (free-form
+            surfaces, compressed glTF, coordinates that are not finite, no triangles).
     """
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         if not path.is_file():
             raise FileNotFoundError(f"source must be a mesh file, got {path}, which is no file")
         try:
-            with np.errstate(over="ignore", invalid="ignore"):  # What is not finite is refused at the end.
+            with np.errstate(over="ignore", invalid="ignore"):  # Non-finite values are rejected at the end.
                 vertices, faces = _read(path)
         except ValueError as error:
             raise ValueError(f"source must be a mesh file, got {path}: {error}") from None
@@ -95,7 +94,7 @@ def _read(path: Path) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
 def _merge_identical(
     vertices: NDArray[np.float64], faces: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    # Adding zero turns -0.0 into 0.0, which np.unique would otherwise keep apart.
+    # Adding zero turns -0.0 into 0.0; np.unique would treat them as different.
     _, first, group = np.unique(vertices + 0.0, axis=0, return_index=True, return_inverse=True)
     rank = np.argsort(np.argsort(first))
     return vertices[np.sort(first)], rank[group.reshape(-1)][faces]

@@ -1,4 +1,4 @@
-"""Meshes in glTF 2.0 files, .glb and .gltf."""
+"""Reading meshes from glTF 2.0 files, .glb and .gltf."""
 
 import base64
 import binascii
@@ -16,9 +16,9 @@ from pahm_ops.mesh.polygons import Polygons, polygons
 _KINDS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 _WIDTHS = {"SCALAR": 1, "VEC3": 3}
 _TRIANGLES, _STRIP, _FAN = 4, 5, 6
-# A small file can place a mesh any number of times; a vertex or corner that is there once takes a byte.
+# A small file can place a mesh any number of times. Without repeats each vertex or corner takes a byte.
 _REPEATED = 10**7
-# Extensions that keep shapes where this reader does not look.
+# Extensions that store shapes where this reader does not look.
 _ELSEWHERE = {
     "KHR_draco_mesh_compression",
     "EXT_meshopt_compression",
@@ -28,10 +28,10 @@ _ELSEWHERE = {
 
 
 def read_gltf(data: bytes, folder: Path) -> Polygons:
-    """The triangles of a file's default scene, node after node, each where its node places it.
+    """The triangles of a file's default scene, node after node, each placed by its node.
 
     Primitives of one mesh that have the same positions share their vertices, as in the file. Points and lines
-    are left out, and skins and morph targets are not applied. `folder` is where a .gltf names its buffers.
+    are ignored, and skins and morph targets are not applied. A .gltf's buffers are relative to `folder`.
     """
     try:
         tree, binary = _chunks(data)
@@ -108,7 +108,7 @@ class _Reader:
         return polygons(points, np.full(len(faces), 3), faces)
 
     def add(self, mesh: dict[str, Any], placed: NDArray[np.float64]) -> None:
-        starts: dict[int, tuple[int, int]] = {}  # of each accessor of positions: where its vertices are
+        starts: dict[int, tuple[int, int]] = {}  # for each accessor of positions: where its vertices are
         for primitive in mesh["primitives"]:
             mode = primitive.get("mode", _TRIANGLES)
             if mode not in (_TRIANGLES, _STRIP, _FAN):
@@ -136,7 +136,7 @@ class _Reader:
                 )
 
     def values(self, index: Any, kind: str) -> NDArray:
-        """(count, width) the numbers of an accessor."""
+        """The numbers of an accessor, (count, width)."""
         accessor = _entry(self.tree.get("accessors"), index, "accessor")
         if "sparse" in accessor or "bufferView" not in accessor:
             raise ValueError(f"accessor {index} is sparse or has no data of its own, which is not read")
@@ -182,7 +182,7 @@ class _Reader:
         else:
             path = self.folder / unquote(uri)
             try:
-                if not path.is_file():  # A pipe or a device would be read without end.
+                if not path.is_file():  # Reading a pipe or a device might never end.
                     raise FileNotFoundError("no such file")
                 with path.open("rb") as file:
                     data = file.read(length)
@@ -210,7 +210,7 @@ def _placement(node: dict[str, Any]) -> NDArray[np.float64]:
 
 
 def _split(corners: NDArray[np.int64], mode: int) -> NDArray[np.int64]:
-    """(F, 3) the triangles of a list, strip or fan of corners."""
+    """The triangles (F, 3) of a list, strip or fan of corners."""
     if mode == _TRIANGLES:
         if len(corners) % 3:
             raise ValueError(f"a list of triangles must have three corners each, got {len(corners)} corners")
@@ -222,5 +222,5 @@ def _split(corners: NDArray[np.int64], mode: int) -> NDArray[np.int64]:
     odd = np.arange(len(corners) - 2) % 2
     at = np.arange(len(corners) - 2)
     faces = np.stack([corners[at], corners[at + 1 + odd], corners[at + 2 - odd]], axis=1)
-    # Strips are joined by triangles without area, which repeat a corner.
+    # Triangles without area, which repeat a corner, join strips.
     return faces[(faces != faces[:, [1, 2, 0]]).all(axis=1)]

@@ -25,12 +25,12 @@ class MeshHierarchy:
     """A mesh and its coarser levels, finest first, as in section 3 of the paper and in CoMA's mesh sampling.
 
     Attributes:
-        vertices: for each level s, (N_s, 3) float64; every level's vertices are vertices of the finest.
-        faces: for each level, (F_s, 3) int64 into its vertices, oriented as the input.
-        down: for each level but the last, (N_{s+1}, N_s) float64: one 1 a row, a selection.
-        up: for each level but the last, (N_s, N_{s+1}) float64: a row holds the barycentric weights, at most
-            3, each in (0, 1] and of sum 1, of the point of level s + 1's surface that is nearest to the
-            vertex; so `up` commutes with translation, and `down @ up` is the identity.
+        vertices: for each level s, (N_s, 3) float64; every level's vertices are vertices of the finest level.
+        faces: for each level, (F_s, 3) int64 into its vertices, oriented like the input.
+        down: for each level but the last, (N_{s+1}, N_s) float64: a selection, with a single 1 in each row.
+        up: for each level but the last, (N_s, N_{s+1}) float64. A row holds the barycentric weights of the
+            point on level s + 1's surface that is nearest to the vertex: at most 3, each in (0, 1], with sum
+            1. So `up` commutes with translation, and `down @ up` is the identity.
     """
 
     vertices: list[NDArray[np.float64]]
@@ -44,22 +44,23 @@ class MeshHierarchy:
     ) -> "MeshHierarchy":
         """Coarsens a mesh by quadric edge collapse to exactly the numbers of vertices in `sizes`.
 
-        A collapse moves a vertex onto a neighbour, the one that adds the least quadric error (Garland and
-        Heckbert, 1997, with planes that hold the boundary, and a slight pull that keeps flat regions evenly
-        covered). Every level is an oriented manifold with the boundary loops and the Euler characteristic of
-        the input; boundary vertices move along their loop; faces are not flipped where that can be avoided.
-        The same input gives the same levels.
+        A collapse moves a vertex onto the neighbour that adds the least quadric error (Garland and Heckbert,
+        1997, with planes that hold the boundary, and a slight pull that keeps flat regions evenly covered).
+        Every level is an oriented manifold with the boundary loops and the Euler characteristic of the input.
+        Boundary vertices move along their loop. Faces are not flipped if that can be avoided. The same input
+        gives the same levels.
 
         Args:
             vertices: (N, 3) real, finite, any unit; each belongs to a face.
             faces: (F, 3) integers, counter-clockwise seen from outside.
-            sizes: vertices of each level, descending, the first of them N.
+            sizes: the number of vertices of each level, descending from N.
 
         Raises:
             ValueError: wrong shape; sizes that do not start at N, do not descend, or that the topology does
-                not admit (a closed component keeps 4 vertices or more, one with boundary 3 or more); a mesh
-                that is not an oriented manifold, naming face, edge or vertex; a vertex of no face.
-            IndexError: a face refers to no vertex.
+                not allow (a closed component keeps at least 4 vertices, one with a boundary at least 3); a
+                mesh that is not an oriented manifold (names the face, edge or vertex); a vertex without a
+                face.
+            IndexError: a face refers to a vertex that does not exist.
             TypeError: wrong dtype.
             RuntimeError: the package was installed without a compiler.
         """
@@ -97,16 +98,16 @@ class MeshHierarchy:
     def from_file(
         cls, source: "str | os.PathLike[str] | trimesh.Trimesh", sizes: Sequence[int] = (778, 389, 195, 98)
     ) -> "MeshHierarchy":
-        """`build` from a mesh file or a trimesh object, as `load_mesh` reads it."""
+        """`build` from a mesh file or a trimesh object, read by `load_mesh`."""
         return cls.build(*load_mesh(source), sizes=sizes)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Vertices of each level, finest first."""
+        """The number of vertices of each level, finest first."""
         return tuple(len(level) for level in self.vertices)
 
     def selection(self, level: int) -> NDArray[np.int64]:
-        """(N_level,) int64, ascending: where the level's vertices stand in the finest mesh (level 0)."""
+        """(N_level,) int64, ascending: the indices of the level's vertices in the finest mesh (level 0)."""
         if not 0 <= level < len(self.vertices):
             raise IndexError(f"level must lie in [0, {len(self.vertices)}), got {level}")
         selection = np.arange(len(self.vertices[0]), dtype=np.int64)
@@ -115,13 +116,13 @@ class MeshHierarchy:
         return selection
 
     def spiral_indices(self, level: int, length: int, dilation: int = 1) -> NDArray[np.int64]:
-        """(N_level, length) int64: the level's table by `pahm_ops.mesh.spiral_indices`."""
+        """(N_level, length) int64: the level's table from `pahm_ops.mesh.spiral_indices`."""
         if not 0 <= level < len(self.vertices):
             raise IndexError(f"level must lie in [0, {len(self.vertices)}), got {level}")
         return spiral_indices(self.faces[level], length, dilation, self.vertices[level])
 
     def to_arrays(self) -> dict[str, NDArray]:
-        """The hierarchy as plain arrays by name, what `save` writes."""
+        """The hierarchy as plain arrays by name, as `save` writes them."""
         arrays: dict[str, NDArray] = {"vertices": self.vertices[0]}
         for s, faces in enumerate(self.faces):
             arrays[f"faces_{s}"] = faces.astype(np.int32)
@@ -134,7 +135,7 @@ class MeshHierarchy:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray]) -> "MeshHierarchy":
-        """The inverse of `to_arrays`; KeyError, ValueError or IndexError for arrays that are not such."""
+        """The inverse of `to_arrays`; KeyError, ValueError or IndexError for other arrays."""
         from scipy.sparse import csr_matrix
 
         vertices = [as_vertices(arrays["vertices"])]
@@ -157,14 +158,14 @@ class MeshHierarchy:
         return cls(vertices, faces, down, up)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one compressed .npz of plain arrays; the name is taken as given."""
+        """Writes one compressed .npz of plain arrays; uses the file name as given."""
         arrays: dict[str, Any] = {**self.to_arrays()}
         with open(path, "wb") as file:
             np.savez_compressed(file, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "MeshHierarchy":
-        """Reads what `save` wrote, compiled module or not; ValueError says why another file is none."""
+        """Reads a file from `save`, even without the compiled module; ValueError explains any other file."""
         arrays = read_npz(path)
         name = f"path must be a file that MeshHierarchy.save wrote, got {path}"
         try:

@@ -1,4 +1,4 @@
-"""Arrays and sparse matrices of other projects' pickles, made once every number in them was checked."""
+"""Arrays and sparse matrices from other projects' pickles, made only after every number was checked."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _SIGNATURES = {
 
 
 def load_arrays(path: str | PathLike[str]) -> dict[str, Any]:
-    """The dictionary in a pickle of arrays, one of Python 2 included; nothing in it is run.
+    """The dictionary in a pickle of arrays, also one of Python 2; nothing in the pickle is run.
 
-    Its arrays, matrices and chumpy objects are inert until `to_array` or `to_entries` makes numbers of them.
+    Its arrays, matrices and chumpy objects are inert until `to_array` or `to_entries` converts them.
 
-    Raises FileNotFoundError for a missing file and ValueError, with the reason in one sentence, for one that
-    is no pickle, holds no dictionary, or names a class other than numpy's and scipy.sparse's.
+    Raises FileNotFoundError for a missing file. Raises ValueError, with the reason in one sentence, for a
+    file that is not a pickle, holds no dictionary, or names a class other than numpy's and scipy.sparse's.
     """
     path = Path(path)
     if not path.is_file():
@@ -62,15 +62,15 @@ def to_array(name: str, value: object, shape: tuple[int, ...] | None = None) -> 
     """The numbers of a value from `load_arrays`: an array, a chumpy object, nested lists, or a sparse matrix.
 
     Args:
-        name: what messages call the value.
+        name: the name of the value in messages.
         value: the value.
-        shape: the shape it must have; None for any, which a sparse matrix may not have.
+        shape: the required shape; None allows any, but not for a sparse matrix.
 
     Returns:
-        Integers or floats in native byte order, C-contiguous, in memory of its own.
+        Integers or floats in native byte order, C-contiguous, in its own memory.
 
     Raises:
-        ValueError: the value holds other than numbers, has another shape, or its parts do not fit each other.
+        ValueError: the value does not hold numbers, has another shape, or has parts that do not fit together.
     """
     if isinstance(value, Record) and value.name in SPARSE:
         if shape is None or len(shape) != 2:
@@ -88,14 +88,14 @@ def to_array(name: str, value: object, shape: tuple[int, ...] | None = None) -> 
 
 
 def to_integers(name: str, value: object, shape: tuple[int, ...] | None = None) -> NDArray[np.int64]:
-    """`to_array` as int64; ValueError also for numbers that are not whole or not below 2^53."""
+    """`to_array` as int64; also raises ValueError for numbers that are not whole or not below 2^53."""
     return _whole(name, to_array(name, value, shape))
 
 
 def _whole(name: str, array: NDArray[Any]) -> NDArray[np.int64]:
     if array.dtype.kind not in "iuf":
         raise ValueError(f"{name} must hold whole numbers, got dtype {array.dtype}")
-    # Comparisons with NaN do not hold.
+    # Comparisons with NaN are false.
     inside = array.size == 0 or (array.min() > -(2**53) and array.max() < 2**53)
     if not inside or (array.dtype.kind == "f" and (array != np.trunc(array)).any()):
         raise ValueError(f"{name} must hold whole numbers below 2^53")
@@ -136,7 +136,7 @@ def to_entries(name: str, value: object, shape: tuple[int, int]) -> Entries:
         if "coords" in state:
             coordinates = to_list(f"coords of {name}", state["coords"])
             parts["coords"] = [_dense(f"coords of {name}", each) for each in coordinates[:3]]
-        # Matrices may share arrays, so that the file's size does not bound what they need together.
+        # Matrices may share arrays, so the file's size does not bound their total memory.
         most = max((part.size for part in parts.values() if isinstance(part, np.ndarray)), default=0)
         if most > _ENTRY_LIMIT:
             raise ValueError(f"{name} must have at most {_ENTRY_LIMIT} entries, got {most}")
@@ -147,7 +147,7 @@ def to_entries(name: str, value: object, shape: tuple[int, int]) -> Entries:
 
 
 def _rows(name: str, value: object) -> list[Any]:
-    """The lists of a lil matrix. A file can hold one list many times over, and so few bytes many entries."""
+    """The lists of a lil matrix. A file can repeat one list many times: few bytes may hold many entries."""
     rows = to_list(name, value)
     if sum(len(row) for row in rows if isinstance(row, list)) > _LIST_LIMIT:
         raise ValueError(f"{name} must have at most {_LIST_LIMIT} entries in lists")
@@ -155,7 +155,7 @@ def _rows(name: str, value: object) -> list[Any]:
 
 
 def _plain(value: object) -> Any:
-    """A number for one of numpy's scalars; any other value as it is."""
+    """Converts a numpy scalar to a number; returns any other value unchanged."""
     if not isinstance(value, Record) or value.name != "scalar" or len(value.arguments) != 2:
         return value
     dtype, data = value.arguments
@@ -174,7 +174,7 @@ def _described(value: object) -> str:
 
 
 def _other_kind(data: bytes) -> str | None:
-    """What a file is that is known not to be a pickle."""
+    """The kind of a file that is known not to be a pickle, or None."""
     if data.startswith(b"PK\x03\x04"):
         names = data[-(2**16) :]
         kinds = {b"/data.pkl": "a PyTorch checkpoint", b".npy": "a .npz archive", b"": "a .zip archive"}
@@ -183,7 +183,7 @@ def _other_kind(data: bytes) -> str | None:
 
 
 def _dense(name: str, value: object, depth: int = 0) -> NDArray[Any]:
-    """The array in a value, its shape checked against its bytes; it may share the memory of the file."""
+    """The array in a value, with its shape checked against its bytes; it may share the file's memory."""
     if isinstance(value, (list, tuple)):
         return _from_lists(name, value)
     if isinstance(value, Record) and value.name in CHUMPY:
@@ -204,7 +204,7 @@ def _dense(name: str, value: object, depth: int = 0) -> NDArray[Any]:
         size = f"{len(data)} bytes" if isinstance(data, bytes) else type(data).__name__
         raise ValueError(f"{name} must have the bytes of shape {shape} in {dtype}, got {size}")
     flat = np.frombuffer(data, dtype) if data else np.zeros(0, dtype)
-    if dtype.kind == "b":  # A byte of a file may be other than 0 and 1.
+    if dtype.kind == "b":  # The bytes in a file may have values other than 0 and 1.
         flat = flat.view(np.uint8) != 0
     if isinstance(order, tuple):
         return flat.reshape(shape).transpose(order)
@@ -212,7 +212,7 @@ def _dense(name: str, value: object, depth: int = 0) -> NDArray[Any]:
 
 
 def _from_lists(name: str, value: list[Any] | tuple[Any, ...]) -> NDArray[Any]:
-    """An array of nested lists, level by level: lists that share lists can have any number of entries."""
+    """An array from nested lists, level by level: lists that share lists can have any number of entries."""
     shape: tuple[int, ...] = (len(value),)
     numbers = list(value)
     while numbers and isinstance(numbers[0], (list, tuple)):
@@ -230,7 +230,7 @@ def _from_lists(name: str, value: list[Any] | tuple[Any, ...]) -> NDArray[Any]:
 
 
 def _from_chumpy(name: str, value: Record, depth: int) -> NDArray[Any]:
-    """The array that a `chumpy.ch.Ch` (a value) or `chumpy.reordering.Select` (a part of one) is."""
+    """The array of a `chumpy.ch.Ch` (a value) or a `chumpy.reordering.Select` (a part of a value)."""
     state = value.state.by_name() if isinstance(value.state, Dictionary) else {}
     if "x" in state:
         return _dense(name, state["x"], depth)
@@ -280,7 +280,7 @@ def _shape(name: str, shape: object) -> tuple[int, ...]:
 
 
 def _dtype(name: str, record: object) -> np.dtype | None:
-    """A dtype of numbers; None for that of objects."""
+    """A dtype of numbers; None for the dtype of objects."""
     code = record.arguments[0] if isinstance(record, Record) and record.arguments else None
     if not isinstance(record, Record) or record.name != "dtype" or type(code) is not str:
         raise ValueError(f"{name} must have a numpy dtype")

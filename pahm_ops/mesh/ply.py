@@ -1,4 +1,4 @@
-"""Meshes in PLY files, of text or binary."""
+"""Reading meshes from PLY files, text or binary."""
 
 import struct
 from array import array
@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pahm_ops.mesh.polygons import Polygons, polygons, shown
 
-# The codes of `struct`, which numpy has as well.
+# The codes of `struct`, which numpy uses too.
 _TYPES = {
     **{"char": "b", "short": "h", "int": "i", "uchar": "B", "ushort": "H", "uint": "I"},
     **{"int8": "b", "int16": "h", "int32": "i", "int64": "q", "float": "f", "double": "d"},
@@ -24,7 +24,7 @@ _CORNERS = ("vertex_indices", "vertex_index")
 class _Property(NamedTuple):
     name: str
     kind: str
-    length: str  # the kind of a list's number of entries, empty for a single value
+    length: str  # the type of a list's length; empty for a single value
 
     @property
     def is_axis(self) -> bool:
@@ -42,7 +42,7 @@ class _Element(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """The rows of an element, as far as a mesh needs them."""
+    """The parts of an element's rows that a mesh needs."""
 
     axes: dict[str, NDArray[np.float64]]
     lengths: NDArray[np.int64]  # of each row's list of corners
@@ -123,7 +123,7 @@ def _too_short(element: _Element) -> ValueError:
 
 
 class _Text:
-    """Numbers between white space; lines are not told apart."""
+    """Numbers separated by white space; line breaks have no meaning."""
 
     def __init__(self, data: bytes) -> None:
         self.words = iter(data.split())
@@ -159,7 +159,7 @@ class _Text:
 
 
 class _Binary:
-    """Numbers of the kinds that the header names, one after the other."""
+    """Consecutive numbers of the types that the header names."""
 
     def __init__(self, data: bytes, start: int, order: str) -> None:
         self.data, self.at, self.order = data, start, order
@@ -172,7 +172,7 @@ class _Binary:
         return self._one_by_one(element, element.rows)[0] if found is None else found
 
     def _alike(self, element: _Element) -> _Rows | None:
-        """All rows at once, if their lists are as long as those of the first; None otherwise."""
+        """All rows at once if their lists are as long as those of the first row; None otherwise."""
         start = self.at
         _, lengths = self._one_by_one(element, 1)
         self.at = start
@@ -198,7 +198,7 @@ class _Binary:
         return _rows(axes, sides, corners)
 
     def _one_by_one(self, element: _Element, count: int) -> tuple[_Rows, list[int]]:
-        """The next rows, whatever their lists, and the number of values of each property of the last one."""
+        """The next rows, with lists of any length, and the value count of each property of the last row."""
         axes = {p.name: array("d") for p in element.properties if p.is_axis}
         sides, corners = array("q"), array("q")
         numbers: list[int] = []

@@ -1,4 +1,4 @@
-"""What a mesh file holds before its polygons are split into triangles."""
+"""The contents of a mesh file before its polygons are split into triangles."""
 
 from array import array
 from typing import NamedTuple
@@ -15,11 +15,11 @@ class Polygons(NamedTuple):
     sides: NDArray[np.int64]
     """(P,) the number of corners of each polygon."""
     corners: NDArray[np.int64]
-    """(sum of sides,) the vertices of the polygons, one polygon after the other."""
+    """(sum of sides,) the vertices of the polygons, one polygon after another."""
 
 
 def polygons(coordinates: ArrayLike, sides: "ArrayLike | array[int]", corners: ArrayLike) -> Polygons:
-    """Checked `Polygons`; ValueError for one of fewer than 3 corners, or a corner that is no vertex."""
+    """Checked `Polygons`; ValueError for fewer than 3 corners or a corner that is not a vertex."""
     found = Polygons(
         np.asarray(coordinates, dtype=np.float64).reshape(-1, 3),
         np.asarray(sides, dtype=np.int64).reshape(-1),
@@ -39,7 +39,7 @@ def polygons(coordinates: ArrayLike, sides: "ArrayLike | array[int]", corners: A
 
 
 def triangles(mesh: Polygons) -> NDArray[np.int64]:
-    """(F, 3) the triangles of all polygons in order, each split as a fan from its first corner."""
+    """The triangles (F, 3) of all polygons in order, each split into a fan from its first corner."""
     fans = mesh.sides - 2
     polygon = np.repeat(np.arange(len(fans)), fans)
     first = (np.cumsum(mesh.sides) - mesh.sides)[polygon]
@@ -48,6 +48,6 @@ def triangles(mesh: Polygons) -> NDArray[np.int64]:
 
 
 def shown(line: bytes) -> str:
-    """A line of a file in a message: printable, and short."""
+    """A line of a file for use in a message: printable and short."""
     text = line[:200].decode("latin-1").strip()
     return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -1,6 +1,6 @@
-"""The entries of a sparse matrix, taken from its parts once every number in them was checked.
+"""The entries of a sparse matrix, taken from its parts after every number was checked.
 
-scipy's compiled routines trust the indices of the matrix that they get, so this module calls none of them.
+scipy's compiled routines trust the indices of a matrix, so this module calls none of them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIDE_LIMIT = 2**26
-"""Rows and columns that a matrix may have: some forms claim any number of them in a few bytes."""
+"""The most rows or columns of a matrix; some forms can claim any number of them in a few bytes."""
 
 _LARGEST = 2**31 - 1
 
 
 class Entries(NamedTuple):
-    """A real matrix as its entries, in any order; entries in one place add up."""
+    """A real matrix as its entries, in any order; entries at the same place add up."""
 
     shape: tuple[int, int]
     """(M, N)."""
@@ -36,7 +36,7 @@ def scipy_entries(matrix: Any, name: str = "transform") -> Entries:
 
     Raises:
         TypeError: the matrix is complex or holds objects.
-        ValueError: it has another number of dimensions than two, or parts that do not fit each other.
+        ValueError: it does not have two dimensions, or its parts do not fit together.
         IndexError: an entry lies outside the matrix.
     """
     if matrix.format == "dok":
@@ -55,10 +55,10 @@ def entries(form: str, parts: Mapping[str, Any], shape: Any, name: str = "transf
 
     Args:
         form: csr, csc, bsr, coo, dia, lil or dok.
-        parts: what scipy stores for that form, by its names: arrays of numbers; for lil ``rows`` and ``data``
-            as sequences of lists; for dok ``items`` as pairs of (row, column) and value.
+        parts: what scipy stores for that form, by scipy's names: arrays of numbers; for lil ``rows`` and
+            ``data`` as sequences of lists; for dok ``items`` as pairs of (row, column) and value.
         shape: (M, N), each at most `SIDE_LIMIT`.
-        name: what messages call the matrix.
+        name: the name of the matrix in messages.
 
     Raises as `scipy_entries` does.
     """
@@ -86,7 +86,7 @@ def entries(form: str, parts: Mapping[str, Any], shape: Any, name: str = "transf
 
 
 def real_numbers(numbers: Sequence[Any]) -> NDArray[Any]:
-    """An array (len(numbers),) of Python's or numpy's real numbers; TypeError or ValueError for others."""
+    """An array (len(numbers),) from Python's or numpy's real numbers; TypeError or ValueError for others."""
 
     def checked(number: Any) -> Any:
         if not isinstance(number, (int, float, np.bool_, np.integer, np.floating)):
@@ -103,9 +103,9 @@ def real_numbers(numbers: Sequence[Any]) -> NDArray[Any]:
 def _check_compressed(
     pointers: NDArray[np.int64], indices: NDArray[np.int64], values: NDArray[Any], rows: int
 ) -> None:
-    """Raises ValueError unless the parts of a CSR matrix fit each other, whatever the range of indices.
+    """Raises ValueError unless the parts of a CSR matrix fit together; does not check the range of indices.
 
-    pointers (rows + 1,), from 0 up to at most E and never falling; indices (E,); values (E, ...).
+    pointers (rows + 1,), ascending from 0 to at most E, with repeats; indices (E,); values (E, ...).
     """
     if len(indices) != len(values):
         raise ValueError(f"it has {len(indices)} indices for {len(values)} values")
@@ -138,7 +138,7 @@ def _indices(parts: Mapping[str, Any], part: str) -> NDArray[np.int64]:
 def _csr(parts: Mapping[str, Any], shape: tuple[int, int]) -> _Triple:
     pointers, indices, values = _indices(parts, "indptr"), _indices(parts, "indices"), _array(parts, "data")
     _check_compressed(pointers, indices, values, shape[0])
-    # scipy allows room for further entries behind the last.
+    # scipy allows spare room after the last entry.
     return _expanded(pointers), indices[: pointers[-1]], values[: pointers[-1]]
 
 
@@ -159,7 +159,7 @@ def _bsr(parts: Mapping[str, Any], shape: tuple[int, int]) -> _Triple:
         raise ValueError(f"its blocks of shape {(height, width)} do not divide shape {shape}")
     _check_compressed(pointers, indices, values, shape[0] // height)
     values = values[: pointers[-1]]
-    # Those outside stay outside, and do not overflow below.
+    # Indices outside stay outside, but do not overflow below.
     indices = indices.clip(-1, shape[1] // width)
     rows = (_expanded(pointers) * height)[:, None, None] + np.arange(height)[:, None]
     columns = (indices[: len(values)] * width)[:, None, None] + np.arange(width)
@@ -186,7 +186,7 @@ def _dia(parts: Mapping[str, Any], shape: tuple[int, int]) -> _Triple:
     inside = (offsets > -shape[0]) & (offsets < shape[1])
     values = values[inside, : shape[1]]
     rows = np.arange(values.shape[1]) - offsets[inside, None]
-    # Places that hold no entry are 0 in this form.
+    # In this form places without an entry are 0.
     used = (rows >= 0) & (rows < shape[0]) & (values != 0)
     columns = np.broadcast_to(np.arange(values.shape[1]), values.shape)
     return rows[used], columns[used], values[used]

@@ -1,6 +1,6 @@
-"""Meshes in OBJ, OFF and STL files.
+"""Reading meshes from OBJ, OFF and STL files.
 
-Files are read as bytes: keywords and numbers are ASCII, and names and comments, of any encoding, are skipped.
+Files are read as bytes: keywords and numbers are ASCII; names and comments, in any encoding, are skipped.
 """
 
 import codecs
@@ -11,7 +11,7 @@ import numpy as np
 
 from pahm_ops.mesh.polygons import Polygons, polygons, shown
 
-# Statements of OBJ whose shapes are no polygons, and `call`, which brings in another file.
+# OBJ statements whose shapes are not polygons, and `call`, which includes another file.
 _NOT_POLYGONS = {b"curv", b"curv2", b"surf", b"bzp", b"bsp", b"cdc", b"cdp", b"res", b"call"}
 _STL_TRIANGLE = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
 
@@ -19,8 +19,8 @@ _STL_TRIANGLE = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("at
 def read_obj(data: bytes) -> Polygons:
     """The `v` and `f` statements of a Wavefront OBJ file.
 
-    Vertices are shared over the whole file, as the format has it: objects, groups, materials, texture
-    coordinates and normals split nothing. Lines, points, weights and colours are left out.
+    Vertices are shared over the whole file, as the format defines: objects, groups, materials, texture
+    coordinates and normals do not split them. Lines, points, weights and colours are ignored.
     """
     coordinates, sides, corners = array("d"), array("q"), array("q")
     vertices = 0
@@ -50,7 +50,7 @@ def read_obj(data: bytes) -> Polygons:
 
 
 def _statements(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Lines without comments, numbered from 1; one that ends in a backslash goes on in the next."""
+    """Lines without comments, numbered from 1; a line that ends in a backslash continues on the next."""
     lines = enumerate(data.splitlines(), 1)
     for number, line in lines:
         parts = [line]
@@ -61,7 +61,7 @@ def _statements(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def read_off(data: bytes) -> Polygons:
-    """An OFF file, with or without normals, colours and texture coordinates, which are left out."""
+    """The mesh in an OFF file; normals, colours and texture coordinates are ignored."""
     rows = (row for line in data.splitlines() if (row := line.partition(b"#")[0].split()))
     header = next(rows, [b""])
     prefix = header[0].removesuffix(b"OFF")
@@ -103,7 +103,7 @@ def read_off(data: bytes) -> Polygons:
 
 
 def read_stl(data: bytes) -> Polygons:
-    """An STL file, binary or text; no two triangles share a vertex."""
+    """The mesh in an STL file, binary or text; no two triangles share a vertex."""
     count = int.from_bytes(data[80:84], "little")
     size = 84 + count * _STL_TRIANGLE.itemsize
     if len(data) >= 84 and len(data) == size:

@@ -1,4 +1,4 @@
-"""Mesh hierarchies that other projects have saved."""
+"""Reading mesh hierarchies that other projects have saved."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ _LARGEST_WEIGHT = 1e12
 
 
 class Transforms(NamedTuple):
-    """A mesh's levels and the matrices between them, finest first, under `MeshHierarchy`'s names.
+    """A mesh's levels and the matrices between them, finest first, with `MeshHierarchy`'s names.
 
-    The matrices are as the file has them: rows of `up` need not sum to 1, and may hold zeros and negative
-    weights.
+    The matrices are as in the file: rows of `up` need not sum to 1, and may hold zeros and negative weights.
     """
 
     vertices: list[NDArray[np.float64]]
@@ -39,18 +38,18 @@ class Transforms(NamedTuple):
 def load_transforms(path: str | PathLike[str]) -> Transforms:
     """Read the `transform.pkl` of SpiralNet++, CMR, MobRecon (HandMesh) and of CoMA's mesh sampling.
 
-    Nothing in the pickle is run: it is read into inert records, of which arrays and matrices are made once
-    their numbers were checked. `adj` is not used: it follows from the faces.
+    Nothing in the pickle is run: it is read into inert records, which become arrays and matrices after their
+    numbers were checked. `adj` is not used, because it follows from the faces.
 
     Returns:
-        `Transforms`; its matrices go to `MeshPool`, its faces to `spiral_indices`.
+        `Transforms`. Pass its matrices to `MeshPool` and its faces to `spiral_indices`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a pickle of arrays, one that asks for another class (it is named), a missing key,
-            numbers that are not finite, weights of 1e12 or more, or levels and matrices whose sizes do not
-            fit each other.
-        IndexError: a face names a vertex that its level does not have.
+        ValueError: not a pickle of arrays, a pickle that asks for another class (which is named), a missing
+            key, numbers that are not finite, weights of 1e12 or more, or levels and matrices whose sizes do
+            not fit together.
+        IndexError: a face refers to a vertex that its level does not have.
     """
     content = load_arrays(path)
     missing = [key for key in _KEYS if key not in content]
@@ -66,7 +65,7 @@ def load_transforms(path: str | PathLike[str]) -> Transforms:
             raise ValueError(
                 f"{key} in {path} must have {expected[key]} entries for {count} levels, got {len(values)}"
             )
-        # One array that stands for many would need more memory than the file suggests.
+        # If one array stood for many, they would need more memory than the file suggests.
         if len({id(value) for value in values}) < len(values):
             raise ValueError(f"{key} in {path} must have an array of its own for each level")
     vertices = [as_vertices(to_array(f"vertices in {path}", v)) for v in lists["vertices"]]
@@ -91,6 +90,6 @@ def _matrix(name: str, value: Any, shape: tuple[int, int]) -> csr_matrix:
 
     found = to_entries(name, value, shape)
     largest = np.abs(found.values).max(initial=0)
-    if not largest < _LARGEST_WEIGHT:  # NaN is not.
+    if not largest < _LARGEST_WEIGHT:  # also true for NaN
         raise ValueError(f"{name} must have finite weights below {_LARGEST_WEIGHT:g}, got {largest:g}")
     return csr_matrix((found.values, (found.rows, found.columns)), shape=shape)

@@ -166,7 +166,7 @@ def map_grad_kernel(
                 at_y = tl.load(positions + 2 * vertex + 1, mask=listed, other=0.0)
                 right = at_x - tl.floor(at_x) + (pixel_at(at_x, width) - x)
                 down = at_y - tl.floor(at_y) + (pixel_at(at_y, height) - y)
-                # The distance to a pixel of the vertex's cell is in [0, 1]; 1 minus it is the bilinear weight.
+                # The distance to a pixel of the vertex's cell is in [0, 1]; 1 minus it is the linear weight.
                 weight = (1 - tl.abs(right)) * (1 - tl.abs(down))
                 value = tl.load(
                     grad + (vertex * (total * OUT_VEC) + first * OUT_VEC)[:, None] + c[None, :],
