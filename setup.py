@@ -1,12 +1,12 @@
-"""What is compiled, and for which machines; everything else about the package is in pyproject.toml.
+"""Compiles the libraries; everything else about the package is in pyproject.toml.
 
 Three libraries, all optional:
   pahm_ops/_ops.abi3.so       csrc/ops.cpp, csrc/cpu/*.cpp   the ops, against LibTorch's stable ABI
-  pahm_ops/_cuda.abi3.so      csrc/cuda/*.cu                 their CUDA kernels, loaded where torch has CUDA
+  pahm_ops/_cuda.abi3.so      csrc/cuda/*.cu                 their CUDA kernels, loaded if torch has CUDA
   pahm_ops/mesh/_tables.*.so  csrc/mesh/*.cpp                index tables of meshes, through pybind11
-Each source of csrc/cpu holds its kernels for every instruction set of its architecture and picks one at run
-time, and the CUDA library has code for every GPU, so nothing here depends on the machine that builds.
-build_tools/cuda.py says which CUDA compiler is taken; torch's own search for a toolkit is not asked.
+Each source in csrc/cpu holds its kernels for every instruction set of the architecture and picks one at run
+time. The CUDA library has code for every GPU. So nothing here depends on the machine that builds.
+build_tools/cuda.py picks the CUDA compiler; torch's own search for a toolkit is not used.
 """
 
 import os
@@ -48,7 +48,7 @@ def extensions() -> list[Extension]:
                 "pahm_ops.mesh._tables",
                 sources,
                 include_dirs=[pybind11.get_include(), str(Path("csrc").resolve())],
-                # Ties between collapses must break alike on every CPU.
+                # Ties between collapses must break the same way on every CPU.
                 extra_compile_args=[*COMPILE, "-ffp-contract=off"],
                 language="c++",
                 depends=HEADERS,
@@ -58,7 +58,7 @@ def extensions() -> list[Extension]:
 
 
 class Build(BuildExtension):
-    """Compiles where it can; without a compiler the package installs and runs its reference ops."""
+    """Compiles what it can; without a compiler the package still installs and runs its reference ops."""
 
     def build_extensions(self) -> None:
         wanted, self.extensions = self.extensions, []
@@ -72,11 +72,11 @@ class Build(BuildExtension):
             super().build_extensions()
             self.extensions += gpu
         self.left_out = [extension for extension in wanted if extension not in self.extensions]
-        for extension in self.left_out:  # What an earlier build made of it would be installed.
+        for extension in self.left_out:  # Otherwise the result of an earlier build would be installed.
             Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
 
     def build_cuda(self, extension: Extension) -> bool:
-        """Whether the library was built. A compiler that is missing is no error, but one that fails is."""
+        """Whether the library was built. A missing compiler is not an error, but a failing one is."""
         library, installed = Path(self.get_ext_fullpath(extension.name)), Path(torch.__file__).parent
         try:
             os.environ["MAX_JOBS"] = str(cuda.jobs(os.environ))

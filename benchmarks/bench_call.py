@@ -1,7 +1,7 @@
-"""What a call costs on the host: tensors so small that the work is nothing, one thread.
+"""The cost of a call on the host: one thread, with tensors so small that the work is negligible.
 
-Each op, called in the ways that users have, against what they would write with PyTorch; the tables are made
-before. Every row runs in turns with the others of its group.
+Compares each op, called in each way that users can, with what they would write in PyTorch. The tables are
+made beforehand. The rows of a group take turns.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def one_thread():
 
 
 Pair = tuple[Callable[[], Tensor], Callable[[], Tensor]]
-"""Ours, and what is written with PyTorch."""
+"""Ours, and the same in PyTorch."""
 
 
 def spirals(x: Tensor, prepared: bool) -> tuple[Pair, list[Tensor]]:

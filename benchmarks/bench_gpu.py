@@ -1,4 +1,4 @@
-"""The ops on a GPU, at the paper's levels: ours against what users have today (gpu_measure.py times)."""
+"""The ops on a GPU at the paper's levels: ours against what users have today (timed by gpu_measure.py)."""
 
 from collections.abc import Callable
 
@@ -26,7 +26,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 def timed(
     direction: str, functions: dict[str, Callable[[], Tensor]], inputs: list[Tensor]
 ) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """The functions that are timed: of the result, or of it and the gradients of all inputs."""
+    """The functions to time: they compute the result, or the result and the gradients of all inputs."""
     with torch.no_grad():
         grad = torch.randn_like(next(iter(functions.values()))())
 
@@ -49,7 +49,7 @@ def bench_spiral_conv_on_gpu(compare_on_gpu, compiled, direction, case, dtype, b
     (count, channels, out_channels), kind = case, DTYPES[dtype]
     with DEVICE:
         x = torch.randn(batch, count, channels).to(kind).requires_grad_()
-        # Neighbours in a mesh have indices near each other; so have these.
+        # Neighbours in a mesh have nearby indices, so do the same here.
         near = torch.arange(count)[:, None] + torch.randint(-20, 21, (count, LENGTH))
         indices = near.remainder(count)
         scale = (LENGTH * channels) ** -0.5
@@ -73,7 +73,7 @@ def bench_mesh_pool_on_gpu(compare_on_gpu, compiled, direction, case, dtype, bat
     (coarse, fine, channels), kind = case, DTYPES[dtype]
     with DEVICE:
         x = torch.randn(batch, coarse, channels).to(kind).requires_grad_()
-        # Corners of a coarse triangle have indices near each other; so have these.
+        # Corners of a coarse triangle have nearby indices, so do the same here.
         near = torch.arange(fine)[:, None] * coarse // fine
         columns = (near + torch.rand(fine, 21).argsort(1)[:, :ENTRIES]).remainder(coarse)
         values = torch.rand(fine, ENTRIES).softmax(1).to(kind)
@@ -96,7 +96,7 @@ def bench_mesh_pool_on_gpu(compare_on_gpu, compiled, direction, case, dtype, bat
 
 
 def in_float32(maps: list[Tensor], vertices: Tensor, camera: Tensor) -> Tensor:
-    """grid_sample as autocast runs it: it takes no coordinates that are wider than the maps."""
+    """grid_sample as autocast runs it, because it rejects coordinates with a wider dtype than the maps."""
     return baseline([m.float() for m in maps], vertices, camera).to(maps[0].dtype)
 
 
@@ -114,7 +114,7 @@ def bench_vertex_sample_on_gpu(compare_on_gpu, compiled, direction, case, layout
             .requires_grad_()
             for channels, size in scales
         ]
-        # Away from borders of pixels: there gradients jump, and one rounding decides on the side.
+        # Stay away from pixel borders, where gradients jump and a rounding error decides the side.
         cells = torch.randint(-50, 50, (batch, count, 3))
         points = (cells + 0.1 + 0.8 * torch.rand(batch, count, 3)) / 56
         camera = torch.tensor([[0.9, 0.05, -0.05]]).repeat(batch, 1).requires_grad_()

@@ -1,4 +1,4 @@
-"""Mesh up-sampling, three entries a row: ours against gather + scatter_add, dense and CSR products."""
+"""Mesh up-sampling with three entries per row: ours against gather + scatter_add, dense and CSR products."""
 
 from collections.abc import Callable
 
@@ -53,7 +53,7 @@ def work(batch: int, case: tuple[int, int, int], direction: str) -> Work:
 def bench_mesh_pool(compare, compiled, timed, direction, case, batch):
     coarse, fine, channels = case
     x = torch.randn(batch, coarse, channels, requires_grad=True)
-    # Corners of a coarse triangle have indices near each other; so have these.
+    # Corners of a coarse triangle have nearby indices, so do the same here.
     near = torch.arange(fine)[:, None] * coarse // fine
     columns = (near + torch.stack([torch.randperm(21)[:ENTRIES] for _ in range(fine)])).remainder(coarse)
     values = torch.rand(fine, ENTRIES).softmax(1)

@@ -1,7 +1,7 @@
 """The paper's decoder and network (ResNet-18, 224 x 224), ours against the same on PyTorch's operators.
 
-Spiral convolutions are gather + linear there, and sampling is `grid_sample`. The pools are gather + scatter
-(the reference), or a CSR or a dense product; torch.compile has the one with CSR products.
+In PyTorch spiral convolutions are gather + linear, sampling is `grid_sample`, and the pools are gather +
+scatter (the reference), a CSR product or a dense product. torch.compile gets the one with CSR products.
 """
 
 import copy
@@ -27,7 +27,7 @@ def network() -> HandNet:
 
 
 class Product(nn.Module):
-    """A pool as a product of PyTorch's with the pool's matrix, by one of the functions of bench_mesh_pool."""
+    """A pool as PyTorch's product with the pool's matrix, made by a function of bench_mesh_pool."""
 
     def __init__(self, pool: MeshPool, product: Callable[[Tensor], Callable[[Tensor], Tensor]]) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Product(nn.Module):
 
 
 def on_reference(function: Callable[[], object]) -> Callable[[], object]:
-    """`function` with every op served by plain PyTorch."""
+    """`function` with every op in plain PyTorch."""
 
     def run() -> object:
         loaded, _library.LOADED = _library.LOADED, False
@@ -82,7 +82,7 @@ def contenders(
     compiled: Callable[[nn.Module], dict[str, nn.Module]],
     training: bool,
 ) -> dict[str, Callable[[], object]]:
-    """Inference or a training step, ours first. `call` and `loss` take what computes the module."""
+    """Inference or a training step, ours first. `call` and `loss` take the function that runs the module."""
 
     def timed(owner: nn.Module, function: Callable[..., object]) -> Callable[[], object]:
         if not training:
@@ -119,7 +119,7 @@ def bench_decoder(compare, compiled, network, what, batch):
         return torch.stack([(1e3 * mesh).square().mean() for mesh in meshes(function)]).sum()
 
     group = contenders(decoder, meshes, loss, maps, compiled, what != "inference")
-    # Rounding can move a vertex across the edge of a pixel, where the gradient of a bilinear sample jumps.
+    # Rounding can move a vertex across a pixel's edge, where the gradient of a bilinear sample jumps.
     tolerance = 1e-3 if what == "inference" else 1e-2
     compare(f"decoder, batch {batch}, {what}", group, tolerance=tolerance)
 
@@ -127,7 +127,7 @@ def bench_decoder(compare, compiled, network, what, batch):
 @pytest.mark.parametrize("what", ["inference", "training step"])
 @pytest.mark.parametrize("batch", [8, 1])
 def bench_network(compare, compiled, network, what, batch):
-    # Normalisation by running statistics: one image has no spread of its own at the coarsest scale.
+    # Normalise by running statistics, because a single image has no spread at the coarsest scale.
     network.eval()
     images = torch.randn(batch, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
 

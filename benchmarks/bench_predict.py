@@ -1,7 +1,7 @@
-"""`pahm predict` with the shipped network: its forward pass, and all its work but the start of Python.
+"""`pahm predict` with the shipped network: its forward pass, and all its work except starting Python.
 
-One call of "command" reads `IMAGES` pictures of 224 x 224 pixels and writes four files for each. Images a
-second are printed after each benchmark, and kept as `images_per_second`.
+One call of "command" reads `IMAGES` pictures of 224 x 224 pixels and writes four files for each. Images per
+second are printed after each benchmark and kept as `images_per_second`.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def rate(benchmark, request) -> Callable[[int], None]:
-    """`rate(images)`: say how many images a second that makes, for as many images a call."""
+    """`rate(images)`: report images per second, for calls with `images` images each."""
 
     def tell(images: int) -> None:
         if benchmark.stats is None:
@@ -73,7 +73,7 @@ def bench_predict_network(compare, rate, predictor, batch):
 
 @pytest.mark.parametrize("batch", [8, 1])
 def bench_predict_command(compare, rate, predictor, images, tmp_path, batch):
-    folders = (tmp_path / f"{i}" for i in count())  # a folder of its own for each call: nothing is replaced
+    folders = (tmp_path / f"{i}" for i in count())  # each call has its own folder, so nothing is replaced
 
     def vertices(folder: Path) -> Tensor:
         tables = [(folder / f"{path.stem}.ply").read_bytes().split(b"end_header\n", 1)[1] for path in images]

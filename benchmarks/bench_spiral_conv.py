@@ -1,4 +1,4 @@
-"""Spiral convolution: ours against gather + linear, as SpiralNet++ has it."""
+"""Spiral convolution: ours against gather + linear, as in SpiralNet++."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def work(dtype: torch.dtype, batch: int, case: tuple[int, int, int], direction: 
 def bench_spiral_conv(compare, compiled, timed, direction, case, dtype, batch):
     count, channels, out_channels = case
     x = torch.randn(batch, count, channels, dtype=dtype, requires_grad=True)
-    # Neighbours in a mesh have indices near each other; so have these.
+    # Neighbours in a mesh have nearby indices, so do the same here.
     offsets = torch.randint(-20, 21, (count, LENGTH))
     indices = (torch.arange(count)[:, None] + offsets).remainder(count)
     weight = (torch.randn(out_channels, LENGTH * channels) / (LENGTH * channels) ** 0.5).to(dtype)

@@ -1,4 +1,4 @@
-"""Each op on all of torch's threads against the same on one: the ratio is what the threads gain."""
+"""Each op on all of torch's threads against the same on one thread: the ratio is the gain from threads."""
 
 from collections.abc import Callable
 

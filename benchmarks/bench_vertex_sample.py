@@ -1,4 +1,4 @@
-"""Pixel-aligned features: ours against grid_sample a scale, concatenated and transposed."""
+"""Pixel-aligned features: ours against one grid_sample per scale, concatenated and transposed."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from pahm_ops import vertex_sample
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-#: vertices, and (channels, size) of the maps that are sampled at them
+#: vertices, and (channels, size) of the maps sampled at them
 LEVELS = {
     "98 on 7x7": (98, ((256, 7),)),
     "195 on 14x14": (195, ((256, 14),)),
@@ -26,7 +26,7 @@ def baseline(maps: list[Tensor], vertices: Tensor, camera: Tensor) -> Tensor:
 
 
 def work(batch: int, count: int, scales: tuple[tuple[int, int], ...], direction: str) -> Work:
-    """Forward reads the pixels that are touched and writes features; backward reads both and writes maps."""
+    """Forward reads the touched pixels and writes features; backward reads both and writes maps."""
     read = sum(channels * min(size**2, 4 * count) for channels, size in scales)
     features = count * sum(channels for channels, _ in scales)
     maps = sum(channels * size**2 for channels, size in scales)

@@ -1,13 +1,13 @@
 """Times several ways of computing the same thing, in turns; `pytest benchmarks --benchmark-only` runs all.
 
-A benchmark asks for `compare` and calls it with functions without arguments that return a tensor or a tuple
-of tensors: ours, what users have today, and `torch.compile` of that. Results are compared first: no time is
-reported for a wrong one. Each round then runs all of them and the machine's ceilings, so that a drifting
-machine favours none; a round is as many calls in a row as ours needs for 4 ms, and the same number of each.
-The table of pytest-benchmark shows our times, the other one the best round of each, both of one call.
+A benchmark requests `compare` and calls it with functions that take no arguments and return a tensor or a
+tuple of tensors: ours, what users have today, and `torch.compile` of that. Results are compared first; no
+time is reported for a wrong result. Each round then runs all functions and the machine's ceilings, so that a
+drifting machine favours none. A round calls each function as many times in a row as ours needs for 4 ms.
+The table of pytest-benchmark shows our times, the other table the best round of each; both are for one call.
 `--benchmark-json FILE` keeps everything: `python benchmarks/report.py FILE` makes a table and a plot of it.
 
-`--no-compile` leaves torch.compile out, which takes most of the time. On a machine that others use too,
+`--no-compile` leaves out torch.compile, which takes most of the time. On a shared machine,
 `OMP_NUM_THREADS=1 pytest benchmarks --benchmark-only --benchmark-timer=time.process_time` counts CPU time.
 """
 
@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def processor() -> str:
-    """The CPU's name as the system gives it."""
+    """The CPU's name as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -94,9 +94,9 @@ def calls_in_a_round(function: Contender, timer: Callable[[], float]) -> int:
 
 @pytest.fixture
 def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """`compare(group, contenders, work)`: contenders by name, ours the first, the reference the second.
+    """`compare(group, contenders, work)`: contenders by name, ours first, the reference second.
 
-    A mean is taken over each group; without work there is no ceiling.
+    Each group gets a mean. Without work there is no ceiling.
     """
 
     def run(
@@ -132,7 +132,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
             benchmark.stats.iterations = calls
             for turn in turns:
                 turn()
-            # What a call finds in the cache depends on the one before it: each follows each in some round.
+            # The previous call decides what is in the cache, so rotate: each follows each in some round.
             turns.rotate()
 
         benchmark.pedantic(
@@ -156,7 +156,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
 
 @pytest.fixture
 def compiled(request: pytest.FixtureRequest) -> Callable[[Callable[..., Any]], dict[str, Callable[..., Any]]]:
-    """`{"torch.compile": function compiled}`, or nothing with --no-compile."""
+    """`{"torch.compile": compiled function}`, or an empty dict with --no-compile."""
 
     def make(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
         if request.config.getoption("--no-compile"):
@@ -189,7 +189,7 @@ def direction(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def timed(direction: str) -> Callable[[Callable[[], Tensor], list[Tensor]], Contender]:
-    """Makes the timed function out of one that computes the op."""
+    """Makes the function to time from one that computes the op."""
     return forward if direction == "forward" else forward_and_backward
 
 

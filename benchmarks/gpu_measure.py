@@ -1,9 +1,10 @@
-"""A plugin of pytest for bench_gpu.py: times by the device's own clock.
+"""A pytest plugin for bench_gpu.py that measures time with the device's own clock.
 
-A time is that between two events on the stream, with a cold L2 cache. Before each call the cache is flushed
-and the device sleeps until the host has launched the whole call, so that no launch is waited for: that is
-what the device takes, as in a CUDA graph. "Wall" is what a loop of calls takes, launches included, with a
-warm cache. Results are compared first. Contenders take turns, in an order that rotates; times are medians.
+A time is measured between two events on the stream, with a cold L2 cache. Before each call the cache is
+flushed and the device sleeps until the host has launched the whole call, so the device never waits for a
+launch: the result is the device's time, as in a CUDA graph. "Wall" is the time of a loop of calls with a warm
+cache, including launches. Results are compared first. Contenders take turns in a rotating order; times are
+medians.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ ROWS = pytest.StashKey[list[dict[str, Any]]]()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    # Here and not in a mark: what is skipped at one place is one line of pytest's report.
+    # Skip here and not with a mark, so that pytest reports all skips in one line.
     if "compare_on_gpu" in getattr(item, "fixturenames", ()) and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
 
@@ -58,7 +59,7 @@ class DeviceClock:
         return begin, end
 
     def launch_seconds(self, function: Contender) -> float:
-        """What the host takes to launch a call."""
+        """The host's time to launch a call."""
         best = float("inf")
         for _ in range(5):
             torch.cuda.synchronize(DEVICE)
@@ -69,7 +70,7 @@ class DeviceClock:
         return best
 
     def in_turns(self, contenders: dict[str, Contender]) -> dict[str, float]:
-        """Seconds of the device a call."""
+        """Device seconds per call."""
         covers = {
             name: int((2 * self.launch_seconds(function) + 5e-5) * self._cycles_a_second)
             for name, function in contenders.items()
@@ -86,7 +87,7 @@ class DeviceClock:
         return {name: median(b.elapsed_time(e) * 1e-3 for b, e in found) for name, found in events.items()}
 
     def wall_in_turns(self, contenders: dict[str, Contender]) -> dict[str, float]:
-        """Seconds a call in a loop, by the host's clock."""
+        """Seconds per call in a loop, by the host's clock."""
         calls = {
             name: max(1, int(WALL_SECONDS / self.launch_seconds(function)))
             for name, function in contenders.items()
@@ -106,7 +107,7 @@ class DeviceClock:
 
 
 def peak_bytes(function: Contender) -> int:
-    """How much more memory is allocated at the worst moment of a call than before it."""
+    """How much more memory is allocated at the peak of a call than before it."""
     torch.cuda.synchronize(DEVICE)
     gc.collect()
     before = torch.cuda.memory_allocated(DEVICE)
@@ -121,7 +122,7 @@ def waited_for(function: Contender) -> None:
 
 
 def on_path(path: str, function: Contender) -> Contender:
-    """`function` with our ops served by one kind of kernel."""
+    """`function` with our ops on the given path."""
 
     def run() -> tuple[Tensor, ...]:
         with pytest.MonkeyPatch.context() as patch:
@@ -140,7 +141,7 @@ def check_equal(name: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ..
 
 
 def usable(contenders: dict[str, Contender]) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Those that run here, ours and the reference in any case; and why others do not."""
+    """The contenders that run here, always including ours and the reference, and why the others do not."""
     found, reasons = dict(contenders), {}
     for name in list(contenders)[2:]:
         try:

@@ -28,7 +28,7 @@ from paper_levels import CHANNELS, LENGTH, MAPS, Level, levels
 
 
 class Gpu(NamedTuple):
-    """Published figures: multiprocessors, bytes a second, operations a second without tensor cores."""
+    """Published figures: multiprocessors, bytes per second, operations per second without tensor cores."""
 
     processors: int
     bandwidth: float
@@ -51,7 +51,7 @@ class Case(NamedTuple):
     operations: int
     float64: bool
     run: Callable[[int], simt_ops.Counts]
-    """What the kernels count on a GPU of so many multiprocessors."""
+    """The counts of the kernels on a GPU with the given number of multiprocessors."""
 
 
 class Row(NamedTuple):
@@ -62,7 +62,7 @@ class Row(NamedTuple):
     dram_bytes: int
     l2_bytes: int
     sectors: float
-    """Over the ideal."""
+    """The ratio to the ideal."""
     launches: int
 
     def seconds(self, gpu: Gpu) -> float:
@@ -75,7 +75,7 @@ class Row(NamedTuple):
 
 
 def cases(batch: int, dtype: torch.dtype) -> list[Callable[[], Case]]:
-    """What makes each case: its tensors are made when it runs."""
+    """A function for each case, which makes the case's tensors when it runs."""
     pixels = [
         partial(sample_case, level, shape, last, direction, batch, dtype)
         for level, shape in zip(levels(), MAPS, strict=True)
@@ -155,7 +155,7 @@ def spiral_case(
 
 
 def count(job: tuple[int, torch.dtype, int, int]) -> Row:
-    """One case, in a process of its own."""
+    """One case, in its own process."""
     batch, dtype, index, processors = job
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -179,7 +179,7 @@ def rows(batch: int, dtypes: tuple[torch.dtype, ...], processors: int = 132) -> 
 def model_times(device_name: str, batch: int = 32) -> dict[str, float]:
     """Seconds by bench_gpu.py's case names, on the GPU whose name `device_name` contains; empty for another.
 
-    spiral_conv has float32 alone: half precision is Triton's, which nothing here counts.
+    spiral_conv has only float32: half precision runs in Triton, which nothing here counts.
     """
     gpu = next((gpu for name, gpu in GPUS.items() if name in device_name), None)
     if gpu is None:

@@ -1,4 +1,4 @@
-"""A table in Markdown of what bench_gpu.py left in a file of `--benchmark-json`, with the modelled times.
+"""A Markdown table of bench_gpu.py's results from a file of `--benchmark-json`, with the modelled times.
 
 python benchmarks/gpu_report.py FILE
 """
@@ -39,7 +39,7 @@ def _ours_and_fastest(row: Row, clock: str) -> tuple[str, str]:
 
 
 def ratio(row: Row) -> float:
-    """How many times faster than the fastest of the others."""
+    """How many times faster ours is than the fastest of the others."""
     ours, other = _ours_and_fastest(row, "device_seconds")
     return row["device_seconds"][other] / row["device_seconds"][ours]
 
@@ -67,7 +67,7 @@ def _cells(row: Row, model: dict[str, float]) -> list[str]:
 
 
 def group(case: str) -> str:
-    """Such as "spiral_conv forward float32 batch 32", of all levels' cases."""
+    """The group of a case over all levels, such as "spiral_conv forward float32 batch 32"."""
     op, tail = case.split()[0], re.search(r"forward.*", case)
     assert tail is not None
     layout = next((f", {name}," for name in ("NCHW", "channels_last") if name in case), "")
@@ -75,7 +75,7 @@ def group(case: str) -> str:
 
 
 def table(rows: list[Row], model: dict[str, float]) -> list[str]:
-    """Lines of Markdown: a row a case, a mean for each group, and what could not be compared with."""
+    """Lines of Markdown: a row for each case, a mean for each group, and which contenders were left out."""
     lines = [f"| {' | '.join(HEADS)} |", "|---|---:|---:|---|" + "---:|" * (len(HEADS) - 4)]
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -94,7 +94,7 @@ def table(rows: list[Row], model: dict[str, float]) -> list[str]:
 
 
 def modelled(device: str) -> dict[str, float]:
-    """Seconds by case; nothing where the model cannot be computed, which needs a C++ compiler."""
+    """Seconds by case; empty if the model cannot be computed. It needs a C++ compiler."""
     if importlib.util.find_spec("gpu_model") is None or shutil.which("g++") is None:
         return {}
     from gpu_model import model_times

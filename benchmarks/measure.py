@@ -1,4 +1,4 @@
-"""What a benchmark records beside time: the machine's ceilings and the memory that a call takes."""
+"""What a benchmark records besides time: the machine's ceilings and the memory of a call."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class Work:
-    """What an op cannot do without: floating-point operations, and bytes read and written once each."""
+    """The least work of an op: floating-point operations, and bytes read and written once each."""
 
     operations: int
     bytes: int
     bfloat16: bool = False
-    """Whether the operations may be those that the CPU has for bfloat16."""
+    """Whether the operations may be the CPU's bfloat16 operations."""
 
 
 class Ceilings:
-    """The rates of this machine at this moment: of fused multiply-adds on torch's threads, and of a copy.
+    """The current rates of this machine: of fused multiply-adds on torch's threads, and of a copy.
 
-    The copy is a `clone()` that moves as many bytes as the op must, to memory as fresh as the op's own, and
-    as many times in a row.
+    The copy is a `clone()` that moves as many bytes as the op must, to equally fresh memory, and as many
+    times in a row.
     """
 
     def __init__(self, work: Work, timer: Callable[[], float], calls: int) -> None:
@@ -43,7 +43,7 @@ class Ceilings:
         self.bytes_per_second: list[float] = []
 
     def sample_arithmetic(self) -> None:
-        multiply(1, self.bfloat16)  # compiles it at the first call
+        multiply(1, self.bfloat16)  # the first call compiles it
         start = self.timer()
         if operations := multiply(self.rounds, self.bfloat16):
             self.operations_per_second.append(operations / (self.timer() - start))
@@ -55,7 +55,7 @@ class Ceilings:
         self.bytes_per_second.append(self.calls * self.moved / (self.timer() - start))
 
     def record(self, work: Work) -> dict[str, float | bool]:
-        """The best rates seen, and the time that the slower of the two allows for `work`."""
+        """The best rates so far, and the least time for `work` that the slower of the two allows."""
         operations = max(self.operations_per_second, default=0.0)
         copied = max(self.bytes_per_second)
         arithmetic = work.operations / operations if operations else 0.0
@@ -70,9 +70,9 @@ class Ceilings:
 
 
 def peak_bytes(function: Callable[[], object]) -> int | None:
-    """How much more memory the process holds at the worst moment of a call than before it; None off Linux.
+    """How much more memory the process holds at the peak of a call than before it; None except on Linux.
 
-    Read off the kernel's high-water mark, so that it counts kernels' scratch memory as well as tensors.
+    Uses Linux's high-water mark, so it counts our kernels' scratch memory as well as tensors.
     """
     if sys.platform != "linux":
         return None

@@ -1,5 +1,5 @@
-// Nothing but products of numbers in registers, on every thread: the rate that the CPU's kernels are held
-// against. peak.py compiles it.
+// Only products of numbers in registers, on every thread. This rate is the ceiling for the CPU's kernels.
+// peak.py compiles it.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -23,7 +23,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
 #include "cpu/simd.h"
-// Not among the headers above: it needs the vectors of simd.h.
+// Included here and not above, because it needs the vectors of simd.h.
 #include "cpu/bf16_product.h"
 #include "peak_bf16.h"
 #pragma GCC pop_options
@@ -33,7 +33,7 @@ namespace {
 
 using pahm::Isa;
 
-// Returns the operations. `result` keeps the compiler from leaving them out.
+// Returns the number of operations. `result` keeps the compiler from removing them.
 int64_t products(Isa isa, bool bfloat16, int64_t rounds, float& result) {
 #if defined(__x86_64__)
   using pahm::isa_bf16::Unit;
@@ -52,7 +52,7 @@ int64_t products(Isa isa, bool bfloat16, int64_t rounds, float& result) {
 
 }  // namespace
 
-// Operations of float32, or of bfloat16 if the instruction set multiplies that itself, by all threads.
+// The operations of all threads, in float32, or in bfloat16 if the instruction set has bfloat16 products.
 extern "C" int64_t peak(int isa, int threads, int64_t rounds, int bfloat16) {
   std::vector<int64_t> operations(static_cast<size_t>(threads));
   std::vector<float> results(static_cast<size_t>(threads));

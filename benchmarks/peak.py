@@ -1,4 +1,4 @@
-"""The rate of this CPU's fused multiply-adds: peak.cpp, compiled when it is first asked for."""
+"""The rate of this CPU's fused multiply-adds, from peak.cpp, which is compiled at first use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 from pahm_ops import backends
 
-ISAS = ("plain", "neon", "avx2", "avx512", "avx512_bf16", "amx")  # as csrc/cpu/isa.h numbers them
+ISAS = ("plain", "neon", "avx2", "avx512", "avx512_bf16", "amx")  # in the numbering of csrc/cpu/isa.h
 HERE = Path(__file__).resolve().parent
 
 
@@ -38,10 +38,10 @@ def _library() -> ctypes.CDLL | None:
 
 
 def multiply(rounds: int, bfloat16: bool) -> int:
-    """Multiplies and adds on as many threads as torch has; gives the number of operations.
+    """Multiplies and adds on as many threads as torch has; returns the number of operations.
 
-    In float32, or in bfloat16 if the instruction set of the kernels multiplies that itself. 0 without
-    compiled kernels or without a compiler.
+    Computes in float32, or in bfloat16 if asked for and if the kernels' instruction set multiplies that.
+    Returns 0 without compiled kernels or without a compiler.
     """
     isa = backends()["spiral_conv"]["cpu"]
     library = _library() if isa in ISAS else None

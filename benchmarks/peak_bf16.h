@@ -1,8 +1,8 @@
-// Products of bfloat16, by vectors or tiles. Compiled once, by peak.cpp.
+// Products of bfloat16 with vectors or tiles. Compiled once, by peak.cpp.
 namespace pahm::PAHM_ISA {
 
-// `rounds` times four products of 16 rows by 16 columns that wait for nothing: the rate that block_product is
-// held against. Returns the number of operations.
+// `rounds` times four products of 16 rows by 16 columns that wait for nothing. This rate is the ceiling for
+// block_product. Returns the number of operations.
 template <Unit U>
 inline int64_t block_rounds(int64_t rounds, float* c) {
   [[maybe_unused]] const Setup<U> setup;

@@ -1,11 +1,11 @@
-// Fused multiply-adds of float32. Compiled once an instruction set (cpu/foreach_isa.h): no include, no guard.
+// Float32 fused multiply-adds. Compiled once per instruction set (cpu/foreach_isa.h): no include, no guard.
 namespace pahm::PAHM_ISA {
 
-// Independent chains, enough to hide the latency of two units of four cycles each.
+// Enough independent chains to hide the latency of two units with four cycles each.
 inline constexpr int fma_chains = PAHM_VECTOR_REGISTERS == 32 ? 24 : 12;
 
-// `rounds` times one fused multiply-add on every lane of every chain; returns their number, and what they
-// gave.
+// `rounds` times one fused multiply-add on every lane of every chain. Returns the number of operations and
+// the result.
 inline void fma_rounds(int64_t rounds, int64_t& operations, float& result) {
   using T = float;
   const Vec<T> factor = broadcast(T(0.999)), addend = broadcast(T(0.001));

@@ -1,4 +1,4 @@
-"""A table in Markdown, and a roofline plot, of a run of the benchmarks with `--benchmark-json FILE`.
+"""A Markdown table and a roofline plot of a benchmark run with `--benchmark-json FILE`.
 
 python benchmarks/report.py FILE [ROOFLINE.png]
 """
@@ -30,7 +30,7 @@ def ratio(row: Row) -> float:
 
 
 def efficiency(row: Row) -> float | None:
-    """The part of the machine's ceiling that ours reaches; None where the row has none."""
+    """The fraction of the machine's ceiling that ours reaches; None if the row has no ceiling."""
     ours = next(iter(row["seconds"].values()))
     return row["least_seconds"] / ours if "least_seconds" in row else None
 
@@ -45,7 +45,7 @@ def _percent(value: float | None) -> str:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """Lines of Markdown: a row a case, and a mean for each group."""
+    """Lines of Markdown: a row for each case and a mean for each group."""
     lines = [
         "| case | ours ms | fastest other ms | which | ratio | of ceiling | result MB | ours MB | other MB |",
         "|---|---:|---:|---|---:|---:|---:|---:|---:|",
@@ -69,7 +69,7 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def roofline(rows: list[Row], title: str, path: Path) -> None:
-    """Operations a second over operations a byte: ours, the fastest other, and the machine's two ceilings."""
+    """Operations per second over operations per byte: ours, the fastest other, the machine's two ceilings."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,16 +1,17 @@
-"""How the CUDA library is compiled: by which compiler, for which GPUs, on how many cores.
+"""Compiling the CUDA library: with which compiler, for which GPUs, on how many cores.
 
-The compiler is NVIDIA's own from PyPI, a build requirement in pyproject.toml; its packages of CUDA 12 have
-no nvcc, so there a toolkit must be installed. Environment variables, all optional:
+The compiler is NVIDIA's own from PyPI, a build requirement in pyproject.toml. Its packages for CUDA 12 have
+no nvcc, so CUDA 12 needs an installed toolkit. Environment variables, all optional:
 
   PAHM_CUDA=0         no CUDA library
-  PAHM_CUDA_ARCHS     architectures, as "80;90+PTX"; else TORCH_CUDA_ARCH_LIST, else DEFAULT_ARCHS
-  PAHM_CUDA_HOME      a toolkit to use instead; one of another major version than torch's is an error
-  CUDA_HOME           likewise; one that does not fit is passed over
+  PAHM_CUDA_ARCHS     architectures, such as "80;90+PTX"; else TORCH_CUDA_ARCH_LIST, else DEFAULT_ARCHS
+  PAHM_CUDA_HOME      a toolkit to use instead; an error if its major version is not torch's
+  CUDA_HOME           the same, but ignored if it does not fit
   MAX_JOBS            compilers at once; else as many as cores and memory allow
   NVCC_APPEND_FLAGS   nvcc's own: "-lineinfo" adds source lines for a profiler
 
-`nvcc` on the PATH comes last, by the folder that it names itself: it may be a script somewhere else.
+`nvcc` on the PATH comes last. Its folder is the one that nvcc reports, because the file on the PATH may be a
+script elsewhere.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-DEFAULT_ARCHS = "75;80;86;90;100;120+PTX"  # as torch's own builds; code of 86 serves 89, too
+DEFAULT_ARCHS = "75;80;86;90;100;120+PTX"  # as in torch's own builds; 89 runs the code for 86
 COMPILE = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Xfatbin=-compress-all"]
 DEFINE = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
-# The CUDA runtime is linked in: torch's may be of another version, or no library of its own.
+# Link the CUDA runtime statically, because torch's may have another version or be no separate library.
 # csrc/cuda/launch.h sets the current device of both.
 LINK = ["-shared", "-nodlink", "-cudart=static", "-Xlinker=--no-undefined,--as-needed"]
 LIBRARIES = ["-ltorch", "-ltorch_cpu", "-ltorch_cuda", "-lc10"]
@@ -37,7 +38,7 @@ BYTES_PER_JOB = 2 << 30
 
 
 class Skip(Exception):
-    """Why no CUDA library is built, as one clause. The install goes on without."""
+    """The reason, as one clause, why no CUDA library is built. The install continues without it."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,20 @@ class Toolkit:
 
     @staticmethod
     def at(home: Path) -> Toolkit | None:
-        """The toolkit in folder `home`, None where it holds no compiler that answers."""
+        """The toolkit in folder `home`, or None if it has no working compiler."""
         nvcc = home / "bin" / "nvcc"
         found = re.search(r"release (\d+)\.(\d+)", _output(nvcc, "--version"))
         return Toolkit(nvcc, (int(found[1]), int(found[2]))) if found else None
 
     def supported(self) -> set[str]:
-        """Architectures that the compiler has code for, as {"75", "80", ...}."""
+        """The architectures that the compiler supports, as {"75", "80", ...}."""
         return set(re.findall(r"compute_(\w+)", _output(self.nvcc, "--list-gpu-arch")))
 
 
 def find(torch_cuda: str | None, environ: Mapping[str, str]) -> Toolkit:
-    """The toolkit to compile with, for a torch of CUDA version `torch_cuda` (None: it has none).
+    """The toolkit to compile with, for a torch with CUDA version `torch_cuda` (None: without CUDA).
 
-    Raises Skip where there is none, and ValueError where PAHM_CUDA_HOME names one that does not fit.
+    Raises Skip if there is no toolkit, and ValueError if PAHM_CUDA_HOME names one that does not fit.
     """
     if environ.get("PAHM_CUDA") == "0":
         raise Skip("PAHM_CUDA=0")
@@ -79,10 +80,10 @@ def find(torch_cuda: str | None, environ: Mapping[str, str]) -> Toolkit:
 
 
 def architectures(environ: Mapping[str, str], supported: set[str]) -> list[str]:
-    """nvcc's options for what PAHM_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST asks for, or for the defaults.
+    """nvcc's options for the architectures in PAHM_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST, or for the defaults.
 
-    Of the defaults those that the compiler supports. Raises ValueError for what cannot be read, and for
-    what was asked for and is not supported.
+    Leaves out defaults that the compiler does not support. Raises ValueError for a list that cannot be read
+    and for a requested architecture that is not supported.
     """
     source = next((name for name in ("PAHM_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST") if environ.get(name)), None)
     asked = [part for part in re.split(r"[;,\s]+", environ[source] if source else DEFAULT_ARCHS) if part]
@@ -101,7 +102,7 @@ def architectures(environ: Mapping[str, str], supported: set[str]) -> list[str]:
 
 
 def jobs(environ: Mapping[str, str]) -> int:
-    """How many compilers may run at once: MAX_JOBS, or what the cores and the free memory allow."""
+    """How many compilers may run at once: MAX_JOBS, or as many as the cores and the free memory allow."""
     if given := environ.get("MAX_JOBS"):
         if not given.isdecimal() or int(given) == 0:
             raise ValueError(f"MAX_JOBS must be a whole number from 1, got {given!r}")
@@ -111,16 +112,16 @@ def jobs(environ: Mapping[str, str]) -> int:
 
 
 def shared_out(jobs: int, architectures: int) -> tuple[int, int]:
-    """How many files at once, and how many architectures of each: files are few and take long."""
+    """How many files to compile at once, and how many architectures of each: files are few and take long."""
     threads = min(jobs, architectures)
     return jobs // threads, threads
 
 
 def build(toolkit: Toolkit, sources: Sequence[str], library: Path, folder: Path, torch: Path) -> None:
-    """Compile in `folder` what has changed, and link `library` against the torch installed in `torch`.
+    """Compile changed sources in `folder`, and link `library` against the torch installed in `torch`.
 
-    Raises ValueError for an environment variable that cannot be followed, Skip without ninja, and
-    subprocess.CalledProcessError, after the compiler's own message, where a source does not compile.
+    Raises ValueError for an unusable environment variable, Skip without ninja, and
+    subprocess.CalledProcessError, after the compiler's own message, if a source does not compile.
     """
     ninja = shutil.which("ninja")
     if ninja is None:
@@ -130,7 +131,7 @@ def build(toolkit: Toolkit, sources: Sequence[str], library: Path, folder: Path,
     include = ["-I", str(Path("csrc").resolve()), "-isystem", str(torch / "include")]
     host = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") and "NVCC_CCBIN" not in os.environ else []
     compile = _command(toolkit.nvcc, *COMPILE, *DEFINE, *options, *include, *host)
-    # nvcc itself looks for cudart in lib64, which the toolkit of PyPI does not have.
+    # nvcc looks for cudart in lib64, which the PyPI toolkit lacks.
     libraries = _command("-L", toolkit.nvcc.parent.parent / "lib", "-L", torch / "lib", *LIBRARIES)
     link = _command(toolkit.nvcc, *LINK, *host)
     objects = {f"{Path(source).stem}.o": Path(source).resolve() for source in sources}
@@ -147,14 +148,14 @@ def build(toolkit: Toolkit, sources: Sequence[str], library: Path, folder: Path,
     folder.mkdir(parents=True, exist_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    # Not among the options in the file: another number would compile everything again.
+    # Not among the options in the file, because another number would recompile everything.
     threads_too = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} --threads={threads}"
     environment = {**os.environ, "NVCC_APPEND_FLAGS": threads_too}
     subprocess.run([ninja, "-C", str(folder), f"-j{files}"], check=True, env=environment)
 
 
 def _named(major: int, environ: Mapping[str, str]) -> Toolkit | None:
-    """The toolkit of PAHM_CUDA_HOME or CUDA_HOME."""
+    """The toolkit that PAHM_CUDA_HOME or CUDA_HOME names."""
     for name in ("PAHM_CUDA_HOME", "CUDA_HOME"):
         if not environ.get(name):
             continue
@@ -190,7 +191,7 @@ def _architecture(entry: str, source: str | None) -> tuple[str, bool]:
 
 
 def _free_memory() -> int:
-    """Bytes that are free, in the machine and in the container; plenty where neither tells."""
+    """Bytes that are free in the machine and in the container; a huge number if neither says."""
     limits = [sys.maxsize]
     for file, pattern, unit in (
         ("/proc/meminfo", r"MemAvailable:\s+(\d+)", 1024),

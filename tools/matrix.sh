@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Runs the operators' tests under each minor version of torch from 2.10 on. The wheel is built once, against the newest,
-# and installed beside each version in turn, in an environment that is deleted afterwards. Needs a network, a C++
-# compiler and 10 GB. Logs and table.md (docs/versions.md has one) are left in FOLDER.
+# Runs the operators' tests with each minor version of torch from 2.10 on. Builds the wheel once, with the newest
+# torch, and installs it with each version in turn, in an environment that is deleted afterwards. Needs a network, a
+# C++ compiler and 10 GB. Writes logs and table.md (docs/versions.md has one) to FOLDER.
 #   tools/matrix.sh FOLDER [VERSION...]
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 folder=$(mkdir -p "${1:?usage: tools/matrix.sh FOLDER [VERSION...]}" && cd "$1" && pwd)
 shift
-unset PYTHONPATH # The tests are the checkout's, the packages the wheel's.
+unset PYTHONPATH # The tests come from the checkout, the packages from the wheel.
 export PIP_NO_COMPILE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 tests=(tests/pahm_ops/test_{library,torch_internals,backends,op_features,gradient_ops,spiral_conv,mesh_pool}.py
   tests/pahm_ops/test_{vertex_sample,vertex_sample_input,fuzz,triton}.py tests/pahm_ops/mesh/test_sparse.py)
@@ -29,8 +29,8 @@ failed=0
 for version in "${versions[@]}"; do
   environment=$folder/torch-$version log=$folder/$version.log
   python3 -m venv --clear "$environment"
-  # "===" takes the release itself, not a local build such as 2.13.0+cpu. The interpreter of the oldest Triton fails
-  # with numpy 2.4.
+  # "===" selects the release itself, not a local build such as 2.13.0+cpu. The oldest Triton's interpreter fails with
+  # numpy 2.4.
   "$environment/bin/pip" install --quiet "torch===$version" "numpy<2.4" scipy pytest hypothesis >"$log" 2>&1
   "$environment/bin/pip" install --quiet --no-deps "$folder"/pahm-*.whl >>"$log" 2>&1
   loaded=$(cd "$folder" && "$environment/bin/python" -W ignore -c "

@@ -10,8 +10,7 @@ struct Level {
   std::vector<Face> faces;       // into `selection`
 };
 
-// One level for each of `sizes`, which descend strictly from a value <= points.size(). Every vertex has a
-// face.
+// One level for each of `sizes`, which descend strictly from at most points.size(). Every vertex has a face.
 //
 // A vertex is removed by moving it onto a neighbour (half-edge collapse), so every level's vertices are
 // vertices of the input. The collapse that adds the least quadric error comes first (Garland and Heckbert,

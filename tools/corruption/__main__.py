@@ -44,7 +44,7 @@ LONGEST = 1000  # characters of a sentence
 
 
 def outcome(kind: Kind, folder: Path, expected: object) -> tuple[str, str]:
-    """What reading the damaged input in `folder` comes to, and its words."""
+    """The outcome of reading the damaged input in `folder`, and its message."""
     from pahm.cli import input_errors, sentence
 
     try:
@@ -66,7 +66,7 @@ def outcome(kind: Kind, folder: Path, expected: object) -> tuple[str, str]:
 
 
 def in_a_process(kind: Kind, folder: Path, expected: object) -> tuple[str, str]:
-    """`outcome` in a forked process, whose end, time and memory are watched."""
+    """`outcome` in a forked process; watches its exit, time and memory."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -74,7 +74,7 @@ def in_a_process(kind: Kind, folder: Path, expected: object) -> tuple[str, str]:
         quiet = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(quiet, stream)
-        # An allocation that the machine does not have fails here, before it harms the others.
+        # An allocation beyond the machine's memory fails here, before it harms other processes.
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + 2 * BYTES, size + 2 * BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -105,7 +105,7 @@ def in_a_process(kind: Kind, folder: Path, expected: object) -> tuple[str, str]:
 
 
 def run(kind: Kind, cases: int, seed: int, keep: Path | None) -> collections.Counter[str]:
-    """Damage the input of a kind `cases` times; returns how often each outcome came."""
+    """Damage the input of a kind `cases` times; returns how often each outcome occurred."""
     counts: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory() as place:
         whole = Path(place, "whole")
@@ -126,7 +126,7 @@ def run(kind: Kind, cases: int, seed: int, keep: Path | None) -> collections.Cou
                 else damage((folder / target).read_bytes(), draw, kind.text)
             )
             (folder / target).write_bytes(content)
-            if draw.random() < 0.5:  # a flipped bit changes no time, a copy does
+            if draw.random() < 0.5:  # a flipped bit keeps the file's times, a copy changes them
                 os.utime(folder / target, ns=(status.st_atime_ns, status.st_mtime_ns))
             result, words = in_a_process(kind, folder, expected)
             counts[result] += 1

@@ -1,18 +1,18 @@
-"""Ways to damage a file: what disks, networks and people do to it, and what somebody hostile would."""
+"""Ways to damage a file: what disks, networks and people do by accident, and what an attacker would do."""
 
 from __future__ import annotations
 
 import re
 from random import Random
 
-# What a number or a text in a file of text, JSON or YAML is replaced with.
+# Replacements for a number or a text in a text, JSON or YAML file.
 HOSTILE = (
     b"-1", b"0", b"-0", b"1.5", b"1e400", b"-1e400", b"NaN", b"Infinity", b"1e-320", b"1e154",
     b"1000000000000", b"2147483648", b"9" * 400, b"0." + b"1" * 400, b"[" * 2000 + b"]" * 2000,
     b"null", b"true", b'""', b'"\\u0000"', b"[]", b"{}", b"\xff\xfe", b"&a [*a, *a]",
     b"!!python/object:os.system {}",
 )  # fmt: skip
-# What four or eight bytes of a binary file are replaced with: sizes, counts and indices at their limits.
+# Replacements for four or eight bytes of a binary file: sizes, counts and indices at their limits.
 WORDS = tuple(
     value.to_bytes(size, order, signed=value < 0)
     for value in (-1, -(2**31), 2**31 - 1, 0, 10**9)
@@ -23,7 +23,7 @@ TOKEN = re.compile(rb"-?\d+\.?\d*(?:[eE][-+]?\d+)?|\"[^\"\n]{0,40}\"|\b[a-z_]{3,
 
 
 def damage(content: bytes, random: Random, text: bool) -> tuple[str, bytes]:
-    """A name for what was done, and the damaged bytes; `text` adds what is done to numbers and words."""
+    """The name of the damage, and the damaged bytes; `text` adds damage to numbers and words."""
     ways = ["bit", "bits", "cut", "zeros", "half", "noise", "moved", "word", "empty"]
     ways += ["token", "token", "tokens", "marked", "wide", "doubled"] if text else ["doubled"]
     way = random.choice(ways)

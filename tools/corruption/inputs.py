@@ -1,4 +1,4 @@
-"""Small valid inputs of every kind that the packages read, and how each is read."""
+"""Small valid inputs of every kind that the packages read, and how to read each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from kind import SHARED, Kind, digest, finite, require
 from PIL import Image
 
-# Images: one is damaged, another of the same call is not.
+# Images: one is damaged, another in the same call is not.
 
 
 def image(
@@ -161,7 +161,7 @@ def mesh(suffix: str, **options: Any) -> tuple[Callable[[Path], None], Callable[
     return make, read
 
 
-# Matrices that a program hands over, with numbers that no program should trust.
+# Matrices that a program passes in, with numbers that must not be trusted.
 
 
 def make_matrix(folder: Path) -> None:
@@ -211,7 +211,7 @@ def read_matrix(folder: Path) -> Any:
     return out
 
 
-# What is given beside an image, and what configures a network.
+# Files that accompany an image, and files that configure a network.
 
 
 def make_intrinsics(folder: Path) -> None:
@@ -269,7 +269,7 @@ def make_cached(folder: Path) -> None:
 
 
 def read_cached(folder: Path) -> Any:
-    for cache in folder.glob("*.npy"):  # a copy of the folder has other times, by which its caches are known
+    for cache in folder.glob("*.npy"):  # caches go by file times, which differ in a copy of the folder
         annotations = folder / f"{cache.name.partition('.')[0]}.json"
         status = annotations.stat()
         cache.rename(annotations.with_name(f"{annotations.stem}.{status.st_size}-{status.st_ctime_ns}.npy"))
@@ -325,7 +325,7 @@ def read_shards(folder: Path) -> Any:
     return read
 
 
-# What training leaves behind.
+# Files that training writes.
 
 
 def make_weights(folder: Path) -> None:

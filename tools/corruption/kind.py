@@ -1,4 +1,4 @@
-"""What a kind of input is, and what its kinds share."""
+"""The definition of a kind of input, and code that the kinds share."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ import torch
 from PIL import Image
 
 SHARED: dict[str, Any] = {}
-"""What `prepare` makes once, before the processes of the cases are forked."""
+"""What `prepare` makes once, before the cases' processes are forked."""
 
 
 class Nonsense(Exception):
-    """A result that is wrong without a word."""
+    """A result that is silently wrong."""
 
 
 @dataclass(frozen=True)
 class Kind:
     """A kind of input.
 
-    make: writes a valid one into a folder. read: reads it as a user would, and gives values that `digest`
-    takes; it raises `Nonsense` where they cannot be right. pattern: the files that are damaged. text: whether
-    they are text. exact: whether the format has a digest that must show every change. damage: another way to
-    damage a file than `damage.damage`.
+    make: writes a valid input into a folder. read: reads it as a user would, and returns values for `digest`;
+    raises `Nonsense` if they cannot be right. pattern: the files to damage. text: whether they are text.
+    exact: whether the format has a digest that must show every change. damage: replaces `damage.damage` as
+    the way to damage a file.
     """
 
     name: str
@@ -91,7 +91,7 @@ def finite(*arrays: Any, below: float = 1e30) -> None:
 
 
 def prepare() -> None:
-    """Make what the kinds share; one thread, as processes are forked later."""
+    """Make what the kinds share; on one thread, because processes are forked later."""
     from pahm.config import preset
     from pahm.infer.predictor import Predictor
     from pahm.model import load_checkpoint
