@@ -54,7 +54,7 @@ _TRITON = torch.library.Library("pahm_ops", "FRAGMENT")
 
 
 def kernel(name: str, tensor: Tensor, columns: int = TILE_CHANNELS) -> Any:
-    """The overload that computes `name`, a function of an op (`FUNCTIONS`); tensor: on a `served` device.
+    """The overload that computes the op function `name` (see `FUNCTIONS`) for a tensor on a `served` device.
 
     columns: the channels of the result; the path of spiral_conv depends on them. Raises as `choose` does.
     """

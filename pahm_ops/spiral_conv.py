@@ -90,7 +90,7 @@ class SpiralConv(ConstantBuffers):
     Args:
         in_channels: C of the input.
         out_channels: C of the output.
-        indices: int64 (M, L), prepared once and kept as buffers outside the state_dict.
+        indices: int64 (M, L), prepared once; the module keeps them as buffers outside the state_dict.
         dim: the dimension of the vertices, 1 (as in SpiralNet++) or -2.
         activation: as in `spiral_conv`; none by default, as in SpiralNet++.
         vertices: N of the input; by default M, or the largest index plus 1 if that is more.

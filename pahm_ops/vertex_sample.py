@@ -31,7 +31,7 @@ def vertex_sample(
     Args:
         features: one map (B, C, H, W) or a sequence of maps (B, C_s, H_s, W_s) of any number, scale and
             channel count; float32, float64, bfloat16 (summed in float32) or float16; NCHW or channels_last,
-            neither is converted.
+            without conversion.
         vertices: (B, N, 3), or (B, N, 2) when ``camera`` is None. The maps' dtype, or float32 with
             half-precision maps.
         camera: one of the following, of the vertices' dtype:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes pahm/assets/tiny.safetensors: renders the data set, trains preset `tiny` on it in rounds with one process per
-# core, and copies the exported network there. Resumes an interrupted run. Takes several hours on two CPU cores.
+# Makes pahm/assets/tiny.safetensors: renders the data set, trains preset `tiny` on it in rounds with one
+# process per core, and copies the exported network there. Resumes an interrupted run. Takes several hours on
+# two CPU cores.
 #   tools/make_checkpoint.sh FOLDER
 set -euo pipefail
 work=${1:?usage: tools/make_checkpoint.sh FOLDER}
@@ -20,7 +21,8 @@ round() { # NAME ARGUMENTS...
     --train.workers 1 "$@"
 }
 
-# The first round sees whole, larger images. The others start from the previous round and see the preset's crop.
+# The first round sees whole, larger images. The others start from the previous round and see the middle, as
+# the preset says.
 round first --model.backbone-weights "$work/lite0.safetensors" --model.crop 1 --model.image-size 128 \
   --loss.heatmap-sigma 7
 round second --init "$work/first/model.safetensors" --train.seed 1 --train.epochs 4

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs the operators' tests with each minor version of torch from 2.10 on. Builds the wheel once, with the newest
-# torch, and installs it with each version in turn, in an environment that is deleted afterwards. Needs a network, a
-# C++ compiler and 10 GB. Writes logs and table.md (docs/versions.md has one) to FOLDER.
+# Runs the operators' tests with each minor version of torch from 2.10 on. Builds the wheel once, with the
+# newest torch, and installs it with each version in turn, in an environment that is deleted afterwards. Needs
+# a network, a C++ compiler and 10 GB. Writes logs and table.md (docs/versions.md has one) to FOLDER.
 #   tools/matrix.sh FOLDER [VERSION...]
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -29,8 +29,8 @@ failed=0
 for version in "${versions[@]}"; do
   environment=$folder/torch-$version log=$folder/$version.log
   python3 -m venv --clear "$environment"
-  # "===" selects the release itself, not a local build such as 2.13.0+cpu. The oldest Triton's interpreter fails with
-  # numpy 2.4.
+  # "===" selects the release itself, not a local build such as 2.13.0+cpu. The oldest Triton's interpreter
+  # fails with numpy 2.4.
   "$environment/bin/pip" install --quiet "torch===$version" "numpy<2.4" scipy pytest hypothesis >"$log" 2>&1
   "$environment/bin/pip" install --quiet --no-deps "$folder"/pahm-*.whl >>"$log" 2>&1
   loaded=$(cd "$folder" && "$environment/bin/python" -W ignore -c "

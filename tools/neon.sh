@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Checks the aarch64 kernels (NEON) on another kind of machine: cross-compiles the checks in tests/neon and runs them
-# in an emulator. Needs aarch64-linux-gnu-g++ and qemu-aarch64-static (Debian's g++-aarch64-linux-gnu and
-# qemu-user-static), and the developer's environment for torch's headers.
+# Checks the aarch64 kernels (NEON) on another kind of machine: cross-compiles the checks in tests/neon and
+# runs them in an emulator. Needs aarch64-linux-gnu-g++ and qemu-aarch64-static (Debian's
+# g++-aarch64-linux-gnu and qemu-user-static), and the developer's environment for torch's headers.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)

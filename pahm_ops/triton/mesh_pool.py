@@ -70,7 +70,7 @@ def mesh_pool(
 
 @lru_cache(maxsize=1024)
 def _candidates(channels: int, size: int) -> tuple[triton.Config, ...]:
-    """The default gives a thread one 16-byte vector, so registers allow many threads to wait at once."""
+    """The default gives a thread one 16-byte vector: its registers let many threads wait at once."""
     block_c = block(channels, 8, 128)
     tile = 128 * max(2, min(vector_width(channels), 16 // size))
     return deduplicated(

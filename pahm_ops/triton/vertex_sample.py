@@ -285,7 +285,7 @@ def _layout(feature: Tensor) -> tuple[int, int, bool]:
 def _candidates(
     rows: str, channels: int, size: int, last: bool, **constants: int
 ) -> tuple[triton.Config, ...]:
-    """The default gives a thread one 16-byte vector, so registers allow many threads to wait at once."""
+    """The default gives a thread one 16-byte vector: its registers let many threads wait at once."""
     vec = min(vector_width(channels), 16 // size) if last else 1
     found = []
     for share, most, warps in (
