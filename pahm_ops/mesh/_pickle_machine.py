@@ -102,7 +102,7 @@ def _find(module: Any, name: Any) -> Name:
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """The record that stands for the result of a call."""
+    """The value that stands for the result of a call."""
     if type(function) is not Name or type(arguments) is not tuple:
         _refuse("it calls what is no function of arrays")
     name, count = function.name, len(arguments)
