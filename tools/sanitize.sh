@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fuzzes the ops and the mesh tables, compiled with the address and undefined-behaviour sanitizers, in a copy
-# of the tree. Needs g++ and the developer's environment (CONTRIBUTING.md). Compiling takes minutes. By default
-# it then runs the quick tests; `-m slow` runs 20,000 cases of each.
+# of the tree. Needs g++ and the developer's environment (CONTRIBUTING.md). Compiling takes minutes. By
+# default it then runs the quick tests; `-m slow` runs 20,000 cases of each.
 #   tools/sanitize.sh [PYTEST ARGUMENTS]
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
