@@ -32,10 +32,10 @@ std::vector<S> random_numbers(int64_t count, double low = -1, double high = 1) {
   return values;
 }
 
-std::vector<int64_t> random_indices(int64_t count, int64_t limit) {
-  std::uniform_int_distribution<int64_t> distribution(0, limit - 1);
-  std::vector<int64_t> values(static_cast<size_t>(count));
-  for (int64_t& value : values) value = distribution(generator);
+std::vector<int32_t> random_indices(int64_t count, int64_t limit) {
+  std::uniform_int_distribution<int32_t> distribution(0, limit - 1);
+  std::vector<int32_t> values(static_cast<size_t>(count));
+  for (int32_t& value : values) value = distribution(generator);
   return values;
 }
 

@@ -13,8 +13,8 @@ void check_mesh_pool(int64_t batch, int64_t vertices, int64_t rows, int64_t chan
   const auto x = random_numbers<S>(batch * vertices * channels);
   const auto values = random_numbers<T>(3 * rows);
   const auto columns = random_indices(3 * rows, vertices);
-  std::vector<int64_t> pointers;
-  for (int64_t r = 0; r <= rows; ++r) pointers.push_back(3 * r);
+  std::vector<int32_t> pointers;
+  for (int32_t r = 0; r <= rows; ++r) pointers.push_back(3 * r);
   std::vector<S> out(static_cast<size_t>(batch * rows * channels));
   std::vector<double> wanted(out.size());
   for (int64_t r = 0; r < batch * rows; ++r) {
@@ -25,9 +25,9 @@ void check_mesh_pool(int64_t batch, int64_t vertices, int64_t rows, int64_t chan
       }
     }
   }
-  const pahm::MeshPoolArguments<S> arguments{x.data(),   pointers.data(), columns.data(), values.data(),
-                                             out.data(), vertices,        rows,           channels};
-  pahm::isa_baseline::mesh_pool_rows<S>(arguments, 0, batch * rows);
+  const pahm::MeshPoolArguments<S, T> arguments{x.data(),   pointers.data(), columns.data(), values.data(),
+                                                out.data(), vertices,        rows,           channels};
+  pahm::isa_baseline::mesh_pool_rows(arguments, 0, batch * rows);
   check_close("mesh_pool", out, wanted);
 }
 

@@ -13,7 +13,7 @@ void check_spiral_conv(const pahm::SpiralShape& s) {
   const auto x = random_numbers<T>(s.batch * s.vertices * s.channels),
              weight = random_numbers<T>(s.out_channels * K);
   const auto bias = random_numbers<T>(s.out_channels), grad = random_numbers<T>(rows * s.out_channels);
-  const auto indices = random_indices(s.rows * s.length, s.vertices);
+  const auto table = random_indices(s.length * s.rows, s.vertices);
   std::vector<S> out(static_cast<size_t>(rows * s.out_channels));
   std::vector<S> x_grad(x.size());
   std::vector<double> wanted(out.size()), wanted_x(x.size()), wanted_weight(weight.size());
@@ -22,7 +22,7 @@ void check_spiral_conv(const pahm::SpiralShape& s) {
       double sum = bias[o];
       const double g = grad[r * s.out_channels + o];
       for (int64_t l = 0; l < s.length; ++l) {
-        const int64_t n = r / s.rows * s.vertices + indices[r % s.rows * s.length + l];
+        const int64_t n = r / s.rows * s.vertices + table[l * s.rows + r % s.rows];
         for (int64_t c = 0; c < s.channels; ++c) {
           const double w = weight[o * K + l * s.channels + c], v = x[n * s.channels + c];
           sum += w * v;
@@ -35,10 +35,10 @@ void check_spiral_conv(const pahm::SpiralShape& s) {
   }
   pahm::SpiralTiling tiling{};
   pahm::isa_baseline::spiral_tiling<T>(tiling);
-  const pahm::SpiralForward<S> forward{s,           x.data(),   indices.data(),        weight.data(),
+  const pahm::SpiralForward<S> forward{s,           x.data(),   table.data(),          weight.data(),
                                        bias.data(), out.data(), pahm::Activation::relu};
   if (s.out_channels <= 4) {
-    pahm::isa_baseline::spiral_forward_thin<S>(forward, 0, rows);
+    pahm::isa_baseline::spiral_forward_narrow<S>(forward, 0, rows);
   } else {
     const pahm::Scratch<T> panel(K * tiling.panel);
     const int64_t tiles = pahm::ceil_div(s.out_channels, tiling.panel) * pahm::ceil_div(rows, tiling.rows);
@@ -46,7 +46,7 @@ void check_spiral_conv(const pahm::SpiralShape& s) {
   }
   check_close("spiral_conv", out, wanted);
 
-  const pahm::SpiralInputGrad<S> input_grad{s, grad.data(), indices.data(), weight.data(), x_grad.data()};
+  const pahm::SpiralInputGrad<S> input_grad{s, grad.data(), table.data(), weight.data(), x_grad.data()};
   const int64_t panels = pahm::ceil_div(s.channels, tiling.panel);
   const pahm::Scratch<T> panel(s.length * s.out_channels * tiling.panel), sums(s.vertices * tiling.panel);
   pahm::isa_baseline::spiral_input_grad<S>(input_grad, panel.get(), sums.get(), 0, panels * s.batch);
@@ -55,7 +55,7 @@ void check_spiral_conv(const pahm::SpiralShape& s) {
   if constexpr (std::is_same_v<S, T>) {
     std::vector<T> weight_grad(weight.size());
     std::vector<int64_t> places(static_cast<size_t>(s.length * rows));
-    pahm::list_places(s, s.batch, indices.data(), places.data());
+    pahm::list_places(s, s.batch, table.data(), places.data());
     const pahm::SpiralWeightGrad<T> arguments{
         s, grad.data(), x.data(), weight_grad.data(), s.channels, s.batch, rows, places.data(), 64};
     const int64_t items = pahm::ceil_div(s.out_channels, tiling.rows) * panels * s.length;
