@@ -11,7 +11,8 @@ from bench_vertex_sample import CASES as SCENES
 from bench_vertex_sample import FORMATS, baseline
 from torch import Tensor
 
-from pahm_ops import MeshTransform, _paths, mesh_pool, spiral_conv, vertex_sample
+from pahm_ops import MeshTransform, mesh_pool, spiral_conv, vertex_sample
+from pahm_ops.backends import choose
 from pahm_ops.reference import spiral_conv as reference
 
 pytest_plugins = ["gpu_measure"]
@@ -61,7 +62,7 @@ def bench_spiral_conv_on_gpu(compare_on_gpu, compiled, direction, case, dtype, b
     }
     compare_on_gpu(
         f"spiral_conv {count} {channels}-{out_channels} {direction} {dtype} batch {batch}",
-        _paths.choose("spiral_conv", kind, DEVICE, out_channels),
+        choose("spiral_conv", kind, DEVICE, out_channels),
         timed(direction, functions, [x, weight, bias]),
     )
 
@@ -90,7 +91,7 @@ def bench_mesh_pool_on_gpu(compare_on_gpu, compiled, direction, case, dtype, bat
     functions = {name: lambda f=f: f(x) for name, f in (ours | theirs).items()}
     compare_on_gpu(
         f"mesh_pool {coarse}-{fine} {channels} {direction} {dtype} batch {batch}",
-        _paths.choose("mesh_pool", kind, DEVICE),
+        choose("mesh_pool", kind, DEVICE),
         timed(direction, functions, [x]),
     )
 
@@ -125,6 +126,6 @@ def bench_vertex_sample_on_gpu(compare_on_gpu, compiled, direction, case, layout
     }
     compare_on_gpu(
         f"vertex_sample {case} {layout} {direction} {dtype} batch {batch}",
-        _paths.choose("vertex_sample", kind, DEVICE),
+        choose("vertex_sample", kind, DEVICE),
         timed(direction, functions, [*maps, vertices, camera]),
     )

@@ -22,7 +22,7 @@ import torch
 from gpu_report import table
 from torch import Tensor
 
-from pahm_ops import _paths
+from pahm_ops.backends import available
 
 Contender = Callable[[], tuple[Tensor, ...]]
 Interval = tuple[torch.cuda.Event, torch.cuda.Event]
@@ -170,7 +170,7 @@ def compare_on_gpu(
         forced = {
             path: on_path(path, contenders[ours])
             for path in ("cuda", "triton")
-            if PATH not in os.environ and _paths._has(path, DEVICE)
+            if PATH not in os.environ and available(path, DEVICE)
         }
         for name, function in (contenders | forced).items():
             if name != reference:

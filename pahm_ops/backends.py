@@ -150,7 +150,8 @@ def _triton_compiles(device: torch.device) -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
-def _has(path: str, device: torch.device) -> bool:
+def available(path: str, device: torch.device) -> bool:
+    """Whether a device can be served by "cuda", "triton" or "reference"."""
     if path == "cuda":
         return _cuda_runs(device)
     return path == "reference" or _triton_compiles(device)
@@ -175,8 +176,8 @@ def choose(op: str, dtype: torch.dtype, device: torch.device, columns: int = TIL
 def _first_of(paths: tuple[str, ...], device: torch.device) -> str:
     path = forced()
     if path is None:
-        return next(path for path in paths if _has(path, device))
-    if not _has(path, device):
+        return next(path for path in paths if available(path, device))
+    if not available(path, device):
         raise ValueError(f"PAHM_GPU_PATH={path}, but {_why_not(path, device)}")
     return path
 

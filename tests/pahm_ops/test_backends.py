@@ -26,7 +26,7 @@ def machine(monkeypatch):
     """Pretends that the machine has these module."""
 
     def has(*paths: str) -> None:
-        monkeypatch.setattr(module, "_has", lambda path, device: path in (*paths, "reference"))
+        monkeypatch.setattr(module, "available", lambda path, device: path in (*paths, "reference"))
 
     monkeypatch.delenv("PAHM_GPU_PATH", raising=False)
     return has
