@@ -192,14 +192,17 @@ def _why_not(path: str, device: torch.device) -> str:
 
 def exporting_to_onnx() -> bool:
     """Whether an ONNX file is being written. ONNX has none of our ops, so the reference is traced."""
-    if torch.compiler.is_dynamo_compiling() or "torch.onnx" not in sys.modules:
+    if "torch.onnx" not in sys.modules or torch.compiler.is_dynamo_compiling():
         return False
     return torch.onnx.is_in_onnx_export()
 
 
 def served(device: torch.device) -> bool:
     """Whether kernels of this package, not the reference, handle tensors on `device`."""
-    if exporting_to_onnx() or (not internals.EVERY_LEVEL and internals.transforms_active()):
+    # Every call asks this, so it makes no call that it can avoid.
+    if "torch.onnx" in sys.modules and exporting_to_onnx():
+        return False
+    if not internals.EVERY_LEVEL and internals.transforms_active():
         return False
     if device.type == "cpu":
         return _library.LOADED

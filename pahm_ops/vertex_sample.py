@@ -83,9 +83,9 @@ def vertex_sample(
         return reference.vertex_sample(maps, vertices, camera, size, bool(align_corners), padding_mode)
     options = (*(size or (0, 0)), bool(align_corners), padding_mode == "border")
     if dtype != torch.float16:
-        return autograd.vertex_sample(vertices, camera, options, *maps)
+        return autograd.vertex_sample(vertices, camera, options, maps)
     vertices, camera = widened(vertices, camera)
-    return autograd.vertex_sample(vertices, camera, options, *widened(*maps)).to(dtype)
+    return autograd.vertex_sample(vertices, camera, options, widened(*maps)).to(dtype)
 
 
 def _as_list(features: Sequence[Tensor]) -> list[Tensor]:

@@ -32,17 +32,15 @@ Options = tuple[int, int, bool, bool]
 """(height, width, align_corners, border)"""
 
 
-def vertex_sample(vertices: Tensor, camera: Tensor | None, options: Options, *maps: Tensor) -> Tensor:
-    """The op, differentiable with respect to vertices, camera and maps.
-
-    An autograd function sees only the tensors among its own arguments, so each map is an argument.
-    """
+def vertex_sample(vertices: Tensor, camera: Tensor | None, options: Options, maps: list[Tensor]) -> Tensor:
+    """The op, differentiable with respect to vertices, camera and maps."""
     how = derivative(vertices, camera, *maps)
-    if how == GRADIENT:
-        return _VertexSample.apply(vertices, camera, options, *maps)
-    op = kernel("vertex_sample", vertices)
-    arguments = (list(maps), vertices, camera, *options)
-    return run(op, *arguments) if how == NONE else op(*arguments)
+    if how == NONE:
+        return run(kernel("vertex_sample", vertices), maps, vertices, camera, *options)
+    if how != GRADIENT:
+        return kernel("vertex_sample", vertices)(maps, vertices, camera, *options)
+    # An autograd function sees only the tensors among its own arguments, so each map is an argument.
+    return _VertexSample.apply(vertices, camera, options, *maps)
 
 
 def vertex_sample_backward(
@@ -287,11 +285,11 @@ def _vmap(
     count = info.batch_size
     if in_camera is None and all(dim is None for dim in in_features):
         # Batched vertices on the same maps are the same maps with more vertices.
-        out = vertex_sample(merged(vertices, in_vertices, into=1), camera, options, *features)
+        out = vertex_sample(merged(vertices, in_vertices, into=1), camera, options, features)
         return out.unflatten(1, (count, out.shape[1] // count)), 1
     maps = [_spread(m, dim, count) for m, dim in zip(features, in_features, strict=True)]
     points = _spread(vertices, in_vertices, count), _spread(camera, in_camera, count)
-    return _split(vertex_sample(*points, options, *maps), count), 0
+    return _split(vertex_sample(*points, options, maps), count), 0
 
 
 def _vmap_backward(
