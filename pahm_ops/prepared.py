@@ -218,16 +218,21 @@ def _has_values(tensor: Tensor) -> bool:
     )
 
 
+def _state(purpose: Any, parts: tuple[Tensor, ...]) -> list[Any] | None:
+    """What changes with the memory or the values of `parts`. None if changes cannot be seen."""
+    versions = [internals.version(part) for part in parts]
+    return None if None in versions else [purpose, *versions, *(part.data_ptr() for part in parts)]
+
+
 def _remembered(key: Tensor, parts: tuple[Tensor, ...], purpose: Any, make: Callable[[], Any]) -> Any:
     """`make()`, cached while `key` lives and its `parts` keep their memory and their values."""
     if torch.compiler.is_compiling():
         return make()
     found = _MADE.get(id(key))
-    versions = [internals.version(part) for part in parts]
-    state = [purpose, *versions, *(part.data_ptr() for part in parts)] if None not in versions else None
-    if found is not None and found[0]() is key and found[1] == state:
+    if found is not None and found[0]() is key and found[1] == _state(purpose, parts):
         return found[2]
-    if state is None or not _has_values(key):
+    state = _state(purpose, parts) if _has_values(key) else None
+    if state is None:
         return make()
     if capturing(key.device):
         raise RuntimeError(
