@@ -109,5 +109,6 @@ def _check(x: Tensor, transform: MeshTransform) -> None:
         raise TypeError(f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
     if x.shape[-2] != transform.shape[1]:
         raise ValueError(f"transform of shape {transform.shape} does not fit x of {x.shape[-2]} vertices")
-    if x.device != transform.device:
-        raise ValueError(f"transform must be on x's device {x.device}, got {transform.device}")
+    device = transform.forward[0].device  # torch 2.10's compiler cannot read a property of a named tuple
+    if x.device != device:
+        raise ValueError(f"transform must be on x's device {x.device}, got {device}")
