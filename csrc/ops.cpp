@@ -7,6 +7,7 @@
 STABLE_TORCH_LIBRARY(pahm_ops, m) {
   m.def("_cpu_isa() -> int");
   m.def("_cuda_runs(int device) -> bool");
+  m.def("_frozen_run(Tensor(a!)[] memory, Tensor program, int threads) -> ()");
   m.def("vertex_sample(Tensor[] features, Tensor vertices, Tensor? camera, int height, int width, bool align_corners, bool border) -> Tensor");
   m.def("_vertex_sample_backward(Tensor grad, Tensor[] features, Tensor vertices, Tensor? camera, int height, int width, bool align_corners, bool border, bool[] needs) -> (Tensor[], Tensor, Tensor)");
   m.def("spiral_conv(Tensor x, Tensor table, Tensor t_pointers, Tensor t_rows, Tensor weight, Tensor? bias, int activation) -> Tensor");

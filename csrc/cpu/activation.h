@@ -46,6 +46,10 @@ inline __attribute__((always_inline)) Vec<float> gelu(Vec<float> x) {
 }
 
 // Double uses the library's functions, lane by lane.
+inline Vec<double> exponential(Vec<double> x) {
+  for (int i = 0; i < lanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
 inline Vec<double> exponential_minus_one(Vec<double> x) {
   for (int i = 0; i < lanes<double>; ++i) x[i] = std::expm1(x[i]);
   return x;
@@ -53,6 +57,12 @@ inline Vec<double> exponential_minus_one(Vec<double> x) {
 inline Vec<double> gelu(Vec<double> x) {
   for (int i = 0; i < lanes<double>; ++i) x[i] = 0.5 * x[i] * std::erfc(-x[i] * 0.70710678118654752440);
   return x;
+}
+
+template <typename T>
+inline __attribute__((always_inline)) Vec<T> clamp(Vec<T> x, Vec<T> low, Vec<T> high) {
+  x = x < low ? low : x;
+  return x > high ? high : x;
 }
 
 template <typename T>
@@ -65,6 +75,10 @@ inline __attribute__((always_inline)) Vec<T> activate(Vec<T> x, Activation kind)
       return x > zero ? x : exponential_minus_one(x > zero ? zero : x);
     case Activation::gelu:
       return gelu(x);
+    case Activation::relu6:
+      return clamp<T>(x, zero, zero + T(6));
+    case Activation::silu:
+      return x / (T(1) + exponential(-x));
     default:
       return x;
   }

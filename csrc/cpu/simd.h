@@ -79,6 +79,18 @@ inline __attribute__((always_inline)) void store_first(S* p, Vec<Compute<S>> v, 
   std::memcpy(p, buffer, static_cast<size_t>(count) * sizeof(S));
 }
 
+// Only the first `count` lanes if there are fewer than a vector has.
+inline __attribute__((always_inline)) Vec<float> load_upto(const float* p, int64_t count) {
+  return count >= lanes<float> ? load(p) : load_first(p, count);
+}
+inline __attribute__((always_inline)) void store_upto(float* p, Vec<float> v, int64_t count) {
+  if (count >= lanes<float>) {
+    store(p, v);
+  } else {
+    store_first(p, v, count);
+  }
+}
+
 // The sum of all lanes, in a fixed order: halves are added until one lane is left.
 template <typename T, size_t... I>
 inline __attribute__((always_inline)) T add_halves(Vec<T> v, std::index_sequence<I...>) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/ceil_div.h"
+#include "cpu/activation_kind.h"
 #include "cpu/isa.h"
 
 namespace pahm {
@@ -14,9 +15,6 @@ namespace pahm {
 struct SpiralShape {
   int64_t batch, vertices, rows, length, channels, out_channels;
 };
-
-// The numbers that the op takes.
-enum class Activation : int64_t { none = 0, relu = 1, elu = 2, gelu = 3 };
 
 // ---- for CPUs with bfloat16 products; tensors are contiguous and not empty, indices are in range ----
 

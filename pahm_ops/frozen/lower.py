@@ -1,0 +1,547 @@
+"""From a tape to the steps that the kernels know. What they do not know stays a call of PyTorch.
+
+A convolution takes the normalisation, the activation and the sum that follow it into its own step, and reads
+concatenated or padded inputs from where they were before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pahm_ops.frozen.constants import Constants, Place
+from pahm_ops.frozen.steps import (
+    ACTIVATIONS,
+    AFTER,
+    BEFORE,
+    Buffer,
+    Source,
+    Step,
+    attention_step,
+    channels,
+    elementwise_step,
+    map_step,
+    norm_step,
+    product_step,
+    row_count,
+    sample_step,
+    sparse_product_step,
+)
+from pahm_ops.frozen.tape import Node, Tape, Value
+
+aten = torch.ops.aten
+_FEW_CHANNELS = 8  # a kernel's row of so few channels is read as one source
+
+
+def lower(tape: Tape, constants: Constants) -> list[Step | Node]:
+    """Steps, and nodes that no step covers, in an order in which they can run."""
+    return _Lowering(tape, constants).units
+
+
+class _Tail:
+    """What follows a product and belongs to its step: its last value, and what is done on the way there."""
+
+    def __init__(self, value: Value, activation: str = "none") -> None:
+        self.value = value
+        self.activation = activation
+        self.norm: Node | None = None
+        self.residual: Value | None = None
+        self.mode = 0
+
+
+class _Lowering:
+    def __init__(self, tape: Tape, constants: Constants) -> None:
+        self.constants = constants
+        self.covered: set[Node] = set()
+        self.units: list[Step | Node] = []
+        self.attention: dict[Node, tuple[Value, Value, int, float]] = {}
+        self.in_steps: set[Value] = set()
+        self.virtual: set[Value] = set()  # concatenated or padded where they are read
+        for node in tape.nodes:
+            if node.op is aten.scaled_dot_product_attention.default:
+                self._match_attention(node)
+        for node in tape.nodes:
+            if node in self.covered:
+                continue
+            handler = _HANDLERS.get(node.op)
+            steps = None if handler is None or not _is_float(node) else handler(self, node)
+            self.covered.add(node)
+            self.units += [node] if steps is None else steps
+            self.in_steps.update(
+                step.output for step in steps or [] if isinstance(step, Step) and isinstance(step.output, Value)
+            )
+
+    # ---- products ----
+
+    def convolution(self, node: Node) -> list[Step] | None:
+        x, weight = node.args[:2]
+        bias, stride = node.argument(2), _pair(node.argument(3, [1, 1]))
+        padding, dilation = _pair(node.argument(4, [0, 0])), _pair(node.argument(5, [1, 1]))
+        groups = node.argument(6, 1)
+        if not isinstance(x, Value) or isinstance(weight, Value) or isinstance(bias, Value):
+            return None
+        x, top, left, bottom, right = self._unpadded(x)
+        pads = (padding[0] + top, padding[1] + left, padding[0] + bottom, padding[1] + right)
+        if groups == 1:
+            return self._dense(node, x, weight, bias, stride, pads, dilation)
+        if groups == channels(x) == len(weight) and dilation == (1, 1):
+            return self._depthwise(node, x, weight, bias, stride, pads)
+        return None
+
+    def _dense(
+        self,
+        node: Node,
+        x: Value,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, int],
+        pads: tuple[int, int, int, int],
+        dilation: tuple[int, int],
+    ) -> list[Step]:
+        tail = self._tail(node, node.outputs)
+        parts = self._parts(x)
+        batch, _, height, width = x.shape
+        out_height, out_width = node.outputs.shape[2:]
+        kernel = tuple(weight.shape[2:])
+        folded, offset = _fold(weight, bias, tail.norm)
+        steps: list[Step] = []
+        # Weights (outputs, taps, inputs): the sources follow in this order.
+        by_tap = folded.permute(0, 2, 3, 1).flatten(1, 2)
+        if kernel == (1, 1) and stride == (1, 1) and not any(pads):
+            pixels = batch * height * width
+            sources = [self._source(part, pixels) for part in parts]
+            batch = 1
+        elif channels(x) < _FEW_CHANNELS and kernel[1] > 1 and dilation == (1, 1) and len(parts) == 1:
+            sources = self._rows_of_kernel(steps, x, kernel, stride, pads, (out_height, out_width))
+        else:
+            tables = _tables((height, width), (out_height, out_width), kernel, stride, pads[:2], dilation)
+            places = [self.constants.table(table) for table in tables]
+            sources = [self._source(part, height * width, place) for place in places for part in parts]
+        matrix = by_tap.flatten(1)
+        return [*steps, self._product(tail, sources, batch, (weight, bias), matrix, offset)]
+
+    def _rows_of_kernel(
+        self,
+        steps: list[Step],
+        x: Value,
+        kernel: tuple[int, ...],
+        stride: tuple[int, int],
+        pads: tuple[int, int, int, int],
+        out: tuple[int, int],
+    ) -> list[Source]:
+        """A source for each row of the kernel: the pixels under it are adjacent, once the map is padded."""
+        batch, count, height, width = x.shape
+        held: Value | Buffer = x
+        if any(pads):
+            padded = (height + pads[0] + pads[2], width + pads[1] + pads[3])
+            held = Buffer(batch * padded[0] * padded[1] * count)
+            shape = (batch, height, width, count, *padded)
+            steps.append(map_step("pad", x, shape, held, [pads[0], pads[1]]))
+            height, width = padded
+        rows, columns = torch.meshgrid(
+            torch.arange(out[0]) * stride[0], torch.arange(out[1]) * stride[1], indexing="ij"
+        )
+        return [
+            Source(
+                held,
+                # The pixels of the last rows' windows end where the map ends.
+                height * width,
+                kernel[1] * count,
+                count,
+                self.constants.table(((rows + ky) * width + columns).flatten().to(torch.int32)),
+            )
+            for ky in range(kernel[0])
+        ]
+
+    def linear(self, node: Node) -> list[Step] | None:
+        x, weight, bias = node.args[0], node.args[1], node.argument(2)
+        if not isinstance(x, Value) or isinstance(weight, Value) or isinstance(bias, Value):
+            return None
+        if len(x.shape) not in (2, 3):
+            return None
+        tail = self._tail(node, node.outputs)
+        count = row_count(x)
+        sources = [self._source(part, count) for part in self._parts(x)]
+        return [self._product(tail, sources, 1, (weight, bias), weight, bias)]
+
+    def spiral(self, node: Node) -> list[Step] | None:
+        x, table, _, _, weight, bias, activation = node.args
+        if not isinstance(x, Value) or any(isinstance(part, Value) for part in (table, weight, bias)):
+            return None
+        name = {number: name for name, number in ACTIVATIONS.items()}[activation]
+        tail = self._tail(node, node.outputs, name)
+        sources = [self._source(x, x.shape[1], self.constants.table(row)) for row in table]
+        return [self._product(tail, sources, x.shape[0], (weight, bias), weight, bias)]
+
+    def _product(
+        self,
+        tail: _Tail,
+        sources: list[Source],
+        batch: int,
+        key: tuple[Tensor | None, ...],
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Step:
+        norm = () if tail.norm is None else tail.norm.args[1:5]
+        places = self.constants.product((*key, *norm), weight, bias)
+        return product_step(
+            tail.value,
+            sources,
+            batch=batch,
+            weight=places[0],
+            bias=places[1],
+            zeros=self.constants.zeros(max(source.channels for source in sources)),
+            activation=tail.activation,
+            residual=tail.residual,
+            mode=tail.mode,
+        )
+
+    def _tail(self, start: Node, value: Value, activation: str = "none", residuals: bool = True) -> _Tail:
+        """Covers the nodes that follow `start` as long as each reads only the one before."""
+        tail = _Tail(value, activation)
+        while (node := tail.value.sole_user) is not None and node not in self.covered:
+            if _is_norm(node) and tail.value is value and activation == "none":
+                tail.norm = node
+            elif (name := _activation(node)) and tail.activation == "none" and tail.mode != AFTER:
+                tail.activation = name
+            elif residuals and tail.residual is None and (other := _added(node, tail.value)) is not None:
+                if other.index >= start.outputs.index or other in self.virtual:
+                    break
+                tail.residual = other
+                tail.mode = BEFORE if tail.activation == "none" else AFTER
+            else:
+                break
+            self.covered.add(node)
+            tail.value = node.outputs
+        return tail
+
+    def _parts(self, value: Value | Tensor) -> list[Value | Tensor]:
+        """What a concatenation that products alone read consists of, or the value itself."""
+        if not isinstance(value, Value) or value not in self.virtual:
+            return [value]
+        assert value.producer is not None
+        return [part for whole in value.producer.args[0] for part in self._parts(whole)]
+
+    def _source(self, part: Value | Tensor, rows: int, table: Place | None = None) -> Source:
+        width = channels(part)
+        held = part if isinstance(part, Value) else self.constants.vector(part.contiguous())
+        return Source(held, rows, width, width, table)
+
+    # ---- nodes that need no step because their readers do the work ----
+
+    def _products_alone_read(self, value: Value) -> bool:
+        kinds = (aten.conv2d.default, aten.linear.default)
+        readers = all(
+            user.op in kinds and user.args[0] is value and user.argument(6, 1) == 1 for user in value.users
+        )
+        return readers and not value.is_output
+
+    def concatenation(self, node: Node) -> list[Step] | None:
+        parts, value = node.args[0], node.outputs
+        rank = len(value.shape)
+        axis = 1 if rank == 4 else rank - 1
+        joined = all(len(part.shape) == rank for part in parts) and (
+            rank < 4 or all(isinstance(part, Value) for part in parts)
+        )
+        if not joined or node.argument(1, 0) % rank != axis or not self._products_alone_read(value):
+            return None
+        self.virtual.add(value)
+        return []
+
+    def padding(self, node: Node) -> list[Step] | None:
+        pads, value = node.args[1], node.outputs
+        zeros = node.argument(2, "constant") == "constant" and not node.argument(3, 0.0)
+        readers = all(user.op is aten.conv2d.default and user.args[0] is value for user in value.users)
+        fits = len(value.shape) == 4 and len(pads) <= 4 and min(pads) >= 0
+        if not zeros or not fits or not readers or value.is_output:
+            return None
+        self.virtual.add(value)
+        return []
+
+    def _unpadded(self, value: Value) -> tuple[Value, int, int, int, int]:
+        """A value before its padding, and the padding: top, left, bottom, right."""
+        node = value.producer
+        if node is None or node.op is not aten.pad.default or value not in self.virtual:
+            return value, 0, 0, 0, 0
+        left, right, top, bottom = (list(node.args[1]) + [0, 0])[:4]
+        return node.args[0], top, left, bottom, right
+
+    # ---- other steps ----
+
+    def _depthwise(
+        self,
+        node: Node,
+        x: Value,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, int],
+        pads: tuple[int, int, int, int],
+    ) -> list[Step] | None:
+        kernel = tuple(weight.shape[2:])
+        if not _sees_pixels(x.shape[2:], node.outputs.shape[2:], kernel, stride, pads):
+            return None
+        tail = self._tail(node, node.outputs, residuals=False)
+        folded, offset = _fold(weight, bias, tail.norm)
+        return [self._by_channel(x, tail, folded, offset, stride, pads)]
+
+    def _by_channel(
+        self,
+        x: Value,
+        tail: _Tail,
+        weight: Tensor,
+        bias: Tensor,
+        stride: tuple[int, int],
+        pads: tuple[int, int, int, int],
+    ) -> Step:
+        batch, count, height, width = x.shape
+        kernel = tuple(weight.shape[2:])
+        by_tap = self.constants.vector(weight.flatten(1).t().contiguous())
+        extra = [*kernel, *stride, pads[0], pads[1], *by_tap, *self.constants.vector(bias)]
+        extra.append(ACTIVATIONS[tail.activation])
+        shape = (batch, height, width, count, *tail.value.shape[2:])
+        return map_step("depthwise", x, shape, tail.value, extra)
+
+    def batch_norm(self, node: Node) -> list[Step] | None:
+        x = node.args[0]
+        if not _is_norm(node) or not isinstance(x, Value):
+            return None
+        tail = self._tail(node, node.outputs, residuals=False)
+        ones = torch.ones(channels(x), 1, 1, 1)
+        weight, bias = _fold(ones, None, node)
+        return [self._by_channel(x, tail, weight, bias, (1, 1), (0, 0, 0, 0))]
+
+    def max_pool(self, node: Node) -> list[Step] | None:
+        x, kernel = node.args[0], _pair(node.args[1])
+        stride, pads = _pair(node.argument(2) or kernel), _pair(node.argument(3, [0, 0]))
+        if _pair(node.argument(4, [1, 1])) != (1, 1) or len(x.shape) != 4:
+            return None
+        if not _sees_pixels(x.shape[2:], node.outputs.shape[2:], kernel, stride, (*pads, *pads)):
+            return None
+        shape = (x.shape[0], *x.shape[2:], channels(x), *node.outputs.shape[2:])
+        return [map_step("max_pool", x, shape, node.outputs, [*kernel, *stride, *pads])]
+
+    def upsample(self, node: Node) -> list[Step] | None:
+        x, _, align_corners, scale = node.args
+        if align_corners or scale is not None:
+            return None
+        shape = (x.shape[0], *x.shape[2:], channels(x), *node.outputs.shape[2:])
+        return [map_step("upsample", x, shape, node.outputs, [])]
+
+    def layer_norm(self, node: Node) -> list[Step] | None:
+        x, shape, gamma, beta = node.args[0], node.args[1], node.argument(2), node.argument(3)
+        if len(shape) != 1 or len(x.shape) not in (2, 3) or not _are_constants(gamma, beta):
+            return None
+        places = [self.constants.vector(part) for part in (gamma, beta)]
+        return [norm_step(x, node.outputs, node.argument(4, 1e-5), places[0], places[1])]
+
+    def add(self, node: Node) -> list[Step] | None:
+        first, second = node.args[:2]
+        if not isinstance(first, Value) or _added(node, first) is None or not self._worth_it(node):
+            return None
+        tail = self._tail(node, node.outputs, residuals=False)
+        return [elementwise_step(first, tail.value, added=second, activation=tail.activation)]
+
+    def scale(self, node: Node) -> list[Step] | None:
+        x, factor = node.args[:2]
+        if not isinstance(x, Value) or not isinstance(factor, (int, float)) or not self._worth_it(node):
+            return None
+        tail = self._tail(node, node.outputs, residuals=False)
+        return [elementwise_step(x, tail.value, scale=float(factor), activation=tail.activation)]
+
+    def activation(self, node: Node) -> list[Step] | None:
+        name = _activation(node)
+        if name is None or not self._worth_it(node):
+            return None
+        return [elementwise_step(node.args[0], node.outputs, activation=name)]
+
+    def _worth_it(self, node: Node) -> bool:
+        """A pass over numbers joins the steps around it, but is no reason to leave PyTorch."""
+        return any(value in self.in_steps for value in node.values)
+
+    def mesh_pool(self, node: Node) -> list[Step] | None:
+        x, pointers, columns, values = node.args[:4]
+        if not isinstance(x, Value) or not _are_constants(pointers, columns, values):
+            return None
+        places = (
+            self.constants.table(pointers),
+            self.constants.table(columns),
+            self.constants.vector(values),
+        )
+        return [sparse_product_step(x, node.outputs, *places, entries=len(columns))]
+
+    def vertex_sample(self, node: Node) -> list[Step] | None:
+        maps, points, camera, _, _, align_corners, border = node.args
+        weak = camera is None or (isinstance(camera, Value) and len(camera.shape) == 2)
+        if not weak or not all(isinstance(part, Value) for part in (*maps, points)):
+            return None
+        zeros = self.constants.zeros(max(channels(value) for value in maps))
+        return [
+            sample_step(
+                list(maps),
+                points,
+                camera,
+                node.outputs,
+                align_corners=align_corners,
+                border=border,
+                zeros=zeros,
+            )
+        ]
+
+    def attend(self, node: Node) -> list[Step] | None:
+        if node not in self.attention:
+            return None
+        packed, output, heads, scale = self.attention[node]
+        return [attention_step(packed, output, heads, scale)]
+
+    def _match_attention(self, node: Node) -> None:
+        """Covers the views around an attention of packed queries, keys and values `(B, N, 3 * heads * D)`."""
+        q = node.args[0]
+        plain = len(node.args) == 3 and not (set(node.kwargs) - {"scale"})
+        unbind = q.producer if isinstance(q, Value) else None
+        if not plain or unbind is None or unbind.op is not aten.unbind.int or unbind.argument(1, 0) != 0:
+            return
+        if list(unbind.outputs) != list(node.args) or any(v.sole_user is not node for v in node.args):
+            return
+        permute = unbind.args[0].producer
+        if permute is None or permute.op is not aten.permute.default or permute.args[1] != [2, 0, 3, 1, 4]:
+            return
+        view = permute.args[0].producer
+        if view is None or view.op not in (aten.view.default, aten.reshape.default):
+            return
+        packed, parts = view.args[0], permute.args[0].shape
+        batch, vertices, three, heads, each = parts
+        back = node.outputs.sole_user
+        chain = (unbind.args[0].sole_user is unbind, permute.args[0].sole_user is permute)
+        if three != 3 or packed.shape != (batch, vertices, 3 * heads * each) or not all(chain):
+            return
+        if back is None or back.op is not aten.transpose.int or set(back.args[1:]) != {1, 2}:
+            return
+        flat = back.outputs.sole_user
+        if flat is None or flat.op not in (aten.reshape.default, aten.view.default, aten.flatten.using_ints):
+            return
+        if flat.outputs.shape != (batch, vertices, heads * each):
+            return
+        scale = node.kwargs.get("scale")
+        self.attention[node] = (packed, flat.outputs, heads, each**-0.5 if scale is None else scale)
+        self.covered |= {view, permute, unbind, back, flat}
+
+
+_HANDLERS: dict[Any, Callable[[_Lowering, Node], list[Step] | None]] = {
+    aten.conv2d.default: _Lowering.convolution,
+    aten.linear.default: _Lowering.linear,
+    aten.cat.default: _Lowering.concatenation,
+    aten.pad.default: _Lowering.padding,
+    aten.batch_norm.default: _Lowering.batch_norm,
+    aten.max_pool2d.default: _Lowering.max_pool,
+    aten.upsample_bilinear2d.vec: _Lowering.upsample,
+    aten.layer_norm.default: _Lowering.layer_norm,
+    aten.add.Tensor: _Lowering.add,
+    aten.add_.Tensor: _Lowering.add,
+    aten.mul.Tensor: _Lowering.scale,
+    aten.relu.default: _Lowering.activation,
+    aten.relu_.default: _Lowering.activation,
+    aten.hardtanh.default: _Lowering.activation,
+    aten.hardtanh_.default: _Lowering.activation,
+    aten.gelu.default: _Lowering.activation,
+    aten.silu.default: _Lowering.activation,
+    aten.silu_.default: _Lowering.activation,
+    aten.scaled_dot_product_attention.default: _Lowering.attend,
+    torch.ops.pahm_ops.spiral_conv.default: _Lowering.spiral,
+    torch.ops.pahm_ops.mesh_pool.default: _Lowering.mesh_pool,
+    torch.ops.pahm_ops.vertex_sample.default: _Lowering.vertex_sample,
+}
+
+
+def _is_float(node: Node) -> bool:
+    tensors = [leaf for leaf in node.args if isinstance(leaf, (Tensor, Value))]
+    return all(
+        leaf.dtype == torch.float32 or (isinstance(leaf, Tensor) and leaf.dtype == torch.int32)
+        for leaf in tensors
+    )
+
+
+def _are_constants(*parts: Any) -> bool:
+    return all(isinstance(part, Tensor) for part in parts)
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    values = [values] if isinstance(values, int) else list(values)
+    return (values[0], values[-1])
+
+
+def _is_norm(node: Node) -> bool:
+    """Whether this is a batch normalisation by running statistics."""
+    return node.op is aten.batch_norm.default and _are_constants(*node.args[3:5]) and not node.args[5]
+
+
+def _activation(node: Node) -> str | None:
+    if node.op in (aten.relu.default, aten.relu_.default):
+        return "relu"
+    if node.op in (aten.hardtanh.default, aten.hardtanh_.default) and node.args[1:] == (0.0, 6.0):
+        return "relu6"
+    if node.op is aten.gelu.default and not node.kwargs:
+        return "gelu"
+    if node.op in (aten.silu.default, aten.silu_.default):
+        return "silu"
+    return None
+
+
+def _added(node: Node, value: Value) -> Value | None:
+    """What a plain sum of two values of one shape adds to `value`."""
+    if node.op not in (aten.add.Tensor, aten.add_.Tensor) or node.kwargs or len(node.args) != 2:
+        return None
+    first, second = node.args
+    other = second if first is value else first
+    same = isinstance(other, Value) and other.shape == value.shape and other is not value
+    return other if same and other.dtype == value.dtype else None
+
+
+def _fold(weight: Tensor, bias: Tensor | None, norm: Node | None) -> tuple[Tensor, Tensor]:
+    """A convolution's weight and bias, with the normalisation after it."""
+    offset = weight.new_zeros(len(weight)) if bias is None else bias
+    if norm is None:
+        return weight, offset
+    gamma, beta, mean, variance = (
+        None if part is None else part.double() for part in (*norm.args[1:3], *norm.args[3:5])
+    )
+    factor = 1 / torch.sqrt(variance + norm.args[7])
+    if gamma is not None:
+        factor = factor * gamma
+    offset = (offset.double() - mean) * factor + (0 if beta is None else beta)
+    return (weight.double() * factor[:, None, None, None]).float(), offset.float()
+
+
+def _tables(
+    size: tuple[int, int],
+    out: tuple[int, int],
+    kernel: tuple[int, ...],
+    stride: tuple[int, int],
+    pads: tuple[int, ...],
+    dilation: tuple[int, int],
+) -> list[Tensor]:
+    """For each tap of a kernel the pixel that each output pixel reads, or -1 beyond the map: int32."""
+    found = []
+    for ky in range(kernel[0]):
+        for kx in range(kernel[1]):
+            y = torch.arange(out[0]) * stride[0] - pads[0] + ky * dilation[0]
+            x = torch.arange(out[1]) * stride[1] - pads[1] + kx * dilation[1]
+            inside = ((y >= 0) & (y < size[0]))[:, None] & ((x >= 0) & (x < size[1]))[None]
+            index = torch.where(inside, y[:, None] * size[1] + x[None], -1)
+            found.append(index.flatten().to(torch.int32))
+    return found
+
+
+def _sees_pixels(
+    size: tuple[int, ...],
+    out: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    pads: tuple[int, ...],
+) -> bool:
+    """Whether the window of each output pixel holds at least one pixel of the map."""
+    return all(
+        pads[i] < kernel[i] and (out[i] - 1) * stride[i] - pads[i] < size[i] for i in range(2)
+    )
