@@ -1,9 +1,9 @@
 """Modules frozen for inference on a CPU.
 
 `freeze` runs a module once for each shape of its inputs and writes down what it computes. Convolutions,
-normalisations, activations and sums are fused, and run with spiral convolutions, pools, samples and attention as
-one program of compiled kernels, in one workspace, on threads that share small chunks of work. What the kernels do
-not know is called in PyTorch.
+normalisations, activations and sums are fused. With spiral convolutions, pools, samples and attention they
+run as one program of compiled kernels, in one workspace, on threads that share small chunks of work. What the
+kernels do not know is called in PyTorch.
 """
 
 from __future__ import annotations
@@ -17,19 +17,27 @@ from pahm_ops import _library
 from pahm_ops.frozen.constants import Constants
 from pahm_ops.frozen.lower import lower
 from pahm_ops.frozen.program import Program
-from pahm_ops.frozen.tape import FreezeError, Structure, leaves, record
+from pahm_ops.frozen.tape import FreezeError, Structure, record
 
 __all__ = ["FreezeError", "Frozen", "freeze"]
 
 _PROGRAMS = 4  # that a module keeps, for the latest shapes of its inputs
-_LANES = [4, 4, 8, 16, 16, 16]  # float32 numbers in a vector of each instruction set, as csrc/cpu/isa.h counts them
+_LANES = [
+    4,
+    4,
+    8,
+    16,
+    16,
+    16,
+]  # float32 numbers in a vector of each instruction set, as csrc/cpu/isa.h counts them
 
 
 class Frozen:
     """What `freeze` gives: call it as the module.
 
-    The inputs are float32 tensors on the CPU. The first call with inputs of a new shape runs the module itself and
-    takes about as long as a few calls. Results have no gradients. Two threads may call at the same time; one waits.
+    The inputs are float32 tensors on the CPU. The first call with inputs of a new shape runs the module
+    itself, and takes as long as a few calls. Results have no gradients. If two threads call at the same time,
+    one waits.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -48,7 +56,8 @@ class Frozen:
             for tensor in inputs:
                 if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
                     raise ValueError(
-                        f"a frozen module takes float32 tensors on the CPU, got {tensor.dtype} on {tensor.device}"
+                        "a frozen module takes float32 tensors on the CPU, "
+                        f"got {tensor.dtype} on {tensor.device}"
                     )
             constants = self._constants.setdefault(lanes, Constants(lanes))
             tape = record(self._module, inputs)
@@ -62,14 +71,14 @@ class Frozen:
 def freeze(module: nn.Module) -> Frozen:
     """A function that computes what `module` computes in evaluation mode, faster.
 
-    The module must be on the CPU, in evaluation mode and, where its parameters matter for the result, unchanged
-    afterwards: their values are copied. It takes tensors by position and may return tensors in nested lists, tuples,
+    The module must be on the CPU and in evaluation mode. Its parameters must not change afterwards, because
+    their values are copied. It takes tensors by position and may return tensors in nested lists, tuples,
     named tuples and dicts. It must do the same whatever the numbers in its inputs are.
 
     Raises:
         ValueError: the module is in training mode or not on the CPU, or nothing was compiled for this CPU.
-        FreezeError: at the first call, if the module reads the numbers of its inputs or overwrites tensors in a way
-            that cannot be followed. It is a ValueError.
+        FreezeError: at the first call, if the module reads the numbers of its inputs or overwrites tensors in
+            a way that cannot be followed. It is a ValueError.
     """
     if module.training:
         raise ValueError("freeze: expected a module in evaluation mode; call its eval() first")

@@ -19,8 +19,10 @@ class Place(NamedTuple):
 
 
 class Constants:
-    """Constants of all programs of a module. Each call of `seal` ends a tensor of each type; later constants go
-    to new ones, so that a program's memory never moves.
+    """Constants of all programs of a module.
+
+    Each call of `seal` ends a tensor of each type. Later constants go to new tensors, so that the memory of a
+    program never moves.
 
     lanes: float32 numbers in a vector of the CPU's kernels.
     """
@@ -61,12 +63,14 @@ class Constants:
     def product(
         self, key: Sequence[Tensor | None], weight: Tensor, bias: Tensor | None
     ) -> tuple[Place, Place]:
-        """A weight `(outputs, inputs)` in panels of two vectors of outputs, the last one or two vectors wide, and
-        its bias. `key`: the module's tensors that they were made of.
+        """A weight `(outputs, inputs)` and its bias, in panels of outputs.
+
+        Panels are two vectors wide, the last one or two. key: the module's tensors that they were made of.
         """
         name = ("product", *map(self._name, key))
+        offset_name = ("bias", *name)
         if name not in self._places:
-            outputs, inputs = weight.shape
+            outputs = len(weight)
             count = -(-outputs // self.lanes) * self.lanes
             padded = torch.nn.functional.pad(weight.float(), (0, 0, 0, count - outputs))
             width = 2 * self.lanes
@@ -75,8 +79,8 @@ class Constants:
             offset = torch.zeros(count)
             if bias is not None:
                 offset[:outputs] = bias
-            self._places[("bias", *name)] = self.add(offset)
-        return self._places[name], self._places[("bias", *name)]
+            self._places[offset_name] = self.add(offset)
+        return self._places[name], self._places[offset_name]
 
     def seal(self) -> None:
         for number, parts, _ in self._open.values():

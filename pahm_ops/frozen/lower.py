@@ -71,7 +71,9 @@ class _Lowering:
             self.covered.add(node)
             self.units += [node] if steps is None else steps
             self.in_steps.update(
-                step.output for step in steps or [] if isinstance(step, Step) and isinstance(step.output, Value)
+                step.output
+                for step in steps or []
+                if isinstance(step, Step) and isinstance(step.output, Value)
             )
 
     # ---- products ----
@@ -266,7 +268,7 @@ class _Lowering:
         node = value.producer
         if node is None or node.op is not aten.pad.default or value not in self.virtual:
             return value, 0, 0, 0, 0
-        left, right, top, bottom = (list(node.args[1]) + [0, 0])[:4]
+        left, right, top, bottom = [*node.args[1], 0, 0][:4]
         return node.args[0], top, left, bottom, right
 
     # ---- other steps ----
@@ -504,13 +506,11 @@ def _fold(weight: Tensor, bias: Tensor | None, norm: Node | None) -> tuple[Tenso
     offset = weight.new_zeros(len(weight)) if bias is None else bias
     if norm is None:
         return weight, offset
-    gamma, beta, mean, variance = (
-        None if part is None else part.double() for part in (*norm.args[1:3], *norm.args[3:5])
-    )
-    factor = 1 / torch.sqrt(variance + norm.args[7])
+    gamma, beta, mean, variance = norm.args[1:5]
+    factor = 1 / torch.sqrt(variance.double() + norm.args[7])
     if gamma is not None:
         factor = factor * gamma
-    offset = (offset.double() - mean) * factor + (0 if beta is None else beta)
+    offset = (offset - mean.double()) * factor + (0 if beta is None else beta)
     return (weight.double() * factor[:, None, None, None]).float(), offset.float()
 
 
@@ -542,6 +542,4 @@ def _sees_pixels(
     pads: tuple[int, ...],
 ) -> bool:
     """Whether the window of each output pixel holds at least one pixel of the map."""
-    return all(
-        pads[i] < kernel[i] and (out[i] - 1) * stride[i] - pads[i] < size[i] for i in range(2)
-    )
+    return all(pads[i] < kernel[i] and (out[i] - 1) * stride[i] - pads[i] < size[i] for i in range(2))

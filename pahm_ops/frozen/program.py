@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pahm_ops.frozen.constants import ALIGNMENT, Constants
-from pahm_ops.frozen.steps import Buffer, Held, Step, size
+from pahm_ops.frozen.steps import Held, Step, size
 from pahm_ops.frozen.tape import Node, Structure, Tape, Value, leaves, map_leaves
 
 Unit = Step | Node
+
+
+class _Call:
+    """A call of PyTorch, with its values looked up by number."""
+
+    def __init__(self, node: Node) -> None:
+        self._op, self._kwargs = node.op, node.kwargs
+        self._args = list(node.args)
+        self._copies = node.op._schema.is_mutable
+        self._values = [(i, arg.index) for i, arg in enumerate(node.args) if isinstance(arg, Value)]
+        named = any(isinstance(leaf, Value) for leaf in leaves(node.kwargs))
+        self._nested = named or any(
+            isinstance(leaf, Value) for arg in node.args if not isinstance(arg, Value) for leaf in leaves(arg)
+        )
+        self.outputs: list[Value] = list(leaves(node.outputs))
+
+    def __call__(self, found: list[Tensor]) -> list[Tensor]:
+        args, kwargs = list(self._args), self._kwargs
+        for place, index in self._values:
+            args[place] = found[index]
+        if self._nested:
+            args, kwargs = map_leaves(
+                lambda leaf: found[leaf.index] if isinstance(leaf, Value) else leaf, (args, kwargs)
+            )
+        if self._copies:
+            args[0] = args[0].clone()
+        outputs = self._op(*args, **kwargs)
+        return [outputs] if isinstance(outputs, Tensor) else list(leaves(outputs))
 
 
 class Program:
@@ -23,79 +52,75 @@ class Program:
     """
 
     def __init__(self, tape: Tape, units: Sequence[Unit], constants: Constants) -> None:
-        self._tape = tape
+        self._inputs, self._outputs = tape.inputs, tape.outputs
         stages = _stages(tape, units)
-        order = [unit for stage in stages for unit in stage]
-        offsets, count = _layout(tape, order)
+        layout = _Layout(tape, [unit for stage in stages for unit in stage])
         constants.seal()
-        self._workspace = torch.zeros(count)
-        self._memory = [self._workspace, *constants.memory[1:]]
+        workspace = torch.zeros(layout.size)
+        self._memory = [workspace, *constants.memory[1:]]
         self._lock = threading.Lock()
-        self._views = {
-            value: _view(self._workspace, offset, value)
-            for value, offset in offsets.items()
+        self._views: dict[int, Tensor] = {
+            value.index: _view(workspace, offset, value)
+            for value, offset in layout.offsets.items()
             if isinstance(value, Value)
         }
-        self._stages: list[Tensor | Node] = []
+        self._count = 1 + max(value.index for unit in units for value in _values(unit))
+        self._borrowed = {leaf for leaf in leaves(tape.outputs) if layout.lies_in_workspace(leaf)}
+        self._stages: list[Tensor | list[_Call]] = []
         for stage in stages:
-            if isinstance(stage[0], Node):
-                self._stages += [unit for unit in stage if isinstance(unit, Node)]
-            else:
-                fields = [constants.lanes]
-                for unit in stage:
-                    assert isinstance(unit, Step)
-                    fields += unit.fields(offsets.__getitem__)
-                self._stages.append(torch.tensor(fields))
+            calls = [_Call(unit) for unit in stage if isinstance(unit, Node)]
+            fields = [constants.lanes]
+            for unit in stage:
+                if isinstance(unit, Step):
+                    fields += unit.fields(layout.offsets.__getitem__)
+            self._stages.append(calls or torch.tensor(fields))
 
     def __call__(self, inputs: Sequence[Tensor]) -> Structure:
-        run, threads = torch.ops.pahm_ops._frozen_run, torch.get_num_threads()
+        run, threads = torch.ops.pahm_ops._frozen_run.default, torch.get_num_threads()
         with self._lock:
-            found: dict[Value, Tensor] = dict(self._views)
-            for value, tensor in zip(self._tape.inputs, inputs, strict=True):
+            found: list[Any] = [None] * self._count
+            for index, view in self._views.items():
+                found[index] = view
+            for value, tensor in zip(self._inputs, inputs, strict=True):
                 self._define(found, value, tensor)
             for stage in self._stages:
                 if isinstance(stage, Tensor):
                     run(self._memory, stage, threads)
-                else:
-                    self._call(stage, found)
-            own = self._workspace.untyped_storage().data_ptr()
+                    continue
+                for call in stage:
+                    for value, tensor in zip(call.outputs, call(found), strict=True):
+                        self._define(found, value, tensor)
 
-            def result(leaf: object) -> object:
+            def result(leaf: Any) -> Any:
                 if not isinstance(leaf, Value):
                     return leaf
-                tensor = found[leaf]
-                return tensor.clone() if tensor.untyped_storage().data_ptr() == own else tensor
+                return found[leaf.index].clone() if leaf in self._borrowed else found[leaf.index]
 
-            return map_leaves(result, self._tape.outputs)
+            return map_leaves(result, self._outputs)
 
-    def _define(self, found: dict[Value, Tensor], value: Value, tensor: Tensor) -> None:
-        if value in self._views:
-            self._views[value].copy_(tensor)
+    def _define(self, found: list[Any], value: Value, tensor: Tensor) -> None:
+        view = self._views.get(value.index)
+        if view is None:
+            found[value.index] = tensor
         else:
-            found[value] = tensor
+            view.copy_(tensor)
 
-    def _call(self, node: Node, found: dict[Value, Tensor]) -> None:
-        def tensor(leaf: object) -> object:
-            return found[leaf] if isinstance(leaf, Value) else leaf
 
-        args, kwargs = map_leaves(tensor, node.args), map_leaves(tensor, node.kwargs)
-        if node.op._schema.is_mutable:
-            args = (args[0].clone(), *args[1:])
-        outputs = node.op(*args, **kwargs)
-        for value, result in zip(leaves(node.outputs), leaves(outputs), strict=True):
-            self._define(found, value, result)
+def _values(unit: Unit) -> list[Value]:
+    held = [*_reads(unit), *_writes(unit)]
+    return [part for part in held if isinstance(part, Value)]
 
 
 def _reads(unit: Unit) -> list[Held]:
-    return list(unit.values) if isinstance(unit, Node) else unit.reads
+    return list(unit.values if isinstance(unit, Node) else unit.reads)
 
 
 def _writes(unit: Unit) -> list[Held]:
-    return [leaf for leaf in leaves(unit.outputs)] if isinstance(unit, Node) else [unit.output]
+    return list(leaves(unit.outputs)) if isinstance(unit, Node) else [unit.output]
 
 
 def _stages(tape: Tape, units: Sequence[Unit]) -> list[list[Unit]]:
-    """The units in an order in which they can run, with as few changes between steps and nodes as this finds."""
+    """The units in an order in which they can run, with few changes between steps and nodes."""
     known: set[Held] = set(tape.inputs)
     waiting = list(units)
     stages: list[list[Unit]] = []
@@ -116,56 +141,66 @@ def _stages(tape: Tape, units: Sequence[Unit]) -> list[list[Unit]]:
     return stages
 
 
-def _layout(tape: Tape, order: Sequence[Unit]) -> tuple[dict[Held, int], int]:
-    """The offset in floats of each value that a step reads or writes, and the size of the workspace."""
-    in_steps: set[Held] = set()
-    for unit in order:
-        if isinstance(unit, Step):
-            in_steps.update([*unit.reads, unit.output, *unit.scratch])
-    first = {held: -1 for held in tape.inputs if held in in_steps}
-    last: dict[Held, int] = dict(first)
-    # A call of PyTorch may give a view of its input, which then lives as long as the view.
-    roots: dict[Held, set[Held]] = {}
+class _Layout:
+    """Where in the workspace each value lies that a step reads or writes; offsets in floats.
 
-    def use(held: Held, place: int) -> None:
-        for root in (roots.get(held) or set()) | {held}:
-            if root in in_steps:
-                last[root] = max(last.get(root, -1), place)
+    Values that are needed at the same time lie apart.
+    """
 
-    for place, unit in enumerate(order):
-        if isinstance(unit, Node) and unit.aliases:
-            seen = {root for held in unit.values for root in (roots.get(held) or set()) | {held}}
-            for held in _writes(unit):
-                roots[held] = seen
-        for held in _writes(unit):
-            if held in in_steps:
-                first.setdefault(held, place)
-                last.setdefault(held, place)
-        for held in unit.scratch if isinstance(unit, Step) else []:
-            first[held] = last[held] = place
-        for held in _reads(unit):
-            use(held, place)
-    for leaf in leaves(tape.outputs):
-        if isinstance(leaf, Value):
-            use(leaf, len(order))
+    def __init__(self, tape: Tape, order: Sequence[Unit]) -> None:
+        self._in_steps: set[Held] = set()
+        for unit in order:
+            if isinstance(unit, Step):
+                self._in_steps.update([*unit.reads, unit.output, *unit.scratch])
+        # A call of PyTorch may give a view of its input, which then lives as long as the view.
+        self._roots: dict[Held, set[Held]] = {}
+        for unit in order:
+            if isinstance(unit, Node) and unit.aliases:
+                seen = set().union(*(self._seen_through(value) for value in unit.values))
+                self._roots.update({held: seen for held in _writes(unit)})
+        first: dict[Held, int] = {held: -1 for held in tape.inputs if held in self._in_steps}
+        last: dict[Held, int] = dict(first)
+        for place, unit in enumerate(order):
+            for held in [*_writes(unit), *(unit.scratch if isinstance(unit, Step) else [])]:
+                if held in self._in_steps:
+                    first[held] = last[held] = place
+            for held in _reads(unit):
+                last.update({root: place for root in self._seen_through(held) & self._in_steps})
+        for leaf in leaves(tape.outputs):
+            if isinstance(leaf, Value):
+                last.update({root: len(order) for root in self._seen_through(leaf) & self._in_steps})
+        self.offsets: dict[Held, int] = {}
+        self.size = 0
+        self._place(first, last)
 
-    offsets: dict[Held, int] = {}
-    end = 0
-    for held in sorted(first, key=size, reverse=True):
-        length = -(-size(held) // ALIGNMENT) * ALIGNMENT
-        taken = sorted(
-            (offsets[other], offsets[other] + size(other))
-            for other in offsets
-            if first[other] <= last[held] and first[held] <= last[other]
-        )
-        offset = 0
-        for begin, stop in taken:
-            if offset + length <= begin:
-                break
-            offset = max(offset, -(-stop // ALIGNMENT) * ALIGNMENT)
-        offsets[held] = offset
-        end = max(end, offset + length)
-    return offsets, end
+    def lies_in_workspace(self, leaf: object) -> bool:
+        """Whether a result is a tensor that the next call overwrites."""
+        return isinstance(leaf, Value) and bool(self._seen_through(leaf) & self._in_steps)
+
+    def _seen_through(self, held: Held) -> set[Held]:
+        """A value and those that it may be a view of."""
+        return self._roots.get(held, set()) | {held}
+
+    def _place(self, first: dict[Held, int], last: dict[Held, int]) -> None:
+        """The largest first, each as low as it fits."""
+        for held in sorted(first, key=size, reverse=True):
+            length = _aligned(size(held))
+            taken = sorted(
+                (self.offsets[other], self.offsets[other] + _aligned(size(other)))
+                for other in self.offsets
+                if first[other] <= last[held] and first[held] <= last[other]
+            )
+            offset = 0
+            for begin, stop in taken:
+                if offset + length <= begin:
+                    break
+                offset = max(offset, stop)
+            self.offsets[held] = offset
+            self.size = max(self.size, offset + length)
+
+
+def _aligned(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT
 
 
 def _view(workspace: Tensor, offset: int, value: Value) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -48,7 +48,7 @@ class Step:
     """Computes `output` from `reads`, with working memory of its own."""
 
     kind: str
-    reads: list[Held]
+    reads: Sequence[Held]
     output: Held
     spell: Callable[[Callable[[Held], int]], Fields]
     """The fields after the kind, given where in the workspace a value lies."""
