@@ -1,9 +1,9 @@
 // Runs a frozen network: the steps of a program, on values in one workspace. pahm_ops/frozen writes programs.
 //
-// A program is an int64 tensor: the number of float32 lanes that its weights were laid out for, then the steps,
-// each a Kind and its fields in the order in which the functions below read them. A place in memory is two
-// fields, the number of a tensor in `memory` and an offset in its elements; rows have a third, the stride. What
-// a step may touch is checked when it is read, so that no program reads or writes out of bounds.
+// A program is an int64 tensor: the number of float32 lanes that its weights were laid out for, then the
+// steps, each a Kind and its fields in the order in which the functions below read them. A place in memory is
+// two fields, the number of a tensor in `memory` and an offset in its elements; rows have a third, the
+// stride. What a step may touch is checked when it is read, so that no program reads or writes out of bounds.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -31,8 +31,8 @@
 namespace pahm {
 namespace {
 
-using Step =
-    std::variant<Product, Depthwise, MaxPool, Pad, Upsample, Norm, Elementwise, SparseProduct, Attention, Sample>;
+using Step = std::variant<Product, Winograd, Depthwise, MaxPool, Pad, Upsample, Norm, Elementwise,
+                          SparseProduct, Attention, Sample>;
 
 int64_t lanes_of(Isa isa) { return isa >= Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4; }
 
@@ -174,6 +174,31 @@ Product read_product(Reader& in, int64_t lanes, Storage& storage) {
   a.weight = in.floats(product(padded, a.inputs));
   a.bias = in.floats(padded);
   a.zeros = in.floats(widest);
+  return a;
+}
+
+Winograd read_winograd(Reader& in, int64_t lanes) {
+  Winograd a{};
+  a.batch = in.size();
+  a.height = in.size();
+  a.width = in.size();
+  a.channels = in.size();
+  a.columns = in.size();
+  check(a.channels % lanes == 0, "program has a Winograd convolution of channels that fill no vectors");
+  a.activation = in.choice(Activation::silu);
+  const int64_t pixels = product(a.batch, product(a.height, a.width));
+  a.in = in.rows_in(pixels, a.channels);
+  a.out = in.rows_apart(pixels, a.columns);
+  a.residual = in.choice(Residual::after_activation);
+  a.added = in.rows_or_none(pixels, a.columns);
+  check((a.added.data == nullptr) == (a.residual == Residual::none), "program has half a residual");
+  const int64_t padded = ceil_div(a.columns, lanes) * lanes;
+  a.weight = in.floats(product(padded, product(16, a.channels)));
+  a.bias = in.floats(padded);
+  a.zeros = in.floats(a.channels);
+  a.slots = in.size();
+  product(16 * 24, a.channels + 32);
+  a.scratch = in.floats(product(a.slots, winograd_scratch(a.channels)));
   return a;
 }
 
@@ -346,6 +371,8 @@ Step read_step(Reader& in, int64_t lanes, Storage& storage) {
       return read_attention(in);
     case 9:
       return read_sample(in, storage);
+    case 10:
+      return read_winograd(in, lanes);
     default:
       throw std::invalid_argument("program has an unknown kind of step: " + std::to_string(kind));
   }
@@ -353,6 +380,7 @@ Step read_step(Reader& in, int64_t lanes, Storage& storage) {
 
 // About how many multiplications, or numbers moved, a step takes in all.
 double work(const Product& a) { return 1.0 * a.batch * a.rows * a.columns * a.inputs; }
+double work(const Winograd& a) { return 4.5 * a.batch * a.height * a.width * a.columns * a.channels; }
 double work(const Depthwise& a) {
   return 2.0 * a.batch * a.out_height * a.out_width * a.channels * a.kernel_height * a.kernel_width;
 }
@@ -378,6 +406,10 @@ class Runner final : public Chunks {
   Runner(Isa isa, std::vector<Step>& steps, int threads) : isa_(isa), steps_(steps) {
     for (Step& step : steps) {
       if (auto* a = std::get_if<Product>(&step)) PAHM_ISA_CALL_AS(isa, cut, *a);
+      if (auto* a = std::get_if<Winograd>(&step)) {
+        PAHM_ISA_CALL_AS(isa, cut, *a);
+        threads = std::min(threads, static_cast<int>(std::min<int64_t>(a->slots, threads)));
+      }
       int64_t items = 0;
       const double total = std::visit(
           [&](const auto& a) {
@@ -391,17 +423,18 @@ class Runner final : public Chunks {
       const int64_t size = ceil_div(items, threads == 1 ? 1 : std::min(most, items));
       cuts_.push_back({items, size, ceil_div(items, size)});
     }
+    threads_ = threads;
   }
 
-  void run_all(int threads) {
-    TeamHold team(threads);
+  void run_all() {
+    TeamHold team(threads_);
     for (size_t i = 0; i < steps_.size(); ++i) team.share(*this, static_cast<int64_t>(i), cuts_[i].chunks);
   }
 
-  void run(int64_t step, int64_t chunk) noexcept override {
+  void run(int64_t step, int64_t chunk, int slot) noexcept override {
     const Cut& cut = cuts_[static_cast<size_t>(step)];
     const int64_t begin = chunk * cut.size, end = std::min(cut.items, begin + cut.size);
-    std::visit([&](const auto& a) { PAHM_ISA_CALL_AS(isa_, run_items, a, begin, end); },
+    std::visit([&](const auto& a) { PAHM_ISA_CALL_AS(isa_, run_items, a, begin, end, slot); },
                steps_[static_cast<size_t>(step)]);
   }
 
@@ -412,6 +445,7 @@ class Runner final : public Chunks {
   Isa isa_;
   std::vector<Step>& steps_;
   std::vector<Cut> cuts_;
+  int threads_;
 };
 
 void frozen_run(const std::vector<Tensor>& memory, const Tensor& program, int64_t threads) {
@@ -424,7 +458,7 @@ void frozen_run(const std::vector<Tensor>& memory, const Tensor& program, int64_
   std::vector<Step> steps;
   while (in.more()) steps.push_back(read_step(in, lanes, storage));
   const int count = static_cast<int>(std::min<int64_t>(threads, 256));
-  Runner(isa, steps, count).run_all(count);
+  Runner(isa, steps, count).run_all();
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include "cpu/activation.h"
 #include "cpu/product.h"
 #include "cpu/frozen_product.h"
+#include "cpu/frozen_winograd.h"
 #include "cpu/frozen_attention.h"
 #include "cpu/vertex_sample.h"
 // clang-format on
@@ -281,6 +282,12 @@ inline void run_items(const Sample& a, int64_t begin, int64_t end) {
                                map.in.stride, 1};
     sample_rows<float>(job, place, 0, 0, count, source, 0, map.channels);
   }
+}
+
+// Steps that need no working memory of a thread.
+template <typename Step>
+void run_items(const Step& a, int64_t begin, int64_t end, int) {
+  run_items(a, begin, end);
 }
 
 template <typename Step>

@@ -30,7 +30,7 @@ inline void attend(const Attention& a, int64_t b, int64_t head, float* scratch) 
   constexpr int64_t n = lanes<float>, width = panel_width<float>;
   const int64_t N = a.vertices, D = a.channels, first = b * N, channel = head * D;
   const int64_t key_panels = (N + width - 1) / width, value_panels = (D + width - 1) / width;
-  float* keys = scratch;                         // (key_panels, D, width)
+  float* keys = scratch;                          // (key_panels, D, width)
   float* values = keys + key_panels * D * width;  // (value_panels, N, width)
   float* scores = values + value_panels * N * width;
   const int64_t stride = key_panels * width;
@@ -47,7 +47,8 @@ inline void attend(const Attention& a, int64_t b, int64_t head, float* scratch) 
     const float* value = a.v.row(first + j) + channel;
     for (int64_t p = 0; p < value_panels; ++p) {
       const int64_t count = std::min(width, D - p * width);
-      std::memcpy(values + (p * N + j) * width, value + p * width, static_cast<size_t>(count) * sizeof(float));
+      std::memcpy(values + (p * N + j) * width, value + p * width,
+                  static_cast<size_t>(count) * sizeof(float));
     }
   }
 

@@ -12,6 +12,20 @@ inline void cut(Product& a) {
 
 inline int64_t item_count(const Product& a) { return a.row_tiles * a.panels; }
 
+// Writes a vector of sums to row `row` and the channels from `column`, of which `left` are real.
+template <typename Step>
+inline __attribute__((always_inline)) void finish(const Step& a, int64_t row, int64_t column, int64_t left,
+                                                  Vec<float> sum) {
+  if (a.residual == Residual::none) {
+    sum = activate<float>(sum, a.activation);
+  } else {
+    const Vec<float> added = load_upto(a.added.row(row) + column, left);
+    sum = a.residual == Residual::before_activation ? activate<float>(sum + added, a.activation)
+                                                    : activate<float>(sum, a.activation) + added;
+  }
+  store_upto(a.out.row(row) + column, sum, left);
+}
+
 // MR rows from `first` by NV vectors of output channels from `column`.
 template <int MR, int NV>
 void product_tile(const Product& a, const float* panel, int64_t first, int64_t column) {
@@ -52,19 +66,9 @@ void product_tile(const Product& a, const float* panel, int64_t first, int64_t c
   }
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
-    float* out = a.out.row(first + i) + column;
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
-      const int64_t left = a.columns - column - v * n;
-      Vec<float> value = acc[i][v];
-      if (a.residual == Residual::none) {
-        value = activate<float>(value, a.activation);
-      } else {
-        const Vec<float> added = load_upto(a.added.row(first + i) + column + v * n, left);
-        value = a.residual == Residual::before_activation ? activate<float>(value + added, a.activation)
-                                                          : activate<float>(value, a.activation) + added;
-      }
-      store_upto(out + v * n, value, left);
+      finish(a, first + i, column + v * n, a.columns - column - v * n, acc[i][v]);
     }
   }
 }

@@ -1,8 +1,8 @@
 // The steps of a frozen network, as its kernels read them.
 //
 // A value is a matrix of float32 rows: a pixel or a vertex of a batch item a row, one item after another, its
-// channels adjacent. `stride` is the distance of rows in floats, so that a value can be some of the channels of
-// a wider one. A step is cut into items that can be computed in any order.
+// channels adjacent. `stride` is the distance of rows in floats, so that a value can be some of the channels
+// of a wider one. A step is cut into items that can be computed in any order.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +32,8 @@ struct ProductSource {
   const int32_t* table;
 };
 
-// out = activation(bias + sum over sources of weight * row (+ residual)) (+ residual): a convolution on pixels
-// or vertices, or a linear layer. Items are tiles: blocks of rows times panels of output channels.
+// out = activation(bias + sum over sources of weight * row (+ residual)) (+ residual): a convolution on
+// pixels or vertices, or a linear layer. Items are tiles: blocks of rows times panels of output channels.
 struct Product {
   const ProductSource* sources;
   int64_t source_count, inputs;  // inputs: channels of all sources together
@@ -47,6 +47,31 @@ struct Product {
   int64_t row_tiles, panels;
   bool panels_outside;  // whether the items of a panel are neighbours, else those of a block of rows
 };
+
+// The same for a 3 x 3 convolution of a map with a border of one pixel of zeros. Items are blocks of tiles of
+// 2 x 2 output pixels times groups of panels.
+struct Winograd {
+  int64_t batch, height, width, channels, columns;
+  RowsIn in;
+  const float *weight, *bias;  // weight: panels of (16, channels, width), see product.h
+  const float* zeros;          // as many as there are channels
+  RowsIn added;
+  Residual residual;
+  Activation activation;
+  float* scratch;  // winograd_scratch floats for each of `slots` threads
+  int64_t slots;
+  RowsOut out;
+  int64_t tiles_y, tiles_x, block, panels, groups;
+};
+// Tiles in a block: what they become fits in an L2 cache.
+constexpr int64_t winograd_block(int64_t channels) {
+  const int64_t fits = (1 << 13) / channels;
+  return fits < 6 ? 6 : fits > 24 ? 24 : fits;
+}
+// Transformed inputs, and sums of one panel of any instruction set.
+constexpr int64_t winograd_scratch(int64_t channels) {
+  return 16 * winograd_block(channels) * (channels + 32);
+}
 
 // A convolution of each channel by itself. Items are output rows times blocks of channels.
 struct Depthwise {

@@ -21,9 +21,9 @@ void pause() {
 #endif
 }
 
-// `ticket` holds the chunks of the current step that nobody has taken yet (low half) and a number that differs
-// from step to step (high half). All that an idle thread touches is here and lives for ever, so that the
-// caller need not wait for threads that took nothing.
+// `ticket` holds the chunks of the current step that nobody has taken yet (low half) and a number that
+// differs from step to step (high half). All that an idle thread touches is here and lives for ever, so that
+// the caller need not wait for threads that took nothing.
 struct Team {
   std::mutex mutex;
   std::atomic<uint64_t> ticket{0};
@@ -38,14 +38,14 @@ struct Team {
   pid_t process = 0;
 
   // Takes and runs one chunk.
-  bool take() {
+  bool take(int slot) {
     uint64_t seen = ticket.load(std::memory_order_acquire);
     while (static_cast<uint32_t>(seen) != 0) {
       if (!ticket.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel, std::memory_order_acquire))
         continue;
       // The step cannot end before this chunk is done, so these still belong to it.
       work.load(std::memory_order_relaxed)
-          ->run(step.load(std::memory_order_relaxed), static_cast<uint32_t>(seen) - 1);
+          ->run(step.load(std::memory_order_relaxed), static_cast<uint32_t>(seen) - 1, slot);
       done.fetch_add(1);
       if (caller_asleep.load()) done.notify_one();
       return true;
@@ -59,7 +59,7 @@ struct Team {
     constexpr auto patience = std::chrono::microseconds(100);
     auto idle_since = Clock::now();
     while (true) {
-      if (number < allowed.load(std::memory_order_relaxed) && take()) {
+      if (number < allowed.load(std::memory_order_relaxed) && take(number + 1)) {
         idle_since = Clock::now();
         continue;
       }
@@ -121,7 +121,7 @@ TeamHold::~TeamHold() {
 
 void TeamHold::share(Chunks& work, int64_t step, int64_t count) {
   if (!held_ || count == 1) {
-    for (int64_t chunk = 0; chunk < count; ++chunk) work.run(step, chunk);
+    for (int64_t chunk = 0; chunk < count; ++chunk) work.run(step, chunk, 0);
     return;
   }
   Team& t = team();
@@ -133,7 +133,7 @@ void TeamHold::share(Chunks& work, int64_t step, int64_t count) {
     t.alarm.fetch_add(1);
     t.alarm.notify_all();
   }
-  while (t.take()) {
+  while (t.take(0)) {
   }
   t.wait_for(static_cast<uint32_t>(count));
 }

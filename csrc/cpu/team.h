@@ -9,10 +9,10 @@
 
 namespace pahm {
 
-// Runs chunks 0 to count of a step. Must not throw.
+// Runs a chunk of a step. `slot` is 0 for the caller, and below the number of threads.
 class Chunks {
  public:
-  virtual void run(int64_t step, int64_t chunk) noexcept = 0;
+  virtual void run(int64_t step, int64_t chunk, int slot) noexcept = 0;
 
  protected:
   ~Chunks() = default;

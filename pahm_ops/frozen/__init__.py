@@ -51,7 +51,7 @@ class Frozen:
 
     def _program(self, inputs: tuple[Tensor, ...]) -> Program:
         lanes = _LANES[torch.ops.pahm_ops._cpu_isa()]
-        key = (lanes, *(tuple(tensor.shape) for tensor in inputs))
+        key = (lanes, torch.get_num_threads(), *(tuple(tensor.shape) for tensor in inputs))
         if key not in self._programs:
             for tensor in inputs:
                 if tensor.device.type != "cpu" or tensor.dtype != torch.float32:

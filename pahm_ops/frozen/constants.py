@@ -61,7 +61,7 @@ class Constants:
         return self._once(("zeros", size), torch.zeros(size))
 
     def product(
-        self, key: Sequence[Tensor | None], weight: Tensor, bias: Tensor | None
+        self, key: Sequence[Tensor | str | None], weight: Tensor, bias: Tensor | None
     ) -> tuple[Place, Place]:
         """A weight `(outputs, inputs)` and its bias, in panels of outputs.
 
@@ -92,9 +92,9 @@ class Constants:
             self._places[key] = self.add(tensor)
         return self._places[key]
 
-    def _name(self, tensor: Tensor | None) -> tuple[object, ...]:
-        """What tells this tensor from others: its memory, which is kept, and how it reads it."""
-        if tensor is None:
-            return ()
+    def _name(self, tensor: Tensor | str | None) -> Hashable:
+        """What tells a tensor from others: its memory, which is kept, and how it reads it."""
+        if not isinstance(tensor, Tensor):
+            return tensor
         self._kept.append(tensor)
         return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)

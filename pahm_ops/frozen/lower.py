@@ -29,6 +29,7 @@ from pahm_ops.frozen.steps import (
     row_count,
     sample_step,
     sparse_product_step,
+    winograd_step,
 )
 from pahm_ops.frozen.tape import Node, Tape, Value
 
@@ -118,12 +119,50 @@ class _Lowering:
             batch = 1
         elif channels(x) < _FEW_CHANNELS and kernel[1] > 1 and dilation == (1, 1) and len(parts) == 1:
             sources = self._rows_of_kernel(steps, x, kernel, stride, pads, (out_height, out_width))
+        elif self._suits_winograd(x, parts, kernel, stride, pads, dilation):
+            return [self._winograd(tail, x, folded, offset, (weight, bias))]
         else:
             tables = _tables((height, width), (out_height, out_width), kernel, stride, pads[:2], dilation)
             places = [self.constants.table(table) for table in tables]
             sources = [self._source(part, height * width, place) for place in places for part in parts]
         matrix = by_tap.flatten(1)
         return [*steps, self._product(tail, sources, batch, (weight, bias), matrix, offset)]
+
+    def _suits_winograd(
+        self,
+        x: Value,
+        parts: list[Value | Tensor],
+        kernel: tuple[int, ...],
+        stride: tuple[int, int],
+        pads: tuple[int, int, int, int],
+        dilation: tuple[int, int],
+    ) -> bool:
+        """Whether tiles of 2 x 2 pixels save a third of the multiplications or more, at the map's edges too."""
+        height, width = x.shape[2:]
+        fits = kernel == (3, 3) and stride == dilation == (1, 1) and pads == (1, 1, 1, 1) and len(parts) == 1
+        tiles = -(-height // 2) * -(-width // 2)
+        return fits and channels(x) % 16 == 0 and 9 * height * width >= 1.5 * 16 * tiles
+
+    def _winograd(
+        self, tail: _Tail, x: Value, weight: Tensor, bias: Tensor, key: tuple[Tensor | None, ...]
+    ) -> Step:
+        half = 0.5
+        g = torch.tensor([[1, 0, 0], [half, half, half], [half, -half, half], [0, 0, 1]], dtype=torch.float64)
+        transformed = torch.einsum("ij,nckj->ncki", g, weight.double())
+        transformed = torch.einsum("ik,nckj->nijc", g, transformed)
+        norm = () if tail.norm is None else tail.norm.args[1:5]
+        places = self.constants.product(("winograd", *key, *norm), transformed.flatten(1).float(), bias)
+        return winograd_step(
+            x,
+            tail.value,
+            weight=places[0],
+            bias=places[1],
+            zeros=self.constants.zeros(channels(x)),
+            activation=tail.activation,
+            residual=tail.residual,
+            mode=tail.mode,
+            threads=torch.get_num_threads(),
+        )
 
     def _rows_of_kernel(
         self,

@@ -23,6 +23,7 @@ KINDS = [
     "sparse_product",
     "attention",
     "sample",
+    "winograd",
 ]
 ACTIVATIONS = {"none": 0, "relu": 1, "elu": 2, "gelu": 3, "relu6": 4, "silu": 5}
 BEFORE, AFTER = 1, 2  # where a product adds its residual: before or after its activation
@@ -129,6 +130,38 @@ def product_step(
     reads = [source.held for source in sources if not isinstance(source.held, Place)]
     reads += [] if residual is None else [residual]
     return Step("product", reads, output, spell)
+
+
+def winograd_block(count: int) -> int:
+    """Tiles that are computed at once, as in csrc/cpu/frozen_shared.h."""
+    return min(24, max(6, 8192 // count))
+
+
+def winograd_step(
+    source: Value,
+    output: Value,
+    *,
+    weight: Place,
+    bias: Place,
+    zeros: Place,
+    activation: str,
+    residual: Value | None,
+    mode: int,
+    threads: int,
+) -> Step:
+    batch, inputs, height, width = source.shape
+    outputs = channels(output)
+    scratch = Buffer(threads * 16 * winograd_block(inputs) * (inputs + 32))
+
+    def spell(offset: Callable[[Held], int]) -> Fields:
+        added = NO_ROWS if residual is None else rows(offset(residual), outputs)
+        fields = [batch, height, width, inputs, outputs, ACTIVATIONS[activation]]
+        fields += [*rows(offset(source), inputs), *rows(offset(output), outputs)]
+        fields += [mode if residual is not None else 0, *added, *weight, *bias, *zeros]
+        return [*fields, threads, 0, offset(scratch)]
+
+    reads = [source] + ([] if residual is None else [residual])
+    return Step("winograd", reads, output, spell, [scratch])
 
 
 def map_step(kind: str, source: Held, shape: tuple[int, ...], output: Held, extra: Fields) -> Step:
