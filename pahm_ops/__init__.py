@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pahm_ops import _flops  # noqa: F401  (registers the counts of operations)
 from pahm_ops.backends import backends
+from pahm_ops.frozen import freeze
 from pahm_ops.mesh_pool import MeshPool, mesh_pool
 from pahm_ops.prepared import MeshTransform, SpiralTable
 from pahm_ops.spiral_conv import SpiralConv, spiral_conv
@@ -20,6 +21,7 @@ __all__ = [
     "SpiralConv",
     "SpiralTable",
     "backends",
+    "freeze",
     "mesh_pool",
     "spiral_conv",
     "vertex_sample",

@@ -150,11 +150,14 @@ def expected_position(logits: Tensor) -> Tensor:
 
     Normalised coordinates (x, y), -1 and 1 at the map's outer edges (soft-argmax; Sun et al., ECCV 2018).
     """
-    height, width = logits.shape[-2:]
-    mass = logits.float().flatten(2).softmax(-1).unflatten(-1, (height, width))
-    x = (2 * torch.arange(width, device=logits.device, dtype=torch.float32) + 1) / width - 1
-    y = (2 * torch.arange(height, device=logits.device, dtype=torch.float32) + 1) / height - 1
-    return torch.stack([mass.sum(2) @ x, mass.sum(3) @ y], dim=-1)
+    y, x = (
+        (2 * torch.arange(size, device=logits.device, dtype=torch.float32) + 1) / size - 1
+        for size in logits.shape[-2:]
+    )
+    places = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))]).flatten(1)
+    mass = logits.float().flatten(2).softmax(-1)
+    # Autocast would round the factors of a matrix product, and so move a joint by a third of a pixel.
+    return (mass[:, :, None] * places).sum(-1)
 
 
 # The pixel-aligned feature mapping (section 3.2)

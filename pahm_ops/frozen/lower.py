@@ -7,6 +7,7 @@ concatenated or padded inputs from where they were before.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -64,10 +65,11 @@ class _Lowering:
         for node in tape.nodes:
             if node.op is aten.scaled_dot_product_attention.default:
                 self._match_attention(node)
+        handlers = _handlers()
         for node in tape.nodes:
             if node in self.covered:
                 continue
-            handler = _HANDLERS.get(node.op)
+            handler = handlers.get(node.op)
             steps = None if handler is None or not _is_float(node) else handler(self, node)
             self.covered.add(node)
             self.units += [node] if steps is None else steps
@@ -137,7 +139,7 @@ class _Lowering:
         pads: tuple[int, int, int, int],
         dilation: tuple[int, int],
     ) -> bool:
-        """Whether tiles of 2 x 2 pixels save a third of the multiplications or more, at the map's edges too."""
+        """Whether tiles of 2 x 2 pixels save a third of the multiplications or more."""
         height, width = x.shape[2:]
         fits = kernel == (3, 3) and stride == dilation == (1, 1) and pads == (1, 1, 1, 1) and len(parts) == 1
         tiles = -(-height // 2) * -(-width // 2)
@@ -470,30 +472,37 @@ class _Lowering:
         self.covered |= {view, permute, unbind, back, flat}
 
 
-_HANDLERS: dict[Any, Callable[[_Lowering, Node], list[Step] | None]] = {
-    aten.conv2d.default: _Lowering.convolution,
-    aten.linear.default: _Lowering.linear,
-    aten.cat.default: _Lowering.concatenation,
-    aten.pad.default: _Lowering.padding,
-    aten.batch_norm.default: _Lowering.batch_norm,
-    aten.max_pool2d.default: _Lowering.max_pool,
-    aten.upsample_bilinear2d.vec: _Lowering.upsample,
-    aten.layer_norm.default: _Lowering.layer_norm,
-    aten.add.Tensor: _Lowering.add,
-    aten.add_.Tensor: _Lowering.add,
-    aten.mul.Tensor: _Lowering.scale,
-    aten.relu.default: _Lowering.activation,
-    aten.relu_.default: _Lowering.activation,
-    aten.hardtanh.default: _Lowering.activation,
-    aten.hardtanh_.default: _Lowering.activation,
-    aten.gelu.default: _Lowering.activation,
-    aten.silu.default: _Lowering.activation,
-    aten.silu_.default: _Lowering.activation,
-    aten.scaled_dot_product_attention.default: _Lowering.attend,
-    torch.ops.pahm_ops.spiral_conv.default: _Lowering.spiral,
-    torch.ops.pahm_ops.mesh_pool.default: _Lowering.mesh_pool,
-    torch.ops.pahm_ops.vertex_sample.default: _Lowering.vertex_sample,
-}
+Handler = Callable[[_Lowering, Node], "list[Step] | None"]
+
+
+@cache
+def _handlers() -> dict[Any, Handler]:
+    """What covers a node of each op, or gives None. The library of this package's ops must be loaded."""
+    ours = torch.ops.pahm_ops
+    return {
+        aten.conv2d.default: _Lowering.convolution,
+        aten.linear.default: _Lowering.linear,
+        aten.cat.default: _Lowering.concatenation,
+        aten.pad.default: _Lowering.padding,
+        aten.batch_norm.default: _Lowering.batch_norm,
+        aten.max_pool2d.default: _Lowering.max_pool,
+        aten.upsample_bilinear2d.vec: _Lowering.upsample,
+        aten.layer_norm.default: _Lowering.layer_norm,
+        aten.add.Tensor: _Lowering.add,
+        aten.add_.Tensor: _Lowering.add,
+        aten.mul.Tensor: _Lowering.scale,
+        aten.relu.default: _Lowering.activation,
+        aten.relu_.default: _Lowering.activation,
+        aten.hardtanh.default: _Lowering.activation,
+        aten.hardtanh_.default: _Lowering.activation,
+        aten.gelu.default: _Lowering.activation,
+        aten.silu.default: _Lowering.activation,
+        aten.silu_.default: _Lowering.activation,
+        aten.scaled_dot_product_attention.default: _Lowering.attend,
+        ours.spiral_conv.default: _Lowering.spiral,
+        ours.mesh_pool.default: _Lowering.mesh_pool,
+        ours.vertex_sample.default: _Lowering.vertex_sample,
+    }
 
 
 def _is_float(node: Node) -> bool:

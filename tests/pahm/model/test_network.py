@@ -10,7 +10,7 @@ from pahm.config import ModelConfig, preset
 from pahm.hand.topology import HandTopology
 from pahm.model import HandNet
 from pahm.model.backbone import create_backbone
-from pahm.model.network import Extractor, Fusion, MeshConv, PixelAligned, SelfAttention
+from pahm.model.network import Extractor, Fusion, MeshConv, PixelAligned, SelfAttention, expected_position
 
 SIZES = (98, 195, 389, 778)
 TINY = preset("tiny").override({"model.pretrained": False})
@@ -138,3 +138,10 @@ def test_the_network_compiles_to_one_graph(topology):
         eager = network(x)
         compiled = torch.compile(network, fullgraph=True, backend="aot_eager")(x)
     assert torch.allclose(eager.meshes[-1], compiled.meshes[-1], atol=1e-5)
+
+
+def test_joints_keep_their_place_under_autocast() -> None:
+    logits = 5 * torch.randn(2, 21, 24, 24)
+    expected = expected_position(logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(expected_position(logits), expected)
