@@ -8,6 +8,7 @@ kernels do not know is called in PyTorch.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 
 import torch
@@ -44,21 +45,27 @@ class Frozen:
         self._module = module
         self._constants: dict[int, Constants] = {}
         self._programs: OrderedDict[object, Program] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __call__(self, *inputs: Tensor) -> Structure:
+        for tensor in inputs:
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"a frozen module takes tensors, got {type(tensor).__name__}")
+            if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+                raise ValueError(
+                    f"a frozen module takes float32 tensors on the CPU, got {tensor.dtype} on {tensor.device}"
+                )
         with torch.inference_mode():
-            return self._program(inputs)(inputs)
+            if any(tensor.numel() == 0 for tensor in inputs):
+                return self._module(*inputs)
+            with self._lock:
+                program = self._program(inputs)
+            return program(inputs)
 
     def _program(self, inputs: tuple[Tensor, ...]) -> Program:
         lanes = _LANES[torch.ops.pahm_ops._cpu_isa()]
         key = (lanes, torch.get_num_threads(), *(tuple(tensor.shape) for tensor in inputs))
         if key not in self._programs:
-            for tensor in inputs:
-                if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
-                    raise ValueError(
-                        "a frozen module takes float32 tensors on the CPU, "
-                        f"got {tensor.dtype} on {tensor.device}"
-                    )
             constants = self._constants.setdefault(lanes, Constants(lanes))
             tape = record(self._module, inputs)
             self._programs[key] = Program(tape, lower(tape, constants), constants)

@@ -86,14 +86,14 @@ class _Lowering:
         bias, stride = node.argument(2), _pair(node.argument(3, [1, 1]))
         padding, dilation = _pair(node.argument(4, [0, 0])), _pair(node.argument(5, [1, 1]))
         groups = node.argument(6, 1)
-        if not isinstance(x, Value) or isinstance(weight, Value) or isinstance(bias, Value):
+        if not _is_product(node):
             return None
         x, top, left, bottom, right = self._unpadded(x)
         pads = (padding[0] + top, padding[1] + left, padding[0] + bottom, padding[1] + right)
         if groups == 1:
             return self._dense(node, x, weight, bias, stride, pads, dilation)
-        if groups == channels(x) == len(weight) and dilation == (1, 1):
-            return self._depthwise(node, x, weight, bias, stride, pads)
+        if _is_depthwise(node, x, pads):
+            return [self._depthwise(node, x, weight, bias, stride, pads)]
         return None
 
     def _dense(
@@ -108,6 +108,8 @@ class _Lowering:
     ) -> list[Step]:
         tail = self._tail(node, node.outputs)
         parts = self._parts(x)
+        if len(parts) == 1:
+            x = parts[0]
         batch, _, height, width = x.shape
         out_height, out_width = node.outputs.shape[2:]
         kernel = tuple(weight.shape[2:])
@@ -177,20 +179,18 @@ class _Lowering:
     ) -> list[Source]:
         """A source for each row of the kernel: the pixels under it are adjacent, once the map is padded."""
         batch, count, height, width = x.shape
-        held: Value | Buffer = x
-        if any(pads):
-            padded = (height + pads[0] + pads[2], width + pads[1] + pads[3])
-            held = Buffer(batch * padded[0] * padded[1] * count)
-            shape = (batch, height, width, count, *padded)
-            steps.append(map_step("pad", x, shape, held, [pads[0], pads[1]]))
-            height, width = padded
+        padded = (height + pads[0] + pads[2], width + pads[1] + pads[3])
+        # A source's rows begin at every pixel, so that the last ones reach beyond the map.
+        held = Buffer((batch * padded[0] * padded[1] + kernel[1] - 1) * count)
+        shape = (batch, height, width, count, *padded)
+        steps.append(map_step("pad", x, shape, held, [pads[0], pads[1]]))
+        height, width = padded
         rows, columns = torch.meshgrid(
             torch.arange(out[0]) * stride[0], torch.arange(out[1]) * stride[1], indexing="ij"
         )
         return [
             Source(
                 held,
-                # The pixels of the last rows' windows end where the map ends.
                 height * width,
                 kernel[1] * count,
                 count,
@@ -201,9 +201,7 @@ class _Lowering:
 
     def linear(self, node: Node) -> list[Step] | None:
         x, weight, bias = node.args[0], node.args[1], node.argument(2)
-        if not isinstance(x, Value) or isinstance(weight, Value) or isinstance(bias, Value):
-            return None
-        if len(x.shape) not in (2, 3):
+        if not _is_product(node):
             return None
         tail = self._tail(node, node.outputs)
         count = row_count(x)
@@ -276,9 +274,8 @@ class _Lowering:
     # ---- nodes that need no step because their readers do the work ----
 
     def _products_alone_read(self, value: Value) -> bool:
-        kinds = (aten.conv2d.default, aten.linear.default)
         readers = all(
-            user.op in kinds and user.args[0] is value and user.argument(6, 1) == 1 for user in value.users
+            _is_product(user) and user.args[0] is value and user.argument(6, 1) == 1 for user in value.users
         )
         return readers and not value.is_output
 
@@ -286,7 +283,7 @@ class _Lowering:
         parts, value = node.args[0], node.outputs
         rank = len(value.shape)
         axis = 1 if rank == 4 else rank - 1
-        joined = all(len(part.shape) == rank for part in parts) and (
+        joined = all(len(part.shape) == rank and part.dtype == torch.float32 for part in parts) and (
             rank < 4 or all(isinstance(part, Value) for part in parts)
         )
         if not joined or node.argument(1, 0) % rank != axis or not self._products_alone_read(value):
@@ -297,9 +294,10 @@ class _Lowering:
     def padding(self, node: Node) -> list[Step] | None:
         pads, value = node.args[1], node.outputs
         zeros = node.argument(2, "constant") == "constant" and not node.argument(3, 0.0)
-        readers = all(user.op is aten.conv2d.default and user.args[0] is value for user in value.users)
         fits = len(value.shape) == 4 and len(pads) <= 4 and min(pads) >= 0
-        if not zeros or not fits or not readers or value.is_output:
+        if not zeros or not fits or value.is_output:
+            return None
+        if not all(_reads_padded(user, value, pads) for user in value.users):
             return None
         self.virtual.add(value)
         return []
@@ -322,13 +320,10 @@ class _Lowering:
         bias: Tensor | None,
         stride: tuple[int, int],
         pads: tuple[int, int, int, int],
-    ) -> list[Step] | None:
-        kernel = tuple(weight.shape[2:])
-        if not _sees_pixels(x.shape[2:], node.outputs.shape[2:], kernel, stride, pads):
-            return None
+    ) -> Step:
         tail = self._tail(node, node.outputs, residuals=False)
         folded, offset = _fold(weight, bias, tail.norm)
-        return [self._by_channel(x, tail, folded, offset, stride, pads)]
+        return self._by_channel(x, tail, folded, offset, stride, pads)
 
     def _by_channel(
         self,
@@ -442,7 +437,7 @@ class _Lowering:
     def _match_attention(self, node: Node) -> None:
         """Covers the views around an attention of packed queries, keys and values `(B, N, 3 * heads * D)`."""
         q = node.args[0]
-        plain = len(node.args) == 3 and not (set(node.kwargs) - {"scale"})
+        plain = _is_float(node) and len(node.args) == 3 and not (set(node.kwargs) - {"scale"})
         unbind = q.producer if isinstance(q, Value) else None
         if not plain or unbind is None or unbind.op is not aten.unbind.int or unbind.argument(1, 0) != 0:
             return
@@ -523,8 +518,40 @@ def _pair(values: Any) -> tuple[int, int]:
 
 
 def _is_norm(node: Node) -> bool:
-    """Whether this is a batch normalisation by running statistics."""
-    return node.op is aten.batch_norm.default and _are_constants(*node.args[3:5]) and not node.args[5]
+    """Whether this is a batch normalisation of a map by running statistics."""
+    if node.op is not aten.batch_norm.default or len(node.outputs.shape) != 4 or node.args[5]:
+        return False
+    return _are_constants(*node.args[3:5]) and not any(isinstance(part, Value) for part in node.args[1:3])
+
+
+def _is_product(node: Node) -> bool:
+    """Whether this is a convolution of a map or a linear layer, of constant weights."""
+    x, weight, bias = node.args[0], node.args[1], node.argument(2)
+    ranks = {aten.conv2d.default: (4,), aten.linear.default: (2, 3)}.get(node.op, ())
+    constant = not isinstance(weight, Value) and not isinstance(bias, Value)
+    return isinstance(x, Value) and len(x.shape) in ranks and constant and _is_float(node)
+
+
+def _is_depthwise(node: Node, x: Value, pads: tuple[int, int, int, int]) -> bool:
+    """Whether a convolution of `x`, padded by `pads`, is one of each channel that the kernel knows."""
+    weight, stride = node.args[1], _pair(node.argument(3, [1, 1]))
+    if node.argument(6, 1) != channels(x) or len(weight) != channels(x):
+        return False
+    if _pair(node.argument(5, [1, 1])) != (1, 1):
+        return False
+    return _sees_pixels(x.shape[2:], node.outputs.shape[2:], weight.shape[2:], stride, pads)
+
+
+def _reads_padded(user: Node, value: Value, pads: list[int]) -> bool:
+    """Whether `user` is a convolution that can pad `value` itself."""
+    if user.op is not aten.conv2d.default or user.args[0] is not value or not _is_product(user):
+        return False
+    if user.argument(6, 1) == 1:
+        return True
+    assert value.producer is not None
+    own, (left, _, top, _) = _pair(user.argument(4, [0, 0])), [*pads, 0, 0][:4]
+    around = (own[0] + top, own[1] + left, 0, 0)
+    return _is_depthwise(user, value.producer.args[0], around)
 
 
 def _activation(node: Node) -> str | None:

@@ -20,7 +20,10 @@ class _Call:
     """A call of PyTorch, with its values looked up by number."""
 
     def __init__(self, node: Node) -> None:
-        self._op, self._kwargs = node.op, node.kwargs
+        # A value may lie in memory in another way than when it was recorded.
+        view = node.op is torch.ops.aten.view.default
+        self._op = torch.ops.aten.reshape.default if view else node.op
+        self._kwargs = node.kwargs
         self._args = list(node.args)
         self._copies = node.op._schema.is_mutable
         self._values = [(i, arg.index) for i, arg in enumerate(node.args) if isinstance(arg, Value)]
@@ -64,7 +67,8 @@ class Program:
             for value, offset in layout.offsets.items()
             if isinstance(value, Value)
         }
-        self._count = 1 + max(value.index for unit in units for value in _values(unit))
+        values = [*tape.inputs, *(value for unit in units for value in _values(unit))]
+        self._count = 1 + max(value.index for value in values)
         self._borrowed = {leaf for leaf in leaves(tape.outputs) if layout.lies_in_workspace(leaf)}
         self._stages: list[Tensor | list[_Call]] = []
         for stage in stages:

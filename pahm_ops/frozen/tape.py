@@ -113,6 +113,11 @@ class _Recorder(TorchDispatchMode):
         for leaf in leaves(found):
             if isinstance(leaf, Value):
                 leaf.is_output = True
+            elif not isinstance(leaf, (Tensor, int, float, str, type(None))):
+                raise FreezeError(
+                    f"the module returns a {type(leaf).__name__}; "
+                    "expected tensors in lists, tuples, named tuples and dicts"
+                )
         return Tape(self.inputs, self.nodes, found)
 
     def __torch_dispatch__(
@@ -131,8 +136,7 @@ class _Recorder(TorchDispatchMode):
             self._check_in_place(node, args, outputs)
         elif isinstance(outputs, Tensor) and any(outputs is leaf for leaf in leaves(args)):
             return outputs  # a conversion that had nothing to do
-        tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-        if tags & set(func.tags) or not all(isinstance(leaf, Tensor) for leaf in leaves(outputs)):
+        if _reads_numbers(node) or not all(isinstance(leaf, Tensor) for leaf in leaves(outputs)):
             raise FreezeError(f"the module reads numbers of its inputs ({func}), so its course may change")
         node.outputs = map_leaves(lambda tensor: self._define(tensor, node), outputs)
         for value in node.values:
@@ -158,3 +162,13 @@ class _Recorder(TorchDispatchMode):
             if shared == {id(outputs)}:
                 return
         raise FreezeError(f"the module overwrites a tensor in a way that cannot be followed ({node.op})")
+
+
+def _reads_numbers(node: Node) -> bool:
+    """Whether the shape of what the node gives, or what the module does with it, depends on numbers."""
+    if node.op is torch.ops.aten.index.Tensor:
+        return any(
+            isinstance(leaf, Value) and leaf.dtype in (torch.bool, torch.uint8)
+            for leaf in leaves(node.args[1])
+        )
+    return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(node.op.tags))
