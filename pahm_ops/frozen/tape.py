@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Structure = Any
@@ -93,9 +94,30 @@ def record(module: Callable[..., Structure], inputs: Sequence[Tensor]) -> Tape:
     """
     with torch.inference_mode():
         recorder = _Recorder(inputs)
-        with recorder:
+        with _Guard(recorder), recorder:
             outputs = module(*inputs)
     return recorder.tape(outputs)
+
+
+def _reading(what: object) -> FreezeError:
+    return FreezeError(f"the module reads numbers of its inputs ({what}), so its course may change")
+
+
+class _Guard(TorchFunctionMode):
+    """Refuses what reads a tensor's numbers without an op, so that the recorder does not see it."""
+
+    _READERS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in self._READERS and id(args[0]) in self._recorder.values:
+            raise _reading(func.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 class _Recorder(TorchDispatchMode):
@@ -137,7 +159,7 @@ class _Recorder(TorchDispatchMode):
         elif isinstance(outputs, Tensor) and any(outputs is leaf for leaf in leaves(args)):
             return outputs  # a conversion that had nothing to do
         if _reads_numbers(node) or not all(isinstance(leaf, Tensor) for leaf in leaves(outputs)):
-            raise FreezeError(f"the module reads numbers of its inputs ({func}), so its course may change")
+            raise _reading(func)
         node.outputs = map_leaves(lambda tensor: self._define(tensor, node), outputs)
         for value in node.values:
             value.users.append(node)
