@@ -490,6 +490,8 @@ def _handlers() -> dict[Any, Handler]:
         aten.relu_.default: _Lowering.activation,
         aten.hardtanh.default: _Lowering.activation,
         aten.hardtanh_.default: _Lowering.activation,
+        aten.relu6.default: _Lowering.activation,
+        aten.relu6_.default: _Lowering.activation,
         aten.gelu.default: _Lowering.activation,
         aten.silu.default: _Lowering.activation,
         aten.silu_.default: _Lowering.activation,
@@ -526,10 +528,12 @@ def _is_norm(node: Node) -> bool:
 
 def _is_product(node: Node) -> bool:
     """Whether this is a convolution of a map or a linear layer, of constant weights."""
+    ranks = {aten.conv2d.default: (4,), aten.linear.default: (2, 3)}.get(node.op)
+    if ranks is None or not _is_float(node):
+        return False
     x, weight, bias = node.args[0], node.args[1], node.argument(2)
-    ranks = {aten.conv2d.default: (4,), aten.linear.default: (2, 3)}.get(node.op, ())
     constant = not isinstance(weight, Value) and not isinstance(bias, Value)
-    return isinstance(x, Value) and len(x.shape) in ranks and constant and _is_float(node)
+    return isinstance(x, Value) and len(x.shape) in ranks and constant
 
 
 def _is_depthwise(node: Node, x: Value, pads: tuple[int, int, int, int]) -> bool:
@@ -557,6 +561,8 @@ def _reads_padded(user: Node, value: Value, pads: list[int]) -> bool:
 def _activation(node: Node) -> str | None:
     if node.op in (aten.relu.default, aten.relu_.default):
         return "relu"
+    if node.op in (aten.relu6.default, aten.relu6_.default):
+        return "relu6"
     if node.op in (aten.hardtanh.default, aten.hardtanh_.default) and node.args[1:] == (0.0, 6.0):
         return "relu6"
     if node.op is aten.gelu.default and not node.kwargs:
