@@ -36,7 +36,7 @@ inline __attribute__((always_inline)) void depthwise_pixels(const Depthwise& a, 
     for (int64_t kx = kx0; kx < kx1; ++kx) {
       const float* weight = a.weight + (ky * a.kernel_width + kx) * a.channels + c;
       const float* source = in + (ky * a.width + kx) * a.in.stride + c;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         const Vec<float> w = load_upto(weight + v * n, count - v * n);
 #pragma GCC unroll 8
@@ -57,9 +57,12 @@ inline __attribute__((always_inline)) void depthwise_channels(const Depthwise& a
                                                               int64_t ky1, int64_t kx0, int64_t kx1,
                                                               float* out) {
   constexpr int64_t n = lanes<float>;
+  constexpr int wide = P == 1 ? 4 : 2;  // sums in flight hide the latency of an addition
   int64_t c = first;
   // A constant count takes the branches for partial vectors out of the loops.
-  for (; c + 2 * n <= last; c += 2 * n) depthwise_pixels<P, 2>(a, in, c, ky0, ky1, kx0, kx1, out, 2 * n);
+  for (; c + wide * n <= last; c += wide * n) {
+    depthwise_pixels<P, wide>(a, in, c, ky0, ky1, kx0, kx1, out, wide * n);
+  }
   for (; c + n <= last; c += n) depthwise_pixels<P, 1>(a, in, c, ky0, ky1, kx0, kx1, out, n);
   if (c < last) depthwise_pixels<P, 1>(a, in, c, ky0, ky1, kx0, kx1, out, last - c);
 }
