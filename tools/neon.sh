@@ -8,7 +8,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 include=$(python -c "import os, torch; print(os.path.join(os.path.dirname(torch.__file__), 'include'))")
-for op in spiral_conv mesh_pool vertex_sample; do
+for op in spiral_conv mesh_pool vertex_sample frozen; do
   # The ops call torch's library, but only the kernels run, and they do not.
   aarch64-linux-gnu-g++ -O3 -std=c++20 -ffp-contract=fast -Wno-psabi -fvisibility=hidden -static -Wl,--unresolved-symbols=ignore-all \
     -DTORCH_TARGET_VERSION=0x020a000000000000 -I"$root/csrc" -I"$root/tests/neon" -I"$include" \

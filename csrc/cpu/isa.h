@@ -26,9 +26,11 @@ Isa active_isa();
     }                                              \
   } while (false)
 #else
-#define PAHM_ISA_CALL_AS(ISA, FUNCTION, ...) \
-  static_cast<void>(ISA);                    \
-  ::pahm::isa_baseline::FUNCTION(__VA_ARGS__)
+#define PAHM_ISA_CALL_AS(ISA, FUNCTION, ...)     \
+  do {                                           \
+    static_cast<void>(ISA);                      \
+    ::pahm::isa_baseline::FUNCTION(__VA_ARGS__); \
+  } while (false)
 #endif
 
 // The same for the active instruction set.
