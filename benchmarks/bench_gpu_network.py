@@ -34,7 +34,14 @@ TOLERANCE = {"float32": 1e-2, "bfloat16": 1e-1}
 
 each_preset = pytest.mark.parametrize("name", ["tiny", "resnet18"])
 each_precision = pytest.mark.parametrize("precision", TOLERANCE)
-each_engine = pytest.mark.parametrize("engine", ["eager", "compiled"])
+
+
+@pytest.fixture(params=["eager", "compiled"])
+def engine(request: pytest.FixtureRequest) -> str:
+    """How ours runs."""
+    if request.param == "compiled" and request.config.getoption("--no-compile"):
+        pytest.skip("without torch.compile")
+    return request.param
 
 
 def configuration(name: str) -> Config:
@@ -75,7 +82,6 @@ def tensorrt(module: nn.Module, images: Tensor, precision: str) -> dict[str, Con
     return {"TensorRT": run}
 
 
-@each_engine
 @each_precision
 @pytest.mark.parametrize("batch", [8, 1])
 @each_preset
@@ -113,7 +119,6 @@ def bench_inference_on_gpu(compare_on_gpu, compiled, name, batch, precision, eng
     )
 
 
-@each_engine
 @each_precision
 @each_preset
 def bench_training_step_on_gpu(compare_on_gpu, compiled, name, precision, engine, batch=32):
