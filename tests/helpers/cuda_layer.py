@@ -15,6 +15,8 @@ from gpu_layer import compare
 from op_samples import OPS, Sample, samples
 from torch.profiler import ProfilerActivity, profile
 
+from pahm_ops import spiral_conv
+
 
 class Counter:
     def __init__(self, library: str) -> None:
@@ -53,6 +55,9 @@ def main() -> None:
         with torch.no_grad():
             forward = counter.count(lambda sample=sample: sample.function(*sample.arguments))
         found[op] = {"forward": forward, "backward": counter.count(backward(sample))}
+    # So few rows and so long a sum that the sum is split between blocks.
+    x, weight, indices = torch.randn(1, 4, 64), torch.randn(32, 9 * 64), torch.randint(0, 4, (4, 9))
+    found["spiral_conv, split"] = {"forward": counter.count(lambda: spiral_conv(x, indices, weight))}
     print(json.dumps(found))
 
 

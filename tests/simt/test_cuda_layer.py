@@ -39,6 +39,11 @@ def test_a_call_crosses_the_dispatcher_for_the_op_and_for_its_result(counts, op)
     assert counts[op]["forward"] == {"ops": [f"pahm_ops::{op}"], "allocations": 1}
 
 
+def test_a_sum_that_is_split_between_blocks_asks_for_a_workspace_too(counts):
+    found = counts["spiral_conv, split"]["forward"]
+    assert found == {"ops": ["pahm_ops::spiral_conv"], "allocations": 2}
+
+
 @pytest.mark.parametrize(
     ("op", "ops", "allocations"),
     [
