@@ -1,4 +1,4 @@
-"""A pytest plugin for bench_gpu.py that measures time with the device's own clock.
+"""A pytest plugin for bench_gpu.py and bench_gpu_network.py that measures time with the device's own clock.
 
 A time is measured between two events on the stream, with a cold L2 cache. Before each call the cache is
 flushed and the device sleeps until the host has launched the whole call, so the device never waits for a
@@ -132,11 +132,14 @@ def on_path(path: str, function: Contender) -> Contender:
     return run
 
 
-def check_equal(name: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+def check_equal(
+    name: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ...], limit: float | None = None
+) -> None:
+    """`limit`: of the largest value; by default that of the dtype."""
+    limit = limit or TOLERANCE[expected[0].dtype]
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         assert a.shape == b.shape, f"result {i} of {name} has shape {tuple(a.shape)}, not {tuple(b.shape)}"
         error = ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)).item()
-        limit = TOLERANCE[expected[0].dtype]
         assert error <= limit, f"result {i} of {name} is off by {error:.2e} of the largest value"
 
 
@@ -158,23 +161,30 @@ def clock() -> DeviceClock:
 
 
 @pytest.fixture
-def compare_on_gpu(
-    benchmark: Any, clock: DeviceClock, request: pytest.FixtureRequest
-) -> Callable[[str, str, dict[str, Contender]], None]:
-    """`compare_on_gpu(case, served, contenders)`: ours, the reference, others; `served` is our path."""
+def compare_on_gpu(benchmark: Any, clock: DeviceClock, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`compare_on_gpu(case, served, contenders)`: ours, the reference, others; `served` is our path.
 
-    def run(case: str, served: str, contenders: dict[str, Contender]) -> None:
+    `tolerance`: see `check_equal`. `paths`: also time ours with each kind of kernel forced.
+    """
+
+    def run(
+        case: str,
+        served: str,
+        contenders: dict[str, Contender],
+        tolerance: float | None = None,
+        paths: bool = True,
+    ) -> None:
         ours, reference, *_ = contenders
         expected = contenders[reference]()
         contenders, left_out = usable(contenders)
         forced = {
             path: on_path(path, contenders[ours])
             for path in ("cuda", "triton")
-            if PATH not in os.environ and available(path, DEVICE)
+            if paths and PATH not in os.environ and available(path, DEVICE)
         }
         for name, function in (contenders | forced).items():
             if name != reference:
-                check_equal(name, function(), expected)
+                check_equal(name, function(), expected, tolerance)
         benchmark.pedantic(waited_for, (contenders[ours],), rounds=ROUNDS, warmup_rounds=1)
         if benchmark.disabled:
             return

@@ -1,4 +1,4 @@
-"""A Markdown table of bench_gpu.py's results from a file of `--benchmark-json`, with the modelled times.
+"""A Markdown table of the results of bench_gpu*.py, from a file of `--benchmark-json`, with modelled times.
 
 python benchmarks/gpu_report.py FILE
 """
@@ -68,7 +68,7 @@ def _cells(row: Row, model: dict[str, float]) -> list[str]:
 
 def group(case: str) -> str:
     """The group of a case over all levels, such as "spiral_conv forward float32 batch 32"."""
-    op, tail = case.split()[0], re.search(r"forward.*", case)
+    op, tail = case.split()[0], re.search(r"(forward|inference|training).*", case)
     assert tail is not None
     layout = next((f", {name}," for name in ("NCHW", "channels_last") if name in case), "")
     return f"{op}{layout} {tail[0]}"
@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> None:
     content = json.loads(Path(arguments[0]).read_text())
     rows = [b["extra_info"] for b in content["benchmarks"] if "gpu_case" in b["extra_info"]]
     if not rows:
-        sys.exit(f"{arguments[0]} has no results of bench_gpu.py")
+        sys.exit(f"{arguments[0]} has no results of bench_gpu*.py")
     print("\n".join(table(rows, modelled(rows[0]["device"]))))
 
 

@@ -165,12 +165,23 @@ def forced() -> str | None:
     return path
 
 
+#: What `choose` found, by everything that it depends on. Every call of an op asks.
+_CHOSEN: dict[tuple[Any, ...], str] = {}
+
+
 def choose(op: str, dtype: torch.dtype, device: torch.device, columns: int = TILE_CHANNELS) -> str:
     """The path that runs an op on a GPU; `columns` are the output channels of spiral_conv.
 
     Raises ValueError if PAHM_GPU_PATH names a path that this machine lacks.
     """
-    return _first_of(PATHS[op][_row(op, dtype, columns)], device)
+    tf32 = op == "spiral_conv" and dtype == torch.float32 and tf32_allowed()
+    key = op, dtype, device, columns < TILE_CHANNELS, tf32, os.environ.get("PAHM_GPU_PATH")
+    path = _CHOSEN.get(key)
+    if path is None:
+        path = _first_of(PATHS[op][_row(op, dtype, columns)], device)
+        if device.index is not None and not capturing(device):
+            _CHOSEN[key] = path
+    return path
 
 
 def _first_of(paths: tuple[str, ...], device: torch.device) -> str:

@@ -45,8 +45,21 @@ inline Tensor of_type(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
-// An uninitialised contiguous tensor on the device of `like`. torch::stable::new_empty looks up its op by
-// name at every call, which takes longer than a small kernel.
+// An uninitialised tensor on the device of `like`. torch::stable::new_empty and empty_like look up their op
+// by name at every call, which takes longer than a small kernel, and cross the dispatcher twice.
+inline Tensor empty_strided(const Tensor& like, int64_t rank, const int64_t* sizes, const int64_t* strides,
+                            ScalarType type) {
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(rank, sizes, strides, dtype, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+// The same, contiguous.
 template <size_t Rank>
 Tensor new_empty(const Tensor& like, const std::array<int64_t, Rank>& sizes, ScalarType type) {
   std::array<int64_t, Rank> strides;
@@ -55,14 +68,7 @@ Tensor new_empty(const Tensor& like, const std::array<int64_t, Rank>& sizes, Sca
     strides[d] = count;
     count = product(count, sizes[d] > 1 ? sizes[d] : 1);
   }
-  int32_t device_type = 0, device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(Rank, sizes.data(), strides.data(), dtype,
-                                                         device_type, device_index, &handle));
-  return Tensor(handle);
+  return empty_strided(like, Rank, sizes.data(), strides.data(), type);
 }
 template <size_t Rank>
 Tensor new_empty(const Tensor& like, const std::array<int64_t, Rank>& sizes) {

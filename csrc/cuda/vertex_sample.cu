@@ -139,13 +139,12 @@ std::tuple<Maps, Tensor, Tensor> vertex_sample_backward(const Tensor& grad_, con
   const bool needs_points = needs[features.size()] || needs_camera;
 
   const OnDeviceOf on(grad);
-  Maps map_grads;
-  for (size_t i = 0; i < features.size(); ++i) {
-    map_grads.push_back(needs[i] ? torch::stable::empty_like(s.maps[i]) : new_empty<1>(grad, {0}));
-  }
   const auto like = [&](const Tensor& t, bool needed) {
-    return needed ? torch::stable::new_empty(t, t.sizes()) : new_empty<1>(t, {0});
+    return needed ? empty_strided(t, t.dim(), t.sizes().data(), t.strides().data(), t.scalar_type())
+                  : new_empty<1>(t, {0});
   };
+  Maps map_grads;
+  for (size_t i = 0; i < features.size(); ++i) map_grads.push_back(like(s.maps[i], needs[i]));
   Tensor vertex_grad = like(s.vertices, needs_points);
   Tensor camera_grad = needs_camera ? like(*s.camera, true) : like(s.vertices, false);
   dispatch_floating<bfloat16, half>(type, [&](auto zero) {

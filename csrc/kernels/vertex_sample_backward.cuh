@@ -1,6 +1,6 @@
 // vertex_sample, backward, without atomics: the result has the same bits in every run.
 //
-// - sort_vertices_kernel sorts the vertices of each item and map by cell.
+// - sort_vertices_kernel and merge_vertices_kernel sort the vertices of each item and map by cell.
 // - pixel_grads_kernel (channels_last) and plane_grads_kernel (planes) assign each pixel to a group of lanes.
 //   The group sums the contributions of the vertices in the four cells around the pixel and stores the
 //   pixel's gradient once. For each vertex it also stores the product of its output gradient and the pixel,
@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(block_threads, 4)
   block /= tiles;
   const int slab = block % slabs.count[index];
   const int64_t item = block / slabs.count[index];
-  find_ranges(map, b.work.cells + (item * a.map_count + index) * a.vertex_count, a.vertex_count, first_pixel,
-              ranges);
+  find_ranges(map, b.work.sorted.cells + (item * a.map_count + index) * a.vertex_count, a.vertex_count,
+              first_pixel, ranges);
 
   const int channel = (slab * lanes + (threadIdx.x & (lanes - 1))) * Count;
   T* const products = b.work.products == nullptr
@@ -123,8 +123,8 @@ __global__ void __launch_bounds__(block_threads, 2)
   const int first_pixel = block % tiles * tile_pixels, pixels = map.height * map.width;
   block /= tiles;
   const int64_t item = block / slab_blocks;
-  find_ranges(map, b.work.cells + (item * a.map_count + index) * a.vertex_count, a.vertex_count, first_pixel,
-              ranges);
+  find_ranges(map, b.work.sorted.cells + (item * a.map_count + index) * a.vertex_count, a.vertex_count,
+              first_pixel, ranges);
 
   const int warp = threadIdx.x / 32, slab = block % slab_blocks * block_slabs + warp / 2;
   const int i = warp % 2 * 16 + threadIdx.x % 32 / 2, pixel = first_pixel + i;
@@ -282,8 +282,12 @@ int64_t set_sample_workspace(SampleBackwardArguments<S>& b, void* memory) {
     bytes += ceil_div(size, 32) * 32;
     return begin;
   };
-  b.work.cells = reinterpret_cast<int32_t*>(part(entries * 4));
-  b.work.order = reinterpret_cast<int32_t*>(part(entries * 4));
+  const auto sorted = [&](int64_t size) {
+    auto* const cells = reinterpret_cast<int32_t*>(part(size * 4));
+    return SortedVertices{cells, reinterpret_cast<int32_t*>(part(size * 4))};
+  };
+  b.work.sorted = sorted(entries);
+  b.work.spare = b.forward.vertex_count > sort_chunk ? sorted(entries) : SortedVertices{};
   b.work.positions = reinterpret_cast<Pack<T, 2>*>(part(entries * static_cast<int64_t>(sizeof(Pack<T, 2>))));
   b.work.products = nullptr;
   if (b.vertex_grad == nullptr && b.camera_grad == nullptr) return bytes;
@@ -318,9 +322,7 @@ void vertex_sample_backward_launch(const SampleBackwardArguments<S>& b, const De
   const SampleArguments<S>& a = b.forward;
   if (a.batch == 0) return;
   const SampleBackwardPlan<S> plan(b);
-  const int64_t tiles = ceil_div(a.vertex_count, block_threads);
-  launch(sort_vertices_kernel<S>, a.batch * a.map_count * tiles, block_threads, 0, device, a, b.work,
-         static_cast<int>(tiles));
+  sort_vertices_launch(a, b.work, device);
   for (const bool channels_last : {false, true}) {
     if (plan.wide) {
       map_grads_launch<S, 16 / sizeof(S)>(b, plan, channels_last, device);
@@ -329,7 +331,8 @@ void vertex_sample_backward_launch(const SampleBackwardArguments<S>& b, const De
     }
   }
   if (b.vertex_grad == nullptr && b.camera_grad == nullptr) return;
-  const int point_tiles = b.camera_grad != nullptr ? 1 : static_cast<int>(tiles);
+  const int tiles = static_cast<int>(ceil_div(a.vertex_count, block_threads));
+  const int point_tiles = b.camera_grad != nullptr ? 1 : tiles;
   launch(point_grads_kernel<S>, a.batch * point_tiles, block_threads, 0, device, b, plan.slabs, point_tiles);
 }
 

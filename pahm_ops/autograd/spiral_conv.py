@@ -42,14 +42,14 @@ def spiral_conv(
     activation: int,
 ) -> Tensor:
     """The op, differentiable with respect to x, weight and bias."""
-    op, how = kernel("spiral_conv", x, weight.shape[0]), derivative(x, weight, bias)
-    if how == NONE:
-        return run(op, x, table, t_pointers, t_rows, weight, bias, activation)
-    if how != GRADIENT:
-        return op(x, table, t_pointers, t_rows, weight, bias, activation)
-    if activation == GELU:
-        return F.gelu(spiral_conv(x, table, t_pointers, t_rows, weight, bias, _NONE))
-    return _SpiralConv.apply(x, table, t_pointers, t_rows, weight, bias, activation)
+    how = derivative(x, weight, bias)
+    if how == GRADIENT:
+        if activation == GELU:
+            return F.gelu(_SpiralConv.apply(x, table, t_pointers, t_rows, weight, bias, _NONE))
+        return _SpiralConv.apply(x, table, t_pointers, t_rows, weight, bias, activation)
+    op = kernel("spiral_conv", x, weight.shape[0])
+    arguments = (x, table, t_pointers, t_rows, weight, bias, activation)
+    return run(op, *arguments) if how == NONE else op(*arguments)
 
 
 def input_grad(

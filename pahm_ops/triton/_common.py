@@ -42,6 +42,11 @@ def check_operand(
     check(dtype in (None, tensor.dtype), f"{name} must be {dtype}, got {tensor.dtype}")
 
 
+def empty(like: Tensor, *shape: int) -> Tensor:
+    """Uninitialised, of the dtype and on the device of `like`. `new_empty` crosses the dispatcher twice."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
 def check_small(**sizes: int) -> None:
     """Raises ValueError for a size that kernels cannot count in 32 bits, including the last tile's rows."""
     for name, size in sizes.items():

@@ -16,6 +16,7 @@ from pahm_ops.triton._common import (
     check,
     check_operand,
     check_small,
+    empty,
     size_class,
     tile_rows,
     vector_width,
@@ -46,7 +47,7 @@ def mesh_pool(
     x, row_pointers, columns, values = (t.contiguous() for t in (x, row_pointers, columns, values))
     (batch, vertices, channels), rows = x.shape, row_pointers.numel() - 1
     check_small(rows=rows, channels=channels)
-    out = x.new_empty(batch, rows, channels)
+    out = empty(x, batch, rows, channels)
     if out.numel() == 0:
         return out
     vec = vector_width(channels)

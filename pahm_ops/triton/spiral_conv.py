@@ -17,6 +17,7 @@ from pahm_ops.triton._common import (
     check,
     check_operand,
     check_small,
+    empty,
     interpreted,
     processors,
     size_class,
@@ -55,7 +56,7 @@ def spiral_conv(
     x, table, weight = x.contiguous(), table.contiguous(), weight.contiguous()
     bias, tf32 = None if bias is None else bias.contiguous(), _tf32(x.dtype)
     check_small(rows=rows, columns_of_weight=length * channels)
-    out = x.new_empty(batch, rows, out_channels)
+    out = empty(x, batch, rows, out_channels)
     if out.numel() == 0:
         return out
     _FORWARD.launch(
@@ -103,7 +104,7 @@ def spiral_conv_input_grad(
     check(lists, "t_pointers must be (L * vertices + 1,) and t_rows (L * M,)")
     channels = weight.shape[1] // length
     check_small(vertices=vertices, columns_of_weight=length * channels)
-    out = grad.new_empty(batch, vertices, channels)
+    out = empty(grad, batch, vertices, channels)
     if out.numel() == 0 or grad.numel() == 0:
         return out.zero_()
     grad, weight, tf32 = grad.contiguous(), weight.contiguous(), _tf32(grad.dtype)
@@ -148,7 +149,7 @@ def spiral_conv_weight_grad(
     check(fits, "grad must be (B, M, Cout) for x (B, N, C) and table (L, M)")
     grad, x, table, tf32 = grad.contiguous(), x.contiguous(), table.contiguous(), _tf32(x.dtype)
     check_small(rows=rows, columns_of_weight=length * channels)
-    out = x.new_empty(out_channels, length * channels)
+    out = empty(x, out_channels, length * channels)
     count = batch * rows
     if out.numel() == 0 or count == 0:
         return out.zero_()

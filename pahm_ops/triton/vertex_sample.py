@@ -12,7 +12,15 @@ from torch import Tensor
 
 from pahm_ops.backends import define_triton
 from pahm_ops.triton import _vertex_sample_kernels as kernels
-from pahm_ops.triton._common import block, check, check_operand, check_small, size_class, vector_width
+from pahm_ops.triton._common import (
+    block,
+    check,
+    check_operand,
+    check_small,
+    empty,
+    size_class,
+    vector_width,
+)
 from pahm_ops.triton._tuning import Kernel, config, deduplicated
 
 Geometry = dict[str, Any]
@@ -39,7 +47,7 @@ def vertex_sample(
     batch, count = vertices.shape[:2]
     total = sum(feature.shape[1] for feature in features)
     _check_sizes(features, count, total)
-    out = features[0].new_empty(batch, count, total)
+    out = empty(features[0], batch, count, total)
     geometry = _geometry(vertices, camera, height, width, align_corners)
     first = 0
     for feature in features:
@@ -88,7 +96,7 @@ def vertex_sample_backward(
     geometry = _geometry(vertices, camera, height, width, align_corners)
     map_grads = _map_grads(grad, features, need_maps, geometry, border)
     if not (need_vertices or need_camera):
-        return map_grads, vertices.new_empty(0), vertices.new_empty(0)
+        return map_grads, empty(vertices, 0), empty(vertices, 0)
     shares = _point_grads(grad, features, geometry, border)
     vertex_grad, camera_grad = _through_projection(shares, geometry, need_camera)
     return map_grads, vertex_grad, camera_grad
@@ -162,7 +170,7 @@ def _through_projection(shares: Tensor, geometry: Geometry, need_camera: bool) -
             share_size=shares[0].numel(),
         )
     if sums is None:
-        return vertex_grad, vertices.new_empty(0)
+        return vertex_grad, empty(vertices, 0)
     return vertex_grad, sums.sum(1).to(camera.dtype).view(camera.shape)
 
 
@@ -171,7 +179,7 @@ def _map_grads(
 ) -> list[Tensor]:
     batch, count, total = grad.shape
     outs = [
-        torch.empty_like(feature, memory_format=_format(feature)) if need else feature.new_empty(0)
+        torch.empty_like(feature, memory_format=_format(feature)) if need else empty(feature, 0)
         for feature, need in zip(features, needs, strict=True)
     ]
     wanted = [i for i, out in enumerate(outs) if out.dim() > 1 and out.numel()]

@@ -32,6 +32,7 @@ BUDGETS = {
     "sample_pixels_kernel": (256, 4),
     "sample_planes_kernel": (256, 3),
     "sort_vertices_kernel": (256, 4),
+    "merge_vertices_kernel": (256, 4),
     "pixel_grads_kernel": (256, 4),
     "plane_grads_kernel": (256, 2),
     "point_grads_kernel": (256, 2),

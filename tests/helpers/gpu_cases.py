@@ -200,3 +200,24 @@ def expected(sample: Sample, grad: Tensor | None = None) -> list[Tensor]:
 def all_close(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
     for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
         close(f"result {i}", a, b, TOLERANCE[a.dtype])
+
+
+# ---- CUDA graphs ----
+
+
+def warm_up(function: Callable[[], object]) -> None:
+    """Loads kernels and makes tables, on a stream of its own, as PyTorch asks before a capture."""
+    side = torch.cuda.Stream(DEVICE)
+    side.wait_stream(torch.cuda.current_stream(DEVICE))
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream(DEVICE).wait_stream(side)
+
+
+def capture(function: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
+    """What replays the graph of a call, and what the call gave."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function()
+    return graph.replay, results

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from op_samples import Sample, samples
+from op_samples import OPS, Sample, samples
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import pahm_ops
 from pahm_ops import MeshTransform
@@ -144,6 +145,20 @@ def refusals() -> int:
             with pytest.raises(ValueError, match="must"):
                 call()
     return len(calls)
+
+
+def crossings() -> int:
+    """A call crosses the dispatcher twice, for the op and for its result; no kernel runs."""
+    _tuning = sys.modules["pahm_ops.triton._tuning"]
+    _tuning.Kernel.launch = lambda *_, **__: None
+    for op in OPS:
+        sample = samples(op, torch.float32)[0]
+        sample.function(*sample.arguments)  # makes a table that later calls remember
+        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as record:
+            sample.function(*sample.arguments)
+        found = [e.name for e in record.events() if e.name.startswith(("aten::", "pahm_ops::"))]
+        assert sorted(found) == ["aten::empty", f"pahm_ops::_triton_{op}"], found
+    return len(OPS)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretends that the machine has these module."""
+    """Pretends that the machine has these paths."""
 
     def has(*paths: str) -> None:
         monkeypatch.setattr(module, "available", lambda path, device: path in (*paths, "reference"))
+        monkeypatch.setattr(module, "_CHOSEN", {})
 
     monkeypatch.delenv("PAHM_GPU_PATH", raising=False)
     return has

@@ -30,6 +30,7 @@ PROGRAM = HELPERS / "gpu_layer.py"
         ("strided_bias", 1),
         ("empties", 5),
         ("refusals", 22),
+        ("crossings", 3),
     ],
 )
 def test_ops_as_on_a_gpu(check, count):

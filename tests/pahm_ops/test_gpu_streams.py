@@ -1,10 +1,10 @@
 """Streams, CUDA graphs, and tensors beyond 2^31 elements."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
-from gpu_cases import DEVICE, all_close, close, expected, op_sample, with_gradients
+from gpu_cases import DEVICE, all_close, capture, close, expected, op_sample, warm_up, with_gradients
 from op_samples import OPS
 from torch import Tensor
 
@@ -26,24 +26,6 @@ def renew(tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
             geometric = tensor.dim() == 3 and tensor.shape[-1] == 3
             tensor.copy_(tensor.flip(0) if geometric else torch.randn_like(tensor))
-
-
-def warm_up(function: Callable[[], object]) -> None:
-    """Loads kernels and makes tables, on a stream of its own, as PyTorch asks before a capture."""
-    side = torch.cuda.Stream(DEVICE)
-    side.wait_stream(torch.cuda.current_stream(DEVICE))
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream(DEVICE).wait_stream(side)
-
-
-def capture(function: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
-    """What replays the graph of a call, and what the call gave."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = function()
-    return graph.replay, results
 
 
 @each_op

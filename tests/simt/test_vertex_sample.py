@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from paper_levels import MAPS, levels
-from simt_kernels import DTYPES, SEEDS, needs_gxx
+from simt_kernels import DTYPES, SEEDS, Counts, needs_gxx
 from simt_ops import (
     VERTEX_SAMPLE,
     Scene,
@@ -83,6 +83,11 @@ def test_any_number_of_channels(dtype, channels, last):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_number_of_vertices(dtype, batch, count, last):
     check(scene([(4, 6, 5)], dtype, last=last, batch=batch, count=count, spread=0.5))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_more_than_twenty_thousand_vertices(last):
+    check(scene([(4, 13, 7), (0, 3, 3)], torch.float32, last=last, batch=1, count=20_003), races=False)
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -229,6 +234,83 @@ def test_border_padding_reads_the_last_pixel_of_a_map_wider_than_floats_count(al
     sizes = [1, 1, 0, 0, int(align_corners), 1, 1, 1, side, 0]
     VERTEX_SAMPLE.call("vertex_sample", torch.float32, [wide_map], points, None, 0, out, 1, sizes, 4)
     assert out.item() == 5
+
+
+# ---- sorting the vertices by cell ----
+
+CHUNK = 1024  # vertices that one launch sorts
+NO_CELL = 2**31 - 2
+
+
+def sort_vertices(
+    points: Tensor, maps: list[tuple[int, int]], border: bool = False, **options: object
+) -> tuple[Tensor, Tensor, Tensor, Counts]:
+    """Cells, vertices and positions (B, maps, N) of points (B, N, 2) on maps (height, width)."""
+    (batch, count), dtype = points.shape[:2], points.dtype
+    numbers = [torch.full((batch, len(maps), count), -7, dtype=torch.int32) for _ in range(4)]
+    positions = torch.full((batch, len(maps), count, 2), torch.nan, dtype=dtype)
+    spare = numbers[2:] if count > CHUNK else [None, None]
+    sizes = [batch, count, 0, 0, 0, int(border), *(n for h, w in maps for n in (1, h, w, 0))]
+    made = [torch.zeros(batch, 1, *size, dtype=dtype) for size in maps]
+    counts = VERTEX_SAMPLE.call(
+        "sort_vertices", dtype, made, points, *numbers[:2], positions, *spare, len(maps), sizes, **options
+    )
+    return numbers[0], numbers[1], positions, counts
+
+
+def check_order(
+    points: Tensor, maps: list[tuple[int, int]], border: bool = False, **options: object
+) -> Counts:
+    """Holds the order to a stable sort by cell, computed in the same dtype; gives the counts."""
+    cells, order, positions, counts = sort_vertices(points, maps, border, **options)
+    for i, (height, width) in enumerate(maps):
+        size = torch.tensor([width, height], dtype=points.dtype)
+        pixels = ((points + 1) * size - 1) / 2
+        if border:
+            pixels = torch.minimum(pixels.clamp(min=0), size - 1)
+        corner = pixels.floor()
+        key = ((corner[..., 1] + 1) * (width + 1) + corner[..., 0] + 1).int()
+        near = ((pixels >= -1) & (pixels < size)).all(-1)
+        key, place = torch.where(near, key, NO_CELL).sort(dim=1, stable=True)
+        assert torch.equal(cells[:, i], key) and torch.equal(order[:, i], place.int())
+        inside = (pixels - corner).gather(1, place[..., None].expand(-1, -1, 2))
+        assert torch.equal(positions[:, i][key < NO_CELL], inside[key < NO_CELL])
+    return counts
+
+
+@pytest.mark.parametrize("count", [1, 2, 31, 33, 778, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_vertices_are_sorted_by_cell(dtype, count):
+    points = torch.rand(2, count, 2, dtype=dtype) * 2.6 - 1.3
+    counts = check_order(points, [(5, 4), (17, 9)])
+    chunks = -(-count // CHUNK)
+    assert counts.launches == 1 + (chunks - 1).bit_length() and counts.atomics == 0
+
+
+@pytest.mark.parametrize("cells", ["many", "four", "one", "none"])
+def test_more_than_twenty_thousand_vertices_are_sorted(cells):
+    points = torch.rand(1, 20_011, 2) * 2 - 1
+    if cells == "four":
+        points = (points > 0).float() - 0.5
+    elif cells != "many":
+        points = torch.full_like(points, 0.1 if cells == "one" else 9.0)
+    check_order(points, [(56, 56)])
+
+
+def test_sorted_vertices_have_one_order_however_threads_run():
+    points = torch.rand(1, 2 * CHUNK + 77, 2) * 3 - 1.5
+    for seed in SEEDS[:4]:
+        check_order(points, [(6, 7)], border=True, seed=seed)
+
+
+def test_sorting_takes_n_log_n_steps():
+    """Of warps, at global and at shared memory; the ratio of n log n is 9.7, of n^2 it is 64."""
+
+    def steps(count: int) -> int:
+        counts = sort_vertices(torch.rand(1, count, 2) * 2 - 1, [(56, 56)], races=False)[-1]
+        return counts.requests + counts.shared_requests
+
+    assert steps(16 * CHUNK) < 12 * steps(2 * CHUNK)
 
 
 # ---- the order of sums ----

@@ -79,6 +79,24 @@ extern "C" const char* vertex_sample(int dtype, const void* const* maps, const v
 }
 PAHM_CASE(vertex_sample);
 
+// Without a camera. The spare lists may be null where one launch sorts everything.
+extern "C" const char* sort_vertices(int dtype, const void* const* maps, const void* vertices, int32_t* cells,
+                                     int32_t* order, void* positions, int32_t* spare_cells,
+                                     int32_t* spare_order, int map_count, const int64_t* sizes, uint64_t seed,
+                                     simt::Counts* counts) {
+  return run(counts, [&] {
+    for_dtype(dtype, [&](auto zero) {
+      using S = decltype(zero);
+      using T = pahm::Sum<S>;
+      const auto arguments = arguments_of<S>(maps, vertices, nullptr, 0, map_count, sizes);
+      const pahm::SampleWorkspace<T> work{
+          {cells, order}, {spare_cells, spare_order}, static_cast<pahm::Pack<T, 2>*>(positions), nullptr};
+      pahm::sort_vertices_launch(arguments, work, device(seed));
+    });
+  });
+}
+PAHM_CASE(sort_vertices);
+
 // Gradients that are null are not wanted.
 extern "C" const char* vertex_sample_backward(int dtype, const void* grad, const void* const* maps,
                                               const void* vertices, const void* camera, int camera_kind,
