@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_ARCHS = "75;80;86;90;100;120+PTX"  # as in torch's own builds; 89 runs the code for 86
+# The compiler makes the same PTX for both, so it is made once: half of the time that an architecture takes.
+SAME_PTX = {"86": "80", "120": "100"}
 COMPILE = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Xfatbin=-compress-all"]
 DEFINE = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA"]
 # Link the CUDA runtime statically, because torch's may have another version or be no separate library.
@@ -82,7 +84,8 @@ def find(torch_cuda: str | None, environ: Mapping[str, str]) -> Toolkit:
 def architectures(environ: Mapping[str, str], supported: set[str]) -> list[str]:
     """nvcc's options for the architectures in PAHM_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST, or for the defaults.
 
-    Leaves out defaults that the compiler does not support. Raises ValueError for a list that cannot be read
+    Architectures with the same PTX share it; where it is kept, later GPUs of either can use it. Leaves out
+    defaults that the compiler does not support. Raises ValueError for a list that cannot be read
     and for a requested architecture that is not supported.
     """
     source = next((name for name in ("PAHM_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST") if environ.get(name)), None)
@@ -97,8 +100,11 @@ def architectures(environ: Mapping[str, str], supported: set[str]) -> list[str]:
         )
     if not source:
         usable[-1] = (usable[-1][0], True)
-    options = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch, _ in usable]
-    return options + [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch, ptx in usable if ptx]
+    archs = [arch for arch, _ in usable]
+    made_for = {arch: SAME_PTX[arch] if SAME_PTX.get(arch) in archs else arch for arch in archs}
+    kept = dict.fromkeys(made_for[arch] for arch, ptx in usable if ptx)
+    options = [f"-gencode=arch=compute_{made_for[arch]},code=sm_{arch}" for arch in archs]
+    return options + [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in kept]
 
 
 def jobs(environ: Mapping[str, str]) -> int:

@@ -12,6 +12,32 @@ import pahm_ops
 ISAS = ("neon",) if platform.machine() == "aarch64" else ("plain", "avx2", "avx512", "avx512_bf16", "amx")
 
 
+#: Files of few tests that take long. They come first: pytest-xdist would start them last, and at the end one
+#: worker would be left with one of them.
+LONG = (
+    "test_triton.py",
+    "test_triton_compile.py",
+    "test_processes.py",
+    "test_resume.py",
+    "test_export.py",
+    "test_gpu_layer.py",
+    "test_trainer.py",
+    "test_generate.py",
+    "test_page.py",
+    "test_browser.py",
+    "test_ablation.py",
+    "test_cuda_budget.py",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # pytest-xdist's: files with many tests first
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     # Here and not in a mark: what is skipped at one place is one line of pytest's report.
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():

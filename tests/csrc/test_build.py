@@ -150,8 +150,9 @@ def gencodes(options):
 
 
 def test_default_architectures():
-    sass = [f"{arch},code=sm_{arch}" for arch in (75, 80, 86, 90, 100, 120)]
-    assert gencodes(cuda.architectures({}, CUDA_13)) == [*sass, "120,code=compute_120"]
+    pairs = (75, 75), (80, 80), (80, 86), (90, 90), (100, 100), (100, 120)
+    sass = [f"{ptx},code=sm_{arch}" for ptx, arch in pairs]
+    assert gencodes(cuda.architectures({}, CUDA_13)) == [*sass, "100,code=compute_100"]
 
 
 def test_default_architectures_are_those_of_an_older_compiler():
@@ -166,6 +167,16 @@ def test_architectures_asked_for(name, text):
         "80,code=sm_80",
         "90a,code=sm_90a",
         "90a,code=compute_90a",
+    ]
+
+
+def test_ptx_is_shared_only_with_what_is_asked_for():
+    asked = {"PAHM_CUDA_ARCHS": "86+PTX;100+PTX;120+PTX"}
+    expected = ["86,code=sm_86", "100,code=sm_100", "100,code=sm_120"]
+    assert gencodes(cuda.architectures(asked, CUDA_13)) == [
+        *expected,
+        "86,code=compute_86",
+        "100,code=compute_100",
     ]
 
 
@@ -291,8 +302,8 @@ def test_library_has_code_for_every_architecture():
         found[kind] = Counter(re.findall(r"sm_(\w+)\.", listing.stdout))
     files = len(list((ROOT / "csrc" / "cuda").glob("*.cu")))
     asked = gencodes(cuda.architectures(ENVIRONMENT, CUDA_13))
-    assert found["elf"] == {a.split(",")[0]: files for a in asked if "code=sm" in a}
-    assert found["ptx"] == {a.split(",")[0]: files for a in asked if "code=compute" in a}
+    for kind, code in (("elf", "sm"), ("ptx", "compute")):
+        assert found[kind] == {a.split("_")[1]: files for a in asked if f"code={code}_" in a}
 
 
 def test_library_needs_nothing_but_torch_and_the_system():

@@ -1,9 +1,12 @@
 """The program of test_gpu_layer.py: the public ops as on a GPU, by Triton's kernels, interpreted on the CPU.
 
-python tests/helpers/gpu_layer.py CHECK [ARGUMENT ...], with TRITON_INTERPRET=1
+python tests/helpers/gpu_layer.py "CHECK [ARGUMENT ...]" ..., with TRITON_INTERPRET=1, prints a line of
+JSON for each check: how many cases passed, or the error.
 """
 
+import json
 import sys
+import traceback
 from collections.abc import Callable
 
 import pytest
@@ -172,5 +175,10 @@ if __name__ == "__main__":
 
     for module in (pahm_ops.triton.mesh_pool, pahm_ops.triton.spiral_conv, pahm_ops.triton.vertex_sample):
         backends_module._COMPILED.update(module.OPS)
-    torch.manual_seed(0)
-    print(globals()[sys.argv[1]](*sys.argv[2:]))
+    for check in sys.argv[1:]:
+        function, *arguments = check.split()
+        torch.manual_seed(0)
+        try:
+            print(json.dumps(globals()[function](*arguments)), flush=True)
+        except Exception:
+            print(json.dumps(traceback.format_exc()), flush=True)

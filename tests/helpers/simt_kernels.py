@@ -29,7 +29,8 @@ FLAGS = (
 )
 SANITIZE = (
     "-O0",
-    "-g",
+    "-g1",  # lines for a report, and no variables
+    "-DSIMT_FLOAT32_ONLY",
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
     "-fno-omit-frame-pointer",

@@ -45,18 +45,31 @@ def complaints(request: pytest.FixtureRequest) -> dict[str, str | None]:
 
 
 def is_quick(name: str) -> bool:
-    """Scenes are interpreted in all combinations in float64, in other types with one camera; of edges and
-    invalid numbers, half of the combinations. On a GPU all of them are quick.
+    """Of the combinations of camera, memory format, corners and padding, half are interpreted in float64, and
+    two, with one camera, in other types; of wide maps and invalid numbers half, of edges a quarter. On a GPU
+    all of them are quick.
     """
     match name.split():
-        case ["vertex_sample", "float32" | "float16" | "bfloat16", "points" | "weak", *_]:
-            return False
+        case [
+            "vertex_sample",
+            "float64",
+            "points" | "weak" | "perspective" as camera,
+            layout,
+            align,
+            padding,
+        ]:
+            # Any three of the four settings meet in every way.
+            return (camera == "weak") ^ (layout == "last") ^ (align == "corners") ^ (padding == "border")
+        case ["vertex_sample", _, "points" | "weak" | "perspective" as camera, layout, align, _]:
+            return camera == "perspective" and (layout == "last") == (align == "corners")
+        case ["vertex_sample", dtype, "wide", layout]:
+            return (layout == "last") == (dtype in ("float32", "bfloat16"))
         case ["vertex_sample", "invalid", camera, padding]:
             return (camera == "perspective") == (padding == "zeros")
         case ["vertex_sample", "gradient", "past", *_]:
             return False
-        case ["vertex_sample", "edges", _, align, padding]:
-            return (align == "corners") == (padding == "border")
+        case ["vertex_sample", "edges", layout, align, padding]:
+            return (layout == "last") == (align == "corners") == (padding == "border")
     return True
 
 
