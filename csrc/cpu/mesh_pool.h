@@ -21,12 +21,18 @@ inline __attribute__((always_inline)) void mesh_pool_channels(const MeshPoolArgu
 template <typename S, typename V>
 void mesh_pool_rows(const MeshPoolArguments<S, V>& a, int64_t begin, int64_t end) {
   using T = Compute<S>;
-  constexpr int64_t width = lanes<T>;
+  constexpr int64_t width = lanes<T>, line = 64 / static_cast<int64_t>(sizeof(S));
+  // Rows are read in no order that the hardware could guess. While a mesh is computed, the next one comes
+  // into the second-level cache, if it fits there. A prefetch past the end does nothing.
+  constexpr int64_t most_prefetched = (256 << 10) / static_cast<int64_t>(sizeof(S));
+  const int64_t mesh_size = a.vertices * a.channels;
+  const int64_t share = mesh_size <= most_prefetched ? (mesh_size + a.rows - 1) / a.rows : 0;
   for (int64_t r = begin; r < end; ++r) {
     const int64_t b = r / a.rows, m = r % a.rows;
     const int64_t first = a.row_pointers[m], last = a.row_pointers[m + 1];
     const S* x = a.x + b * a.vertices * a.channels;
     S* out = a.out + r * a.channels;
+    for (int64_t i = m * share; i < (m + 1) * share; i += line) __builtin_prefetch(x + mesh_size + i, 0, 2);
     int64_t c = 0;
     for (; c + 4 * width <= a.channels; c += 4 * width) mesh_pool_channels<4>(a, x + c, out + c, first, last);
     for (; c + width <= a.channels; c += width) mesh_pool_channels<1>(a, x + c, out + c, first, last);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <optional>
 #include <type_traits>
 #include <utility>
@@ -42,14 +43,11 @@ struct SpiralInputGrad {
 template <typename T>
 struct SpiralWeightGrad {
   SpiralShape shape;
-  const T* grad;          // (B, M, Cout)
-  const T* x;             // (B, N, stride)
-  T* out;                 // (Cout, L, stride)
-  int64_t stride;         // input channels, padded to whole vectors
-  int64_t meshes;         // in a group
-  int64_t group;          // rows of one
-  const int64_t* places;  // (L, group), the vertices that a group's spirals point to, numbered in the group
-  int64_t block;          // rows processed at a time
+  const T* grad;                 // (B, M, Cout)
+  const T* x;                    // (B, N, C)
+  const int32_t* table;          // (L, M)
+  T* out;                        // (Cout, L, C)
+  int64_t meshes = 1, rows = 1;  // processed at a time: whole meshes, or rows of one
 };
 
 struct SpiralTiling {
@@ -67,18 +65,6 @@ namespace pahm {
 namespace {
 
 using c10::BFloat16;
-
-// The weight gradient processes at most this many rows at a time, and no more than fit in half an L2 cache.
-constexpr int64_t block_rows = 1024, cache_bytes = 1 << 19;
-
-// The vertices that the spirals of several meshes point to, (L, rows of all), numbered over all meshes.
-void list_places(const SpiralShape& shape, int64_t meshes, const int32_t* table, int64_t* places) {
-  for (int64_t l = 0; l < shape.length; ++l, table += shape.rows) {
-    for (int64_t mesh = 0; mesh < meshes; ++mesh, places += shape.rows) {
-      for (int64_t row = 0; row < shape.rows; ++row) places[row] = mesh * shape.vertices + table[row];
-    }
-  }
-}
 
 Tensor compute_copy(const Tensor& t) { return as_contiguous(of_type(t, compute_type(t.scalar_type()))); }
 
@@ -211,43 +197,23 @@ Tensor spiral_conv_weight_grad(const Tensor& grad_, const Tensor& x_, const Tens
                                  table.const_data_ptr<int32_t>(), out.mutable_data_ptr<BFloat16>());
     return out;
   }
-  // Channels are padded to whole vectors of any instruction set, so that no load runs past the end of a row.
-  const int64_t vector = type == ScalarType::Double ? 8 : 16;
-  const int64_t stride = ceil_div(shape.channels, vector) * vector;
-  const Tensor grad = compute_copy(grad_);
-  Tensor x = compute_copy(x_);
-  if (stride != shape.channels) x = torch::stable::pad(x, {0, stride - shape.channels});
-  Tensor sums = new_empty<3>(x, {shape.out_channels, shape.length, stride});
-  if (sums.numel() > 0) {
-    const int64_t meshes = std::clamp<int64_t>(block_rows / shape.rows, 1, shape.batch);
-    const int64_t group = meshes * shape.rows;
-    const Scratch<int64_t> places(shape.length * group);
-    list_places(shape, meshes, table.const_data_ptr<int32_t>(), places.get());
+  const Tensor grad = compute_copy(grad_), x = compute_copy(x_);
+  const int64_t K = shape.length * shape.channels;
+  Tensor out = new_empty<2>(x, {shape.out_channels, K});
+  if (out.numel() > 0) {
     dispatch_floating<BFloat16>(type, [&](auto zero) {
       using T = ComputeType<decltype(zero)>;
-      const SpiralTiling tiling = tiling_of<T>(isa);
-      const int64_t row_bytes = (stride + shape.out_channels) * static_cast<int64_t>(sizeof(T));
-      const SpiralWeightGrad<T> arguments{shape,
-                                          grad.const_data_ptr<T>(),
-                                          x.const_data_ptr<T>(),
-                                          sums.mutable_data_ptr<T>(),
-                                          stride,
-                                          meshes,
-                                          group,
-                                          places.get(),
-                                          std::clamp<int64_t>(cache_bytes / row_bytes, 64, block_rows)};
-      const int64_t tiles =
-          ceil_div(shape.out_channels, tiling.rows) * ceil_div(stride, tiling.panel) * shape.length;
-      const int64_t work = shape.batch * shape.rows * tiling.rows * tiling.panel;
-      parallel_for(tiles, work, [&](int64_t begin, int64_t end) {
+      SpiralWeightGrad<T> arguments{shape, grad.const_data_ptr<T>(), x.const_data_ptr<T>(),
+                                    table.const_data_ptr<int32_t>(), out.mutable_data_ptr<T>()};
+      int64_t items = 0;
+      PAHM_ISA_CALL_AS(isa, spiral_weight_grad_plan<T>, arguments, items);
+      const int64_t work = shape.batch * shape.rows * shape.out_channels * K / items;
+      parallel_for(items, work, [&](int64_t begin, int64_t end) {
         PAHM_ISA_CALL_AS(isa, spiral_weight_grad<T>, arguments, begin, end);
       });
     });
   }
-  Tensor cut = sums;
-  if (stride != shape.channels) cut = torch::stable::narrow(cut, 2, 0, shape.channels);
-  return of_type(torch::stable::reshape(cut, {shape.out_channels, shape.length * shape.channels}),
-                 x_.scalar_type());
+  return of_type(out, x_.scalar_type());
 }
 
 }  // namespace

@@ -238,107 +238,6 @@ void spiral_input_grad(const SpiralInputGrad<S>& a, Compute<S>* panel, Compute<S
   }
 }
 
-// ---- gradient to the weight ----
-
-// sums (MR, NV vectors) = grad (rows, MR of Cout) transposed times the rows of x (stride apart) that `places`
-// lists. This is a separate function because, inlined, its accumulators would not all get a register.
-template <typename T, int MR, int NV>
-__attribute__((noinline)) void outer_products(const T* grad, int64_t grad_stride, const T* x,
-                                              int64_t x_stride, const int64_t* places, int64_t rows,
-                                              T* sums) {
-  Vec<T> acc[MR][NV] = {};
-  for (int64_t row = 0; row < rows; ++row, grad += grad_stride) {
-    const T* source = x + places[row] * x_stride;
-    Vec<T> values[NV];
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) values[v] = load(source + v * lanes<T>);
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      const Vec<T> scalar = broadcast(grad[i]);
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) acc[i][v] += scalar * values[v];
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) store(sums + (i * NV + v) * lanes<T>, acc[i][v]);
-  }
-}
-
-// The contribution of rows first to last of the flattened (B, M) to one tile: MR output channels from `o`,
-// columns from `column` of place l. The very first rows overwrite the tile, all others add to it.
-template <typename T, int MR, int NV>
-void spiral_weight_grad_tile(const SpiralWeightGrad<T>& a, int64_t first, int64_t last, int64_t o, int64_t l,
-                             int64_t column) {
-  const SpiralShape& s = a.shape;
-  const int64_t mesh = first / a.group * a.meshes, place = l * a.group + first % a.group;
-  alignas(PAHM_VECTOR_BYTES) T sums[MR * NV * lanes<T>];
-  outer_products<T, MR, NV>(a.grad + first * s.out_channels + o, s.out_channels,
-                            a.x + mesh * s.vertices * a.stride + column, a.stride, a.places + place,
-                            last - first, sums);
-  for (int i = 0; i < MR; ++i) {
-    T* out = a.out + ((o + i) * s.length + l) * a.stride + column;
-    for (int v = 0; v < NV; ++v, out += lanes<T>) {
-      const Vec<T> sum = load(sums + (i * NV + v) * lanes<T>);
-      store(out, first > 0 ? load(out) + sum : sum);
-    }
-  }
-}
-
-// Calls f(rows, o) for tiles that make up `count` output channels from `o`; `rows` is a compile-time number.
-template <typename F>
-inline __attribute__((always_inline)) void for_tiles(int64_t o, int64_t count, const F& f) {
-  for (const int64_t end = o + count; o < end;) {
-    const int64_t left = end - o;
-    if (left >= tile_rows) {
-      f(std::integral_constant<int, tile_rows>{}, o);
-      o += tile_rows;
-    } else if (left >= 8 && tile_rows > 8) {
-      f(std::integral_constant<int, 8>{}, o);
-      o += 8;
-    } else if (left >= 4) {
-      f(std::integral_constant<int, 4>{}, o);
-      o += 4;
-    } else if (left == 3) {
-      f(std::integral_constant<int, 3>{}, o);
-      o += 3;
-    } else if (left == 2) {
-      f(std::integral_constant<int, 2>{}, o);
-      o += 2;
-    } else {
-      f(std::integral_constant<int, 1>{}, o);
-      o += 1;
-    }
-  }
-}
-
-// Items begin to end of (tiles of output channels, panels, L). One thread sums each item over all meshes in a
-// fixed order; all threads walk through the flattened rows in blocks, which stay in the cache.
-template <typename T>
-void spiral_weight_grad(const SpiralWeightGrad<T>& a, int64_t begin, int64_t end) {
-  const SpiralShape& s = a.shape;
-  const int64_t panels = (a.stride + panel_width<T> - 1) / panel_width<T>, rows = s.batch * s.rows;
-  for (int64_t first = 0, last = 0; first < rows; first = last) {
-    // A block lies within one group, so that its places are contiguous.
-    const int64_t next_group = (first / a.group + 1) * a.group, next = first + a.block;
-    last = next < next_group ? next : next_group;
-    if (last > rows) last = rows;
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t l = item % s.length, column = item / s.length % panels * panel_width<T>;
-      const int64_t o = item / s.length / panels * tile_rows;
-      const int64_t count = s.out_channels - o < tile_rows ? s.out_channels - o : tile_rows;
-      for_tiles(o, count, [&](auto MR, int64_t channel) __attribute__((always_inline)) {
-        if (a.stride - column > lanes<T>) {
-          spiral_weight_grad_tile<T, MR, 2>(a, first, last, channel, l, column);
-        } else {
-          spiral_weight_grad_tile<T, MR, 1>(a, first, last, channel, l, column);
-        }
-      });
-    }
-  }
-}
-
 // How the products are cut, for the caller that divides the work.
 template <typename T>
 void spiral_tiling(SpiralTiling& tiling) {
@@ -346,3 +245,5 @@ void spiral_tiling(SpiralTiling& tiling) {
 }
 
 }  // namespace pahm::PAHM_ISA
+
+#include "cpu/spiral_conv_weight_grad.h"

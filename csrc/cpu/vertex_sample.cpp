@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "cpu/operands.h"
 #include "cpu/parallel.h"
@@ -141,6 +142,7 @@ Tensor vertex_sample(const Maps& features, const Tensor& vertices, const std::op
     using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
     const std::vector<T> points = project<T>(view, true);
     if (output.numel() == 0) return;
+    prefer_huge_pages(output);
     job.points = points.data();
     job.output = output.mutable_data_ptr();
     parallel_for(batch * job.unit_count, plan.work(), [&](int64_t begin, int64_t end) {
@@ -216,6 +218,7 @@ std::tuple<Maps, Tensor, Tensor> vertex_sample_backward(const Tensor& grad, cons
         torch::stable::empty(map.sizes(), map.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
                              wants_channels_last(map) ? torch::headeronly::MemoryFormat::ChannelsLast
                                                       : torch::headeronly::MemoryFormat::Contiguous));
+    prefer_huge_pages(map_grads.back());
     plan.maps[i].grad = map_grads.back().mutable_data_ptr();
   }
   const auto like = [&](const Tensor& t, bool needed) {

@@ -54,11 +54,9 @@ void check_spiral_conv(const pahm::SpiralShape& s) {
 
   if constexpr (std::is_same_v<S, T>) {
     std::vector<T> weight_grad(weight.size());
-    std::vector<int64_t> places(static_cast<size_t>(s.length * rows));
-    pahm::list_places(s, s.batch, table.data(), places.data());
-    const pahm::SpiralWeightGrad<T> arguments{
-        s, grad.data(), x.data(), weight_grad.data(), s.channels, s.batch, rows, places.data(), 64};
-    const int64_t items = pahm::ceil_div(s.out_channels, tiling.rows) * panels * s.length;
+    pahm::SpiralWeightGrad<T> arguments{s, grad.data(), x.data(), table.data(), weight_grad.data()};
+    int64_t items = 0;
+    pahm::isa_baseline::spiral_weight_grad_plan<T>(arguments, items);
     pahm::isa_baseline::spiral_weight_grad<T>(arguments, 0, items);
     check_close("its weight gradient", weight_grad, wanted_weight);
   }

@@ -23,6 +23,10 @@ SHAPES = [
     (1, 1, 1, 1, 1, 1),
     (1, 3, 40, 27, 3, 16),
     (2, 60, 1200, 3, 40, 20),
+    # The weight gradient: several meshes at a time and some left, many more vertices than are used, and both.
+    (13, 50, 60, 2, 20, 9),
+    (2, 100, 20, 3, 20, 9),
+    (1, 2500, 1201, 2, 20, 5),
 ]
 
 EMPTY = [(0, 5, 5, 2, 3, 4), (2, 5, 0, 2, 3, 4), (2, 0, 0, 2, 3, 4), (2, 5, 4, 2, 0, 4)]
