@@ -1,4 +1,5 @@
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -395,3 +396,22 @@ def test_autocast_takes_maps_of_several_dtypes():
         out = vertex_sample(mixed, vertices, camera)
         narrow = vertex_sample(mixed[:1], vertices.bfloat16(), camera)
     assert out.dtype == torch.float32 and narrow.dtype == torch.bfloat16
+
+
+@compiled
+def test_large_results_ask_for_huge_pages():
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("no huge pages here")
+    out = vertex_sample([torch.randn(1, 64, 4, 4)], torch.rand(1, 1 << 16, 2))
+    middle = out.data_ptr() + out.nbytes // 2
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if name.endswith(":"):
+            if inside and name == "VmFlags:":
+                assert "hg" in rest
+                return
+        else:
+            first, last = (int(address, 16) for address in name.split("-"))
+            inside = first <= middle < last
+    pytest.skip("the system does not tell the flags of memory")
