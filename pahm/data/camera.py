@@ -100,8 +100,9 @@ def ray_rotation(K: Tensor, pixel: Tensor) -> Tensor:
 
 def rotate(points: Tensor, rotation: Tensor) -> Tensor:
     """Rotate points (..., N, 3) by rotations (..., 3, 3)."""
-    # A matrix product may run in TF32 or bfloat16 and lose tenths of a millimetre, so multiply and sum.
-    return (points[..., None, :] * rotation[..., None, :, :]).sum(-1)
+    # A matrix product may run in TF32 or bfloat16 and lose tenths of a millimetre, so multiply and add.
+    x, y, z = rotation.mT[..., None, :, :].unbind(-2)
+    return points[..., :1] * x + points[..., 1:2] * y + points[..., 2:] * z
 
 
 def solve_translation(points: Tensor, pixels: Tensor, K: Tensor) -> Tensor:

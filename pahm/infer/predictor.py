@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pahm.data.crop import ImageSource, Request
+from pahm.data.crop import ImageSource, Request, read_crop
 from pahm.hand.left import checked_left
 from pahm.infer.engines import make_engine
 from pahm.infer.hand import Hand
-from pahm.infer.reconstruct import HandNetwork, reconstruct_all
+from pahm.infer.reconstruct import HandNetwork, reconstruct, reconstruct_all
 
 FARTHEST = 100  # metres
 
@@ -66,7 +66,13 @@ class Predictor:
         box or wrong intrinsics; FloatingPointError if the network's output is not finite or does not fit in
         front of the camera. The message names the image's file.
         """
-        return _result(next(self._attempt(iter([Request(image, bbox, intrinsics, left)]), 1)))
+        request = Request(image, bbox, intrinsics, left)
+        config = self.engine.config
+        crop = read_crop(request, int(config.image_size), float(config.crop))
+        if isinstance(crop, Exception):
+            raise crop
+        (hand,) = reconstruct(self.engine, [crop])
+        return _result(_in_front(hand, request.name))
 
     def predict_many(
         self,
@@ -121,11 +127,13 @@ class Predictor:
 
     def _attempt(self, requests: Iterator[Request], batch_size: int) -> Iterator[Hand | Exception]:
         for request, hand in reconstruct_all(self.engine, requests, batch_size):
-            yield hand if isinstance(hand, Exception) else _in_front(hand, request.name)
+            yield _in_front(hand, request.name)
 
 
-def _in_front(hand: Hand, name: str) -> Hand | FloatingPointError:
-    """The hand, or an error for one that is not where a camera can see it."""
+def _in_front(hand: Hand | Exception, name: str) -> Hand | Exception:
+    """The hand or error, or an error for a hand that is not where a camera can see it."""
+    if isinstance(hand, Exception):
+        return hand
     nearest, farthest = hand.vertices[:, 2].min(), hand.vertices[:, 2].max()
     if nearest <= 0:
         return FloatingPointError(f"{name}: the network found no hand that fits in front of the camera")
