@@ -90,7 +90,11 @@ def contenders(preset_name: str, batch: int, names: list[str]) -> Iterator[dict[
         yield pipes
 
 
-@pytest.fixture(scope="module", params=[("tiny", 1), ("tiny", 8), ("resnet18", 1), ("resnet18", 8)], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(
+    scope="module",
+    params=[("tiny", 1), ("tiny", 8), ("resnet18", 1), ("resnet18", 8)],
+    ids=lambda p: f"{p[0]}-{p[1]}",
+)
 def engines(request: pytest.FixtureRequest) -> Iterator[dict[str, Connection]]:
     without = "compile" if request.config.getoption("--no-compile") else None
     installed = [

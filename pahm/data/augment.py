@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,6 @@ def _tensor(values: object) -> Tensor:
 
 
 _LUMA = _tensor([0.299, 0.587, 0.114])
-_FACTORS = 1 / (255 * _tensor(IMAGENET_STD))
-_OFFSETS = -_tensor(IMAGENET_MEAN) / _tensor(IMAGENET_STD)
 _RGB_TO_YIQ = _tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 _YIQ_TO_RGB = torch.linalg.inv(_RGB_TO_YIQ)
 _TO_CORNER = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
@@ -129,10 +128,18 @@ def normalise(image: Image.Image, colour: Tensor | None = None) -> Tensor:
 def normalise_all(images: Sequence[Image.Image]) -> Tensor:
     """Turn RGB images of one size into a float32 tensor (B, 3, H, W) in channels_last, as `normalise`."""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    # Of whole rows: a broadcast over 3 channels would take four times as long.
-    factors, offsets = (values.repeat(pixels.shape[2]) for values in (_FACTORS, _OFFSETS))
-    rows = torch.addcmul(offsets, pixels.flatten(2).to(torch.float32), factors)
+    rows = torch.addcmul(*_of_rows(pixels.shape[2]), pixels.flatten(2).to(torch.float32))
     return rows.view(pixels.shape).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=8)
+def _of_rows(width: int) -> tuple[Tensor, Tensor]:
+    """What to add to each byte of a row of RGB pixels after multiplying it, and the factors, to normalise it.
+
+    A broadcast over the 3 channels would take four times as long as one over a row.
+    """
+    deviation = _tensor(IMAGENET_STD)
+    return (-_tensor(IMAGENET_MEAN) / deviation).repeat(width), (1 / (255 * deviation)).repeat(width)
 
 
 class CropTransform:

@@ -98,10 +98,10 @@ def reconstruct(network: HandNetwork, crops: Sequence[Crop]) -> list[Hand | Floa
             pixels.to(like.device, like.dtype, memory_format=torch.channels_last),
             K.to(like.device, torch.float32),
         )
+        placed = _place(seen, crops, K, int(network.config.image_size))
     hierarchy = network.topology.hierarchy
     pairs = zip(hierarchy.vertices, hierarchy.faces, strict=True)
     faces = {len(v): np.ascontiguousarray(f, np.int64) for v, f in pairs}
-    placed = _place(seen, crops, K, int(network.config.image_size))
     silhouettes = None if seen.silhouette is None else seen.silhouette.float().cpu().numpy()
     hands: list[Hand | FloatingPointError] = []
     for i, crop in enumerate(crops):
@@ -153,7 +153,7 @@ def _place(seen: Seen, crops: Sequence[Crop], K: Tensor, size: int) -> _Placed:
     counts = [mesh.shape[1] for mesh in seen.meshes]
     parts = [*seen.meshes, seen.joints, seen.turn, seen.camera[:, None]]
     values = torch.cat(parts, 1).cpu().double()  # in this order: some devices have no float64
-    finite = values.isfinite().flatten(1).all(1)
+    finite = values.sum((1, 2)).isfinite()  # sums of float32's largest numbers are finite in float64
     relative, joints, turn, camera = values.split([sum(counts), seen.joints.shape[1], 3, 1], 1)
     camera = camera[:, 0]
     last = relative[:, -counts[-1] :]
@@ -174,7 +174,7 @@ def _place(seen: Seen, crops: Sequence[Crop], K: Tensor, size: int) -> _Placed:
         points, relative = mirrored * points, mirrored * relative
         camera = camera * mirrored[:, 0, [1, 0, 2]]
     to_image = torch.from_numpy(np.linalg.inv(np.stack([crop.matrix for crop in crops])))
-    pixels = weak @ to_image[:, :2, :2].mT + to_image[:, None, :2, 2]
+    pixels = torch.baddbmm(to_image[:, None, :2, 2], weak, to_image[:, :2, :2].mT)
     *meshes, placed_joints = points.split([*counts, points.shape[1] - level], 1)
     return _Placed(
         meshes=meshes,
