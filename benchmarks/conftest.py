@@ -199,10 +199,10 @@ def seeded() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    from report import table
+    from report import tables
 
     rows = config.stash[ROWS]
     if rows:
         terminalreporter.write_sep("-", f"best of {ROUNDS} rounds in turns; {machine()}")
-        for line in table(rows):
+        for line in tables(rows):
             terminalreporter.write_line(line)

@@ -68,6 +68,33 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def engines_table(rows: list[Row]) -> list[str]:
+    """Lines of Markdown for rows with a spread: milliseconds of each, and how much faster ours is."""
+    names = list(dict.fromkeys(name for row in rows for name in row["seconds"]))
+    lines = [
+        f"| case | {' | '.join(names)} | fastest other / ours |",
+        "|---" + "|---:" * (len(names) + 1) + "|",
+    ]
+    for row in rows:
+        cells = []
+        for name in names:
+            if name not in row["seconds"]:
+                cells.append("")
+                continue
+            low, high = (f"{1e3 * seconds:.3g}" for seconds in row["spread"][name])
+            cells.append(f"{1e3 * row['seconds'][name]:.3g} ({low} to {high})")
+        lines.append(f"| {row['case']} | {' | '.join(cells)} | {ratio(row):.2f}x |")
+    return lines
+
+
+def tables(rows: list[Row]) -> list[str]:
+    """`table` of the rows without a spread, and `engines_table` of those with one."""
+    engines = [row for row in rows if "spread" in row]
+    others = [row for row in rows if "spread" not in row]
+    both = [table(others) if others else [], engines_table(engines) if engines else []]
+    return [line for part in both if part for line in (*part, "")]
+
+
 def roofline(rows: list[Row], title: str, path: Path) -> None:
     """Operations per second over operations per byte: ours, the fastest other, the machine's two ceilings."""
     import matplotlib
@@ -109,7 +136,7 @@ def main(arguments: list[str]) -> None:
     content = json.loads(Path(arguments[0]).read_text())
     rows = [b["extra_info"] for b in content["benchmarks"] if "seconds" in b["extra_info"]]
     machine = content["machine_info"]["pahm"]
-    print(f"{machine}\n\n" + "\n".join(table(rows)))
+    print(f"{machine}\n\n" + "\n".join(tables(rows)))
     if len(arguments) == 2:
         roofline(rows, machine, Path(arguments[1]))
 

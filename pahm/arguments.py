@@ -149,6 +149,8 @@ class Predict:
     """A model.safetensors. The default is the shipped one."""
     device: str = "auto"
     """cpu, cuda, ..."""
+    engine: Literal["auto", "torch", "compile", "openvino", "onnxruntime"] = "auto"
+    """What runs the network. The default is the fastest here."""
 
 
 @dataclass(frozen=True)

@@ -311,7 +311,7 @@ def _predict(options: Predict, debug: bool) -> int:
     if not options.images:
         raise ValueError("expected image files or folders, got none")
     results = predict_files(
-        Predictor(load_checkpoint(options.checkpoint), options.device),
+        Predictor(load_checkpoint(options.checkpoint), options.device, options.engine),
         options.images,
         options.out,
         kinds=options.write.split(","),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ def _tensor(values: object) -> Tensor:
 _LUMA = _tensor([0.299, 0.587, 0.114])
 _RGB_TO_YIQ = _tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 _YIQ_TO_RGB = torch.linalg.inv(_RGB_TO_YIQ)
+_TO_CORNER = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
+_TO_CENTRE = np.array([[1.0, 0.0, -0.5], [0.0, 1.0, -0.5], [0.0, 0.0, 1.0]])
 _MAX_SHRINK = 1.2  # input pixels per output pixel; above this, bilinear sampling alone would alias
 
 Matrix = npt.NDArray[np.float64]
@@ -63,20 +66,36 @@ def warp(image: Image.Image, matrix: Matrix, size: int) -> Image.Image:
     shrinks the image, the image is first reduced with an antialiasing filter. Outside the image, an RGB crop
     has ImageNet's mean colour (zero once normalised) and an L crop has 0.
     """
-    shrink = 1.0 / math.sqrt(abs(np.linalg.det(matrix[:2, :2])))
-    half = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
-    inverse = half @ np.linalg.inv(matrix) @ np.linalg.inv(half)  # Pillow measures from pixel corners
+    inverse = _TO_CORNER @ np.linalg.inv(matrix) @ _TO_CENTRE  # Pillow measures from pixel corners
+    shrink = math.sqrt(abs(inverse[0, 0] * inverse[1, 1] - inverse[0, 1] * inverse[1, 0]))
     if shrink > _MAX_SHRINK:
-        width, height = (max(1, math.ceil(side / shrink)) for side in image.size)
-        ratio = np.diag([width / image.width, height / image.height, 1.0])
-        image = image.resize((width, height), Image.Resampling.HAMMING)  # as cheap as bilinear, sharper
-        inverse = ratio @ inverse
+        image, inverse = _reduce(image, inverse, size, shrink)
     # Rounding errors of a few 1e-16 would put the border pixels of an exact copy outside the image.
-    coefficients = tuple(np.round(inverse[:2].reshape(-1), 9))
+    coefficients = inverse[:2].round(9).ravel().tolist()
     fill = _FILL if image.mode == "RGB" else 0
     return image.transform(
         (size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR, fillcolor=fill
     )
+
+
+def _reduce(image: Image.Image, inverse: Matrix, size: int, shrink: float) -> tuple[Image.Image, Matrix]:
+    """An image `shrink` times smaller, or the small part of it that a crop sees, and `inverse` for it.
+
+    inverse: (3, 3), pixels of the crop to pixels of the image, both from the corner of the top-left pixel.
+    """
+    # Hamming's filter is as cheap as the bilinear one, and sharper.
+    reduced = [max(1, math.ceil(side / shrink)) for side in image.size]
+    ratio = np.array([reduced[0] / image.width, reduced[1] / image.height, 1.0])
+    inverse = ratio[:, None] * inverse
+    seen = inverse[:2, :2] @ (np.array([[0, size, 0, size], [0, 0, size, size]])) + inverse[:2, 2:]
+    # Bilinear sampling looks at the neighbours of what is seen. An image that is not seen gives one pixel.
+    first = np.clip(np.floor(seen.min(1)) - 1, 0, np.subtract(reduced, 1)).astype(int)
+    last = np.clip(np.ceil(seen.max(1)) + 1, first + 1, reduced).astype(int)
+    if 2 * np.prod(last - first) > np.prod(reduced):  # little to gain, and Pillow rounds the edges of a box
+        return image.resize((reduced[0], reduced[1]), Image.Resampling.HAMMING), inverse
+    box = (*(first / ratio[:2]).tolist(), *np.minimum(last / ratio[:2], image.size).tolist())
+    inverse[:2, 2] -= first
+    return image.resize(tuple((last - first).tolist()), Image.Resampling.HAMMING, box), inverse
 
 
 def colour_matrix(mean: float, brightness: float, contrast: float, saturation: float, hue: float) -> Tensor:
@@ -100,11 +119,29 @@ def normalise(image: Image.Image, colour: Tensor | None = None) -> Tensor:
 
     colour: optional (3, 4) map from `colour_matrix`. Its result is clamped to [0, 1] before normalising.
     """
+    if colour is None:
+        return normalise_all([image])[0]
     pixels = torch.from_numpy(np.array(image)).reshape(-1, 3).t().to(torch.float32).div_(255.0)
-    if colour is not None:
-        pixels = torch.addmm(colour[:, 3:], colour[:, :3], pixels).clamp_(0.0, 1.0)
+    pixels = torch.addmm(colour[:, 3:], colour[:, :3], pixels).clamp_(0.0, 1.0)
     mean, deviation = (_tensor(values)[:, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return pixels.sub_(mean).div_(deviation).reshape(3, image.height, image.width)
+
+
+def normalise_all(images: Sequence[Image.Image]) -> Tensor:
+    """Turn RGB images of one size into a float32 tensor (B, 3, H, W) in channels_last, as `normalise`."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    rows = torch.addcmul(*_of_rows(pixels.shape[2]), pixels.flatten(2).to(torch.float32))
+    return rows.view(pixels.shape).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=8)
+def _of_rows(width: int) -> tuple[Tensor, Tensor]:
+    """What to add to each byte of a row of RGB pixels after multiplying it, and the factors, to normalise it.
+
+    A broadcast over the 3 channels would take four times as long as one over a row.
+    """
+    deviation = _tensor(IMAGENET_STD)
+    return (-_tensor(IMAGENET_MEAN) / deviation).repeat(width), (1 / (255 * deviation)).repeat(width)
 
 
 class CropTransform:

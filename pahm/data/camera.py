@@ -81,9 +81,15 @@ def read_intrinsics(path: str | os.PathLike[str]) -> Array:
 
 def rays(pixels: Tensor, K: Tensor) -> Tensor:
     """The points (..., N, 2) at which rays of `pixels` (..., N, 2), cameras K (..., 3, 3), meet z = 1."""
-    y = (pixels[..., 1] - K[..., 1, 2, None]) / K[..., 1, 1, None]
-    x = (pixels[..., 0] - K[..., 0, 2, None] - K[..., 0, 1, None] * y) / K[..., 0, 0, None]
-    return torch.stack([x, y], -1)
+    return torch.stack(_rays(pixels, K), -1)
+
+
+def _rays(pixels: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
+    """x and y of `rays`, (..., N) each."""
+    across, down = pixels.unbind(-1)
+    (fx, skew, cx), (_, fy, cy), _ = (row.unbind(-2) for row in K[..., None].unbind(-3))
+    y = (down - cy) / fy
+    return (across - cx - skew * y) / fx, y
 
 
 def ray_rotation(K: Tensor, pixel: Tensor) -> Tensor:
@@ -100,8 +106,11 @@ def ray_rotation(K: Tensor, pixel: Tensor) -> Tensor:
 
 def rotate(points: Tensor, rotation: Tensor) -> Tensor:
     """Rotate points (..., N, 3) by rotations (..., 3, 3)."""
-    # A matrix product may run in TF32 or bfloat16 and lose tenths of a millimetre, so multiply and sum.
-    return (points[..., None, :] * rotation[..., None, :, :]).sum(-1)
+    # A matrix product may run in TF32 or bfloat16 and lose tenths of a millimetre, so multiply and add.
+    # Coordinates first: operations are slow where the innermost dimension is 3.
+    x, y, z = points.mT[..., None, :, :].unbind(-2)
+    for_x, for_y, for_z = rotation[..., None].unbind(-2)
+    return (for_x * x + for_y * y + for_z * z).mT.contiguous()
 
 
 def solve_translation(points: Tensor, pixels: Tensor, K: Tensor) -> Tensor:
@@ -111,13 +120,14 @@ def solve_translation(points: Tensor, pixels: Tensor, K: Tensor) -> Tensor:
     For the ray (x, y, 1) of a pixel, X + t_x = x (Z + t_z) and Y + t_y = y (Z + t_z). These 2 N linear
     equations in t are solved by least squares. A distant hand spans a small angle, so use float64.
     """
-    xy = rays(pixels, K)
+    # Coordinates first, as in `rotate`.
+    xy, points = torch.stack(_rays(pixels, K), -2), points.mT.contiguous()
     # For any t_z the best (t_x, t_y) is the mean of `offset` + t_z `xy`; the rest is a line through 0.
-    offset = xy * points[..., 2:] - points[..., :2]
-    mean_xy, mean_offset = xy.mean(-2, keepdim=True), offset.mean(-2, keepdim=True)
+    offset = xy * points[..., 2:, :] - points[..., :2, :]
+    mean_xy, mean_offset = xy.mean(-1, keepdim=True), offset.mean(-1, keepdim=True)
     spread = xy - mean_xy
     depth = -(spread * (offset - mean_offset)).sum((-2, -1)) / spread.square().sum((-2, -1))
-    across = mean_offset[..., 0, :] + depth[..., None] * mean_xy[..., 0, :]
+    across = mean_offset[..., 0] + depth[..., None] * mean_xy[..., 0]
     return torch.cat([across, depth[..., None]], -1)
 
 
@@ -126,5 +136,6 @@ def project_weakly(points: Tensor, camera: Tensor, size: int) -> Tensor:
 
     camera: (..., 3) [s, tx, ty], -1 and 1 at the edges of the crop. size: the crop's side in pixels.
     """
-    normalised = camera[..., None, :1] * (points[..., :2] + camera[..., None, 1:])
-    return ((normalised + 1) * size - 1) / 2
+    scale, shift = camera[..., :1, None], camera[..., 1:, None]
+    origin = ((scale * shift + 1) * size - 1) / 2  # the pixel of the point 0
+    return torch.addcmul(origin, scale * (size / 2), points.mT[..., :2, :]).mT.contiguous()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pahm.data.augment import crop_matrix, warp
 from pahm.data.camera import Array, assumed_intrinsics, check_intrinsics
-from pahm.data.open_image import convert_image, read_image
+from pahm.data.open_image import check_size, convert_image, read_image
 from pahm.hand.left import checked_left
 from pahm.text_files import shown
 
@@ -117,7 +117,11 @@ def load_image(image: ImageSource, upright: bool = True) -> tuple[Image.Image, s
         raise TypeError(f"image: expected an array of uint8, got {image.dtype}")
     if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or image.size == 0:
         raise ValueError(f"image: expected an array (H, W, 3) or (H, W), got shape {image.shape}")
-    return convert_image(Image.fromarray(np.ascontiguousarray(image)), "image"), None
+    height, width = image.shape[:2]
+    check_size(width, height, "image")
+    if image.ndim == 2:
+        return Image.fromarray(np.ascontiguousarray(image)).convert("RGB"), None
+    return Image.frombytes("RGB", (width, height), np.ascontiguousarray(image)), None
 
 
 def hand_box(size: tuple[int, int], bbox: npt.ArrayLike | None, share: float = 1.0) -> Box:

@@ -62,13 +62,7 @@ class ImageError(ValueError):
 
 def convert_image(image: Image.Image, name: str, mode: str = "RGB", *, upright: bool = False) -> Image.Image:
     """Convert an opened image to `mode` as `read_image` does. ImageError's message starts with `name`."""
-    width, height = image.size
-    if width == 0 or height == 0:
-        raise ImageError(f"{name} is not a readable image (it has {width} x {height} pixels)")
-    if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:
-        raise ImageError(
-            f"{name} has {width} x {height} pixels, expected at most {LONGEST_SIDE} a side and {MOST_PIXELS}"
-        )
+    check_size(*image.size, name)
     try:
         image.load()
         converted = _eight_bits(image, name).convert(mode)
@@ -77,6 +71,16 @@ def convert_image(image: Image.Image, name: str, mode: str = "RGB", *, upright: 
     except Exception as error:  # as in `decode_image`
         raise ImageError(f"{name} is not a readable image ({_words(error)})") from error
     return _turned(image, converted) if upright else converted
+
+
+def check_size(width: int, height: int, name: str) -> None:
+    """Raise ImageError, whose message starts with `name`, for an image without pixels or with too many."""
+    if width == 0 or height == 0:
+        raise ImageError(f"{name} is not a readable image (it has {width} x {height} pixels)")
+    if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:
+        raise ImageError(
+            f"{name} has {width} x {height} pixels, expected at most {LONGEST_SIDE} a side and {MOST_PIXELS}"
+        )
 
 
 def _turned(image: Image.Image, converted: Image.Image) -> Image.Image:

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pahm.synth.render import Light, render_mesh
+from pahm.synth.render import Light, Scene, render_mesh
 
 Colour = tuple[float, float, float]
 
@@ -28,12 +28,14 @@ def overlay(
     *,
     opacity: float = 0.8,
     colour: Colour = PREDICTED,
+    scene: Scene | None = None,
 ) -> Image.Image:
     """Draw a mesh over an image.
 
     image: PIL, converted to RGB. vertices: (N, 3), metres, camera space, in front of the camera. faces:
-    (F, 3). K: (3, 3), pixels of the image. opacity: of the mesh, 0 to 1. colour: linear RGB. Returns an RGB
-    image of the same size. Raises ValueError for an opacity out of range, and as `render_mesh`.
+    (F, 3). K: (3, 3), pixels of the image. opacity: of the mesh, 0 to 1. colour: linear RGB. scene: of the
+    mesh, if there is one already. Returns an RGB image of the same size. Raises ValueError for an opacity out
+    of range, and as `render_mesh`.
     """
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity: expected a number from 0 to 1, got {opacity!r}")
@@ -43,7 +45,7 @@ def overlay(
     box = np.diag([width / base.width, height / base.height, 1.0])
     half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
     camera = np.linalg.inv(half) @ box @ half @ np.asarray(K, np.float64)
-    shaded, alpha = _shade(vertices, faces, camera, (height, width), colour)
+    shaded, alpha = _shade(vertices, faces, camera, (height, width), colour, scene)
     cover = Image.fromarray((255 * opacity * alpha).round().astype(np.uint8)).resize(base.size)
     base.paste(Image.fromarray(shaded).resize(base.size), mask=cover)
     return base
@@ -89,9 +91,14 @@ def mesh_cutout(
 
 
 def _shade(
-    vertices: npt.ArrayLike, faces: npt.ArrayLike, K: npt.ArrayLike, size: tuple[int, int], colour: Colour
+    vertices: npt.ArrayLike,
+    faces: npt.ArrayLike,
+    K: npt.ArrayLike,
+    size: tuple[int, int],
+    colour: Colour,
+    scene: Scene | None = None,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
     """Colours (H, W, 3), for the screen and not dimmed by partial cover, and cover (H, W) of a mesh."""
-    rendering = render_mesh(vertices, faces, K, size, colours=colour, light=_STUDIO)
+    rendering = render_mesh(vertices, faces, K, size, colours=colour, light=_STUDIO, scene=scene)
     linear = rendering.rgb / np.maximum(rendering.alpha, 1e-6)[..., None]
     return (255 * linear.clip(0, 1) ** (1 / 2.2)).round().astype(np.uint8), rendering.alpha

@@ -16,7 +16,7 @@ from pahm.data.augment import crop_matrix
 from pahm.data.camera import Array
 from pahm.data.crop import Box
 from pahm.infer import drawing, writers
-from pahm.synth.render import trace
+from pahm.synth.render import Scene, trace
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,15 @@ class Hand:
         return self.level_faces[-1]
 
     @cached_property
+    def _scene(self) -> Scene:
+        """The mesh, ready for rays."""
+        return Scene(self.vertices, self.faces)
+
+    def __getstate__(self) -> dict[str, object]:
+        """All but the scene, which cannot be pickled."""
+        return {name: value for name, value in vars(self).items() if name != "_scene"}
+
+    @cached_property
     def confidence(self) -> float | None:
         """How well the mesh fills the silhouette that the network sees, 0 to 1; None without a silhouette.
 
@@ -85,7 +94,8 @@ class Hand:
         if self.vertices[:, 2].min() <= 0:
             return 0.0
         side = len(self.silhouette)
-        _, ids = trace(self.vertices, self.faces, crop_matrix(self.box, side) @ self.K, (side, side))
+        K = crop_matrix(self.box, side) @ self.K
+        _, ids = trace(self.vertices, self.faces, K, (side, side), scene=self._scene)
         mesh = (ids >= 0).astype(np.float64)
         return float(np.minimum(self.silhouette, mesh).sum() / np.maximum(self.silhouette, mesh).sum())
 
@@ -94,7 +104,7 @@ class Hand:
 
         Raises ValueError for a mesh that is not in front of the camera.
         """
-        return drawing.overlay(self.image, self.vertices, self.faces, self.K)
+        return drawing.overlay(self.image, self.vertices, self.faces, self.K, scene=self._scene)
 
     def save(
         self,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pahm.data.augment import normalise
+from pahm.data.augment import normalise_all
 from pahm.data.camera import project_weakly, ray_rotation, rotate, solve_translation
 from pahm.data.crop import Crop, Request, read_crop
 from pahm.data.open_image import MOST_PIXELS
@@ -90,7 +90,7 @@ def reconstruct(network: HandNetwork, crops: Sequence[Crop]) -> list[Hand | Floa
     if not crops:
         return []
     like = network.joint_regressor
-    pixels = torch.stack([normalise(crop.pixels) for crop in crops])
+    pixels = normalise_all([crop.pixels for crop in crops])
     K = torch.from_numpy(np.stack([crop.seen_K for crop in crops]))
     with torch.inference_mode():
         seen = see(
@@ -98,10 +98,10 @@ def reconstruct(network: HandNetwork, crops: Sequence[Crop]) -> list[Hand | Floa
             pixels.to(like.device, like.dtype, memory_format=torch.channels_last),
             K.to(like.device, torch.float32),
         )
+        placed = _place(seen, crops, K, int(network.config.image_size))
     hierarchy = network.topology.hierarchy
     pairs = zip(hierarchy.vertices, hierarchy.faces, strict=True)
     faces = {len(v): np.ascontiguousarray(f, np.int64) for v, f in pairs}
-    placed = _place(seen, crops, K, int(network.config.image_size))
     silhouettes = None if seen.silhouette is None else seen.silhouette.float().cpu().numpy()
     hands: list[Hand | FloatingPointError] = []
     for i, crop in enumerate(crops):
@@ -149,30 +149,40 @@ class _Placed(NamedTuple):
 
 def _place(seen: Seen, crops: Sequence[Crop], K: Tensor, size: int) -> _Placed:
     """K: (B, 3, 3) float64, intrinsics of the crops' pixels. size: the crops' side in pixels."""
-    # To the CPU first: some devices have no float64.
-    relative = [mesh.cpu().double() for mesh in seen.meshes]
-    camera, turn, joints = (values.cpu().double() for values in (seen.camera, seen.turn, seen.joints))
-    finite = torch.stack([values.isfinite().flatten(1).all(1) for values in (*relative, camera)]).all(0)
-    vertices_2d = project_weakly(relative[-1], camera, size)
-    joints_2d = project_weakly(rotate(joints, turn.mT), camera, size)
+    # All values at once: a device is asked once, and each operation runs once.
+    counts = [mesh.shape[1] for mesh in seen.meshes]
+    parts = [*seen.meshes, seen.joints, seen.turn, seen.camera[:, None]]
+    values = torch.cat(parts, 1).cpu().double()  # in this order: some devices have no float64
+    finite = values.sum((1, 2)).isfinite()  # sums of float32's largest numbers are finite in float64
+    relative, joints, turn, camera = values.split([sum(counts), seen.joints.shape[1], 3, 1], 1)
+    camera = camera[:, 0]
+    last = relative[:, -counts[-1] :]
+    weak = project_weakly(torch.cat([last, rotate(joints, turn.mT)], 1), camera, size)
 
-    bones = torch.from_numpy(np.array([crop.request.bone or np.nan for crop in crops]))
-    lengths = torch.linalg.vector_norm(joints[:, _BONE[0]] - joints[:, _BONE[1]], dim=1)
-    sizes = torch.where(bones.isnan(), 1.0, bones / lengths)[:, None, None]
-    meshes = [sizes * rotate(mesh, turn) for mesh in relative]
-    translation = solve_translation(meshes[-1], vertices_2d, K)[:, None]
-
-    sides = [-1.0 if crop.request.left else 1.0 for crop in crops]
-    mirrored = torch.from_numpy(np.array([[[side, 1.0, 1.0]] for side in sides]))
+    points = torch.cat([rotate(relative, turn), joints], 1)
+    bones = [crop.request.bone for crop in crops]
+    if any(bones):
+        wanted = torch.from_numpy(np.array([bone or np.nan for bone in bones]))
+        lengths = torch.linalg.vector_norm(joints[:, _BONE[0]] - joints[:, _BONE[1]], dim=1)
+        points = points * torch.where(wanted.isnan(), 1.0, wanted / lengths)[:, None, None]
+    level, end = sum(counts), counts[-1]
+    translation = solve_translation(points[:, level - end : level], weak[:, :end], K)[:, None]
+    points = points + translation
+    if any(crop.request.left for crop in crops):
+        sides = [-1.0 if crop.request.left else 1.0 for crop in crops]
+        mirrored = torch.from_numpy(np.array([[[side, 1.0, 1.0]] for side in sides]))
+        points, relative = mirrored * points, mirrored * relative
+        camera = camera * mirrored[:, 0, [1, 0, 2]]
     to_image = torch.from_numpy(np.linalg.inv(np.stack([crop.matrix for crop in crops])))
-    linear, shift = to_image[:, :2, :2].mT, to_image[:, None, :2, 2]
+    pixels = torch.baddbmm(to_image[:, None, :2, 2], weak, to_image[:, :2, :2].mT)
+    *meshes, placed_joints = points.split([*counts, points.shape[1] - level], 1)
     return _Placed(
-        meshes=[mirrored * (mesh + translation) for mesh in meshes],
-        joints=mirrored * (sizes * joints + translation),
-        relative=[mirrored * mesh for mesh in relative],
-        vertices_2d=vertices_2d @ linear + shift,
-        joints_2d=joints_2d @ linear + shift,
-        camera=camera * mirrored[:, 0, [1, 0, 2]],
+        meshes=meshes,
+        joints=placed_joints,
+        relative=list(relative.split(counts, 1)),
+        vertices_2d=pixels[:, :end],
+        joints_2d=pixels[:, end:],
+        camera=camera,
         finite=finite,
     )
 

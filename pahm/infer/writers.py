@@ -17,6 +17,7 @@ import torch
 import trimesh
 
 from pahm.hand.left import mirror_faces
+from pahm.infer.png import write_png
 from pahm.synth.backgrounds import SUFFIXES
 from pahm.text_files import read_json
 from pahm.whole_file import whole_file
@@ -32,7 +33,7 @@ FORMATS = {"png": "_overlay.png", "glb": ".glb", "ply": ".ply", "obj": ".obj", "
 FACES = "faces.json"
 """The triangles that belong to the vertices in all JSON files of a folder, for right and for left hands."""
 WRITERS = 2  # threads
-_GLTF = np.diag([1.0, -1.0, -1.0, 1.0])  # camera space to glTF's: y up, the camera looks along -z
+_GLTF = np.array([1.0, -1.0, -1.0])  # camera space to glTF's: y up, the camera looks along -z
 
 
 def predict_files(
@@ -184,14 +185,12 @@ def _write(hand: Hand, folder: Path, name: str, formats: Sequence[str]) -> list[
     paths = {form: folder / f"{name}{FORMATS[form]}" for form in formats}
     if "png" in paths:
         picture = hand.overlay()
-        # zlib's fastest level takes a half of the default's time, and a fifth more space.
         with whole_file(paths["png"]) as partial:
-            picture.save(partial, "PNG", compress_level=1)
+            write_png(picture, partial)
     for form in ("ply", "obj", "glb"):
         if form in paths:
-            mesh = trimesh.Trimesh(hand.vertices, hand.faces, process=False)
-            if form == "glb":
-                mesh.apply_transform(_GLTF)
+            vertices = hand.vertices * _GLTF if form == "glb" else hand.vertices
+            mesh = trimesh.Trimesh(vertices, hand.faces, process=False)
             with whole_file(paths[form]) as partial:
                 mesh.export(partial, file_type=form)
     if "json" in paths:

@@ -87,7 +87,7 @@ def folder_hands(
 
     Raises FloatingPointError if the network's output is not finite.
     """
-    network = Predictor(network, device).network  # type: ignore[assignment]
+    engine = Predictor(network, device).engine
     records = (dataset.record(index) for index in images)
     requests = (
         Request(
@@ -99,7 +99,7 @@ def folder_hands(
         )
         for record in records
     )
-    pairs = reconstruct_all(network, requests, batch_size, readers)
+    pairs = reconstruct_all(engine, requests, batch_size, readers)
     console = Console(stderr=True)
     for _, hand in track(pairs, "reconstructing", len(images), disable=not progress, console=console):
         if isinstance(hand, FloatingPointError):

@@ -298,14 +298,21 @@ def _trace(scene: Scene, camera: NDArray[np.float64], size: tuple[int, int]) -> 
     return _Window(box, inverse, u, v, rays, scene.cast(rays))
 
 
-def trace(vertices: ArrayLike, faces: ArrayLike, K: ArrayLike, size: tuple[int, int]) -> tuple[Float, Int]:
+def trace(
+    vertices: ArrayLike,
+    faces: ArrayLike,
+    K: ArrayLike,
+    size: tuple[int, int],
+    *,
+    scene: Scene | None = None,
+) -> tuple[Float, Int]:
     """Depth (H, W) float32 and face ids (H, W) int32 at the pixel centres, without shading.
 
     Infinity and -1 where nothing is hit. Parameters and errors are as in `render_mesh`.
     """
     camera = _check_camera(K, size)
     depth, ids = np.full(size, np.inf, np.float32), np.full(size, -1, np.int32)
-    window = _trace(Scene(vertices, faces), camera, size)
+    window = _trace(scene or Scene(vertices, faces), camera, size)
     if window is not None:
         depth[window.box] = window.hits.depth.reshape(depth[window.box].shape)
         ids[window.box] = window.hits.faces.reshape(ids[window.box].shape)
@@ -321,19 +328,21 @@ def render_mesh(
     colours: ArrayLike = (0.8, 0.8, 0.8),
     light: Light = Light(),
     background: ArrayLike = (0.0, 0.0, 0.0),
+    scene: Scene | None = None,
 ) -> Rendering:
     """Render a triangle mesh through an exact pinhole camera.
 
     Parameters: `vertices` (N, 3) floating, camera space, metres; `faces` (F, 3) integer, counter-clockwise
     seen from outside; `K` (3, 3), pixels measured from the centre of the top-left pixel; `size` (H, W);
     `colours`, linear RGB, one `(3,)` or one per vertex `(N, 3)`; `light`; `background`, one colour `(3,)` or
-    an image `(H, W, 3)`. Casts one ray per pixel of the mesh's box, four at edges.
+    an image `(H, W, 3)`; `scene`, of this mesh, if there is one already. Casts one ray per pixel of the
+    mesh's box, four at edges.
 
     Raises ValueError or TypeError, naming the argument, for a wrong shape, a wrong dtype or an index out of
     range, and if any vertex is not in front of the camera (z <= 0).
     """
     camera = _check_camera(K, size)
-    scene = Scene(vertices, faces)
+    scene = scene or Scene(vertices, faces)
     table = _check_colours(colours, len(scene.vertices))
     height, width = size
     canvas = np.asarray(background, dtype=np.float32)

@@ -227,3 +227,34 @@ def test_bad_sizes_are_named():
         CropTransform(4)
     with pytest.raises(ValueError, match="box: expected a square"):
         crop_matrix((0, 0, 10, 20), 64)
+
+
+def test_a_crop_that_shrinks_is_that_of_the_whole_image_reduced():
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    for _ in range(40):
+        side, size = rng.uniform(60, 900), int(rng.integers(8, 64))
+        box = (*rng.uniform(-300, 400, 2), side, side)
+        matrix = crop_matrix(box, size, rotation=rng.uniform(-3, 3), mirror=bool(rng.integers(2)))
+        shrink = side / size
+        if shrink <= 1.2:
+            continue
+        width, height = (math.ceil(length / shrink) for length in image.size)
+        reduced = image.resize((width, height), Image.Resampling.HAMMING)
+        ratio = np.array([width / 400, height / 300])
+        to_reduced = np.array(
+            [[ratio[0], 0, ratio[0] / 2 - 0.5], [0, ratio[1], ratio[1] / 2 - 0.5], [0, 0, 1]]
+        )
+        # The same crop of the reduced image, which shrinks no more.
+        half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])
+        inverse = half @ to_reduced @ np.linalg.inv(matrix) @ np.linalg.inv(half)
+        expected = reduced.transform(
+            (size, size),
+            Image.Transform.AFFINE,
+            inverse[:2].round(9).ravel().tolist(),
+            Image.Resampling.BILINEAR,
+            fillcolor=tuple(round(255 * value) for value in IMAGENET_MEAN),
+        )
+        difference = np.asarray(warp(image, matrix, size), int) - np.asarray(expected, int)
+        assert abs(difference).max() <= 1 and (difference != 0).mean() < 0.01
