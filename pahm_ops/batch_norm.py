@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from pahm_ops.autograd._shared import run
-from pahm_ops.depthwise_conv import rows
+from pahm_ops.depthwise_conv import channels_last
 
 
 def batch_norm(
@@ -41,16 +41,16 @@ class _BatchNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running: Any, limits: Any) -> Tensor:
         op = torch.ops.pahm_ops._batch_norm.default
-        out, statistics = run(op, rows(x), weight, bias, *running, *limits)
+        out: Tensor
+        out, statistics = run(op, x, weight, bias, *running, *limits)
         ctx.save_for_backward(x, weight, bias, statistics)
         ctx.limits = limits
-        result: Tensor = out.permute(0, 3, 1, 2)
-        return result
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, statistics = ctx.saved_tensors
         op = torch.ops.pahm_ops._batch_norm_backward.default
-        found = run(op, rows(grad), rows(x), weight, bias, statistics, *ctx.limits)
-        return found[0].permute(0, 3, 1, 2), found[1], found[2], None, None
+        found = run(op, channels_last(grad), x, weight, bias, statistics, *ctx.limits)
+        return *found, None, None

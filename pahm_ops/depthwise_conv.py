@@ -1,4 +1,4 @@
-"""Depthwise convolution on the CPU, for training: oneDNN has slow gradients for it, most of all on small maps."""
+"""Depthwise convolution on the CPU, for training: oneDNN's gradients are slow, most of all on small maps."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from pahm_ops.autograd._shared import run
 
 
 def is_served(x: Tensor) -> bool:
-    """Whether `depthwise_conv` and `pahm_ops.batch_norm.batch_norm` take the maps `x`: they are `(B, C, H, W)`
-    in channels_last, float32 and on the CPU, and the kernels are compiled.
+    """Whether `depthwise_conv` and `pahm_ops.batch_norm.batch_norm` take `x`.
+
+    They take `(B, C, H, W)` in channels_last, float32, on the CPU, where the kernels are compiled, outside
+    autocast and `torch.compile`.
     """
     return (
         _library.LOADED
@@ -42,9 +44,8 @@ def depthwise_conv(
     return out
 
 
-def rows(x: Tensor) -> Tensor:
-    """`(B, C, H, W)` as contiguous `(B, H, W, C)`, without a copy if x is in channels_last."""
-    return x.permute(0, 2, 3, 1).contiguous()
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class _DepthwiseConv(Function):
@@ -53,19 +54,19 @@ class _DepthwiseConv(Function):
         ctx.save_for_backward(x, weight)
         ctx.place = (stride, *corner)
         op = torch.ops.pahm_ops._depthwise_conv.default
-        out: Tensor = run(op, rows(x), weight.squeeze(1), *ctx.place, *size)
-        return out.permute(0, 3, 1, 2)
+        out: Tensor = run(op, x, weight.squeeze(1), *ctx.place, *size)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        given, x_grad, weight_grad = rows(grad), None, None
+        given, x_grad, weight_grad = channels_last(grad), None, None
         ops = torch.ops.pahm_ops
         if ctx.needs_input_grad[0]:
             op = ops._depthwise_conv_input_grad.default
-            x_grad = run(op, given, weight.squeeze(1), *ctx.place, *x.shape[2:]).permute(0, 3, 1, 2)
+            x_grad = run(op, given, weight.squeeze(1), *ctx.place, *x.shape[2:])
         if ctx.needs_input_grad[1]:
             op = ops._depthwise_conv_weight_grad.default
-            weight_grad = run(op, given, rows(x), *weight.shape[2:], *ctx.place).unsqueeze(1)
+            weight_grad = run(op, given, x, *weight.shape[2:], *ctx.place).unsqueeze(1)
         return x_grad, weight_grad, None, None, None

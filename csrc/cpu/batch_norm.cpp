@@ -10,7 +10,7 @@
 
 #include "common/ceil_div.h"
 #include "cpu/isa.h"
-#include "cpu/operands.h"
+#include "cpu/maps.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 
@@ -32,26 +32,22 @@ struct BatchNorm {
 namespace pahm {
 namespace {
 
-void check_rows(const Tensor& t, const char* name) {
-  check_cpu(t, name);
-  check(t.dim() >= 1 && t.scalar_type() == ScalarType::Float && t.is_contiguous(),
-        [&] { return std::string(name) + " must be (..., C), contiguous and float32"; });
-}
-
 void check_vector(const Tensor& t, int64_t size, const char* name) {
-  check_rows(t, name);
-  check(t.dim() == 1 && t.size(0) == size,
-        [&] { return std::string(name) + " must have one number for each channel"; });
+  check_cpu(t, name);
+  check(t.dim() == 1 && t.size(0) == size && t.scalar_type() == ScalarType::Float && t.is_contiguous(),
+        [&] { return std::string(name) + " must have one number of float32 for each channel"; });
 }
 
-Tensor empty_like_rows(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
+Tensor new_empty_like(const Tensor& map) {
+  return new_empty_map(map.size(0), map.size(1), map.size(2), map.size(3));
+}
 
 BatchNorm checked(const Tensor& x, const Tensor& weight, const Tensor& bias, double low, double high) {
-  check_rows(x, "x");
-  const int64_t channels = x.size(x.dim() - 1);
+  check_map(x, "x");
+  const int64_t channels = x.size(1);
   check_vector(weight, channels, "weight");
   check_vector(bias, channels, "bias");
-  check(channels > 0 && x.numel() >= channels, "x must have a row and a channel");
+  check(channels > 0 && x.numel() >= channels, "x must have a pixel and a channel");
   // Groups depend on the shape alone, so that the sums do not depend on the number of threads. 32 KiB of x
   // stay in the cache between the two passes over them.
   const int64_t group = std::max<int64_t>(1, 8192 / channels);
@@ -86,7 +82,7 @@ std::tuple<Tensor, Tensor> batch_norm(const Tensor& x, const Tensor& weight, con
   BatchNorm a = checked(x, weight, bias, low, high);
   check_vector(running_mean, a.channels, "running_mean");
   check_vector(running_variance, a.channels, "running_variance");
-  check(a.rows > 1, "x must have more than one row");
+  check(a.rows > 1, "x must have more than one number in a channel");
   const Isa isa = active_isa();
   const int64_t groups = ceil_div(a.rows, a.group);
   Scratch<float> partial(2 * groups * a.channels);
@@ -127,7 +123,7 @@ std::tuple<Tensor, Tensor> batch_norm(const Tensor& x, const Tensor& weight, con
   const std::vector<float> made = affine(weight, bias, kept, inverse);
   a.scale = made.data();
   a.shift = made.data() + a.channels;
-  Tensor out = empty_like_rows(x);
+  Tensor out = new_empty_like(x);
   float* to = out.mutable_data_ptr<float>();
   parallel_for(a.rows, a.channels, [&](int64_t begin, int64_t end) {
     PAHM_ISA_CALL_AS(isa, batch_norm_rows, a, to, begin, end);
@@ -139,12 +135,12 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const
                                                        const Tensor& weight, const Tensor& bias,
                                                        const Tensor& statistics, double low, double high) {
   BatchNorm a = checked(x, weight, bias, low, high);
-  check_rows(grad, "grad");
-  check(grad.numel() == x.numel() && grad.size(grad.dim() - 1) == a.channels,
-        "grad must have the shape of x");
-  check_rows(statistics, "statistics");
-  check(statistics.dim() == 2 && statistics.size(0) == 2 && statistics.size(1) == a.channels,
-        "statistics must be (2, C)");
+  check_map(grad, "grad");
+  for (const int64_t d : {0, 1, 2, 3}) check(grad.size(d) == x.size(d), "grad must have the shape of x");
+  check_cpu(statistics, "statistics");
+  check(statistics.dim() == 2 && statistics.size(0) == 2 && statistics.size(1) == a.channels &&
+            statistics.scalar_type() == ScalarType::Float && statistics.is_contiguous(),
+        "statistics must be (2, C), contiguous and float32");
   const float *g = grad.const_data_ptr<float>(), *mean = statistics.const_data_ptr<float>(),
               *inverse = mean + a.channels;
   const std::vector<float> made = affine(weight, bias, mean, inverse);
@@ -173,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& grad, const
     slope[c] = static_cast<float>(factor * change * inverse[c]);
     offset[c] = static_cast<float>(factor * (sum[c] - change * inverse[c] * mean[c]));
   }
-  Tensor x_grad = empty_like_rows(x);
+  Tensor x_grad = new_empty_like(x);
   float* to = x_grad.mutable_data_ptr<float>();
   parallel_for(a.rows, a.channels, [&](int64_t begin, int64_t end) {
     PAHM_ISA_CALL_AS(isa, batch_norm_grad_rows, a, g, slope, offset, to, begin, end);

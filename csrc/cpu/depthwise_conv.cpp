@@ -1,5 +1,5 @@
-// Depthwise convolution of maps with adjacent channels, and its gradients: x (B, H, W, C), weight (C, KH, KW)
-// -> (B, OH, OW, C), all float32. The result (oy, ox) reads from the input's (oy * stride - top,
+// Depthwise convolution of maps in channels_last, and its gradients: x (B, C, H, W), weight (C, KH, KW)
+// -> (B, C, OH, OW), all float32. The result (oy, ox) reads from the input's (oy * stride - top,
 // ox * stride - left) on, and zeros outside it.
 #include <torch/csrc/stable/library.h>
 
@@ -7,7 +7,7 @@
 
 #include "common/ceil_div.h"
 #include "cpu/isa.h"
-#include "cpu/operands.h"
+#include "cpu/maps.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 
@@ -28,12 +28,6 @@ struct DepthwiseConv {
 
 namespace pahm {
 namespace {
-
-void check_map(const Tensor& t, const char* name) {
-  check_cpu(t, name);
-  check(t.dim() == 4 && t.scalar_type() == ScalarType::Float && t.is_contiguous(),
-        [&] { return std::string(name) + " must be (B, H, W, C), contiguous and float32"; });
-}
 
 void check_weight(const Tensor& t, int64_t channels) {
   check_cpu(t, "weight");
@@ -74,16 +68,16 @@ void run_rows(const DepthwiseConv& a) {
 Tensor depthwise_conv(const Tensor& x, const Tensor& weight_, int64_t stride, int64_t top, int64_t left,
                       int64_t out_height, int64_t out_width) {
   check_map(x, "x");
-  check_weight(weight_, x.size(3));
+  check_weight(weight_, x.size(1));
   const Tensor weight = as_contiguous(weight_);
   Scratch<float> taps(weight.numel());
   DepthwiseConv a{x.const_data_ptr<float>(),
                   taps.get(),
                   nullptr,
                   x.size(0),
-                  x.size(1),
                   x.size(2),
                   x.size(3),
+                  x.size(1),
                   out_height,
                   out_width,
                   weight.size(1),
@@ -92,7 +86,7 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight_, int64_t stride, in
                   top,
                   left};
   check_places(a);
-  Tensor out = new_empty<4>(x, {a.batch, out_height, out_width, a.channels});
+  Tensor out = new_empty_map(a.batch, a.channels, out_height, out_width);
   a.out = out.mutable_data_ptr<float>();
   lay_out(weight, taps.get(), false);
   run_rows(a);
@@ -102,7 +96,7 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight_, int64_t stride, in
 Tensor depthwise_conv_input_grad(const Tensor& grad, const Tensor& weight_, int64_t stride, int64_t top,
                                  int64_t left, int64_t height, int64_t width) {
   check_map(grad, "grad");
-  check_weight(weight_, grad.size(3));
+  check_weight(weight_, grad.size(1));
   const Tensor weight = as_contiguous(weight_);
   Scratch<float> taps(weight.numel());
   DepthwiseConv a{grad.const_data_ptr<float>(),
@@ -111,16 +105,16 @@ Tensor depthwise_conv_input_grad(const Tensor& grad, const Tensor& weight_, int6
                   grad.size(0),
                   height,
                   width,
-                  grad.size(3),
                   grad.size(1),
                   grad.size(2),
+                  grad.size(3),
                   weight.size(1),
                   weight.size(2),
                   stride,
                   top,
                   left};
   check_places(a);
-  Tensor out = new_empty<4>(grad, {a.batch, height, width, a.channels});
+  Tensor out = new_empty_map(a.batch, a.channels, height, width);
   a.out = out.mutable_data_ptr<float>();
   lay_out(weight, taps.get(), stride == 1);
   if (stride == 1) {  // The gradient is the convolution with the taps in reverse order.
@@ -142,16 +136,16 @@ Tensor depthwise_conv_weight_grad(const Tensor& grad, const Tensor& x, int64_t k
                                   int64_t kernel_width, int64_t stride, int64_t top, int64_t left) {
   check_map(grad, "grad");
   check_map(x, "x");
-  check(grad.size(0) == x.size(0) && grad.size(3) == x.size(3), "grad must have the batch and channels of x");
+  check(grad.size(0) == x.size(0) && grad.size(1) == x.size(1), "grad must have the batch and channels of x");
   DepthwiseConv a{x.const_data_ptr<float>(),
                   nullptr,
                   nullptr,
                   x.size(0),
-                  x.size(1),
                   x.size(2),
                   x.size(3),
-                  grad.size(1),
+                  x.size(1),
                   grad.size(2),
+                  grad.size(3),
                   kernel_height,
                   kernel_width,
                   stride,

@@ -40,16 +40,15 @@ def use_training_layers(network: nn.Module) -> None:
         kind = type(module)
         if kind is nn.Conv2d and _is_pointwise(module):
             module.__class__ = PointwiseConv
-        elif kind is nn.Conv2d and _is_depthwise(module) and max(module.padding) < min(module.kernel_size):
+        elif kind is nn.Conv2d and _is_depthwise(module):
             module.__class__ = DepthwiseConv
         elif kind is Conv2dSame and _is_depthwise(module):
             module.__class__ = DepthwiseConvSame
         elif kind is nn.BatchNorm2d and _is_plain(module):
             module.act = nn.Identity()
             module.__class__ = ClampedNorm
-        elif kind is BatchNormAct2d and _is_plain(module) and type(module.drop) is nn.Identity:
-            if type(module.act) in _LIMITS:
-                module.__class__ = ClampedNormAct
+        elif kind is BatchNormAct2d and _is_plain(module) and _only_clamps(module):
+            module.__class__ = ClampedNormAct
 
 
 def _join_activations(block: nn.Sequential) -> None:
@@ -69,11 +68,17 @@ def _is_pointwise(conv: Any) -> bool:
 def _is_depthwise(conv: Any) -> bool:
     same = conv.stride[0] == conv.stride[1] and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
     channels = conv.groups == conv.in_channels == conv.out_channels > 1
-    return bool(same and channels and conv.bias is None and not isinstance(conv.padding, str))
+    if not (same and channels and conv.bias is None) or isinstance(conv.padding, str):
+        return False
+    return all(pad < kernel for pad, kernel in zip(conv.padding, conv.kernel_size, strict=True))
 
 
 def _is_plain(norm: Any) -> bool:
     return bool(norm.affine and norm.track_running_stats and norm.momentum is not None)
+
+
+def _only_clamps(norm: Any) -> bool:
+    return type(norm.drop) is nn.Identity and type(norm.act) in _LIMITS
 
 
 def _served(module: nn.Module, x: Tensor) -> bool:
@@ -92,6 +97,8 @@ class PointwiseConv(nn.Conv2d):
 class DepthwiseConv(nn.Conv2d):
     """A depthwise convolution with equal padding on opposite sides."""
 
+    padding: tuple[int, int]
+
     def forward(self, x: Tensor) -> Tensor:
         if not _served(self, x):
             return super().forward(x)
@@ -100,7 +107,7 @@ class DepthwiseConv(nn.Conv2d):
             (side + 2 * pad - kernel) // stride + 1
             for side, pad, kernel in zip(x.shape[2:], (top, left), self.kernel_size, strict=True)
         )
-        return depthwise_conv(x, self.weight, stride, (int(top), int(left)), (height, width))
+        return depthwise_conv(x, self.weight, stride, (top, left), (height, width))
 
 
 class DepthwiseConvSame(Conv2dSame):
