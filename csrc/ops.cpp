@@ -14,5 +14,10 @@ STABLE_TORCH_LIBRARY(pahm_ops, m) {
   m.def("_spiral_conv_input_grad(Tensor grad, Tensor table, Tensor t_pointers, Tensor t_rows, Tensor weight, SymInt vertices) -> Tensor");
   m.def("_spiral_conv_weight_grad(Tensor grad, Tensor x, Tensor table, Tensor t_pointers, Tensor t_rows) -> Tensor");
   m.def("mesh_pool(Tensor x, Tensor row_pointers, Tensor columns, Tensor values, Tensor t_row_pointers, Tensor t_columns, Tensor t_values) -> Tensor");
+  m.def("_depthwise_conv(Tensor x, Tensor weight, int stride, int top, int left, int out_height, int out_width) -> Tensor");
+  m.def("_depthwise_conv_input_grad(Tensor grad, Tensor weight, int stride, int top, int left, int height, int width) -> Tensor");
+  m.def("_depthwise_conv_weight_grad(Tensor grad, Tensor x, int kernel_height, int kernel_width, int stride, int top, int left) -> Tensor");
+  m.def("_batch_norm(Tensor x, Tensor weight, Tensor bias, Tensor(a!) running_mean, Tensor(b!) running_variance, float momentum, float epsilon, float low, float high) -> (Tensor, Tensor)");
+  m.def("_batch_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor statistics, float low, float high) -> (Tensor, Tensor, Tensor)");
 }
 // clang-format on

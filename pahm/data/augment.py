@@ -25,9 +25,10 @@ def _tensor(values: object) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
-_LUMA = _tensor([0.299, 0.587, 0.114])
-_RGB_TO_YIQ = _tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
-_YIQ_TO_RGB = torch.linalg.inv(_RGB_TO_YIQ)
+_MEAN, _DEVIATION = (_tensor(values)[:, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+_RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+_YIQ_TO_RGB = np.linalg.inv(_RGB_TO_YIQ)
+_TO_GREY = np.tile(_RGB_TO_YIQ[0], (3, 1))
 _TO_CORNER = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
 _TO_CENTRE = np.array([[1.0, 0.0, -0.5], [0.0, 1.0, -0.5], [0.0, 0.0, 1.0]])
 _MAX_SHRINK = 1.2  # input pixels per output pixel; above this, bilinear sampling alone would alias
@@ -62,9 +63,9 @@ def crop_matrix(box: Sequence[float], size: int, *, rotation: float = 0.0, mirro
 def warp(image: Image.Image, matrix: Matrix, size: int) -> Image.Image:
     """Resample a PIL image ("RGB" or "L") into a `size` x `size` crop.
 
-    matrix: (3, 3), image pixels to crop pixels, as from `crop_matrix`. Sampling is bilinear. If the crop
-    shrinks the image, the image is first reduced with an antialiasing filter. Outside the image, an RGB crop
-    has ImageNet's mean colour (zero once normalised) and an L crop has 0.
+    matrix: (3, 3), affine, image pixels to crop pixels, as from `crop_matrix`. Sampling is bilinear. If the
+    crop shrinks the image, the image is first reduced with an antialiasing filter. Outside the image, an RGB
+    crop has ImageNet's mean colour (zero once normalised) and an L crop has 0.
     """
     inverse = _TO_CORNER @ np.linalg.inv(matrix) @ _TO_CENTRE  # Pillow measures from pixel corners
     shrink = math.sqrt(abs(inverse[0, 0] * inverse[1, 1] - inverse[0, 1] * inverse[1, 0]))
@@ -106,12 +107,11 @@ def colour_matrix(mean: float, brightness: float, contrast: float, saturation: f
     their product needs one pass over the pixels, a fifth of the time of torchvision's four functions.
     """
     cos, sin = math.cos(hue), math.sin(hue)
-    turn = _tensor([[1.0, 0.0, 0.0], [0.0, cos, -sin], [0.0, sin, cos]])
+    turn = np.array([[1.0, 0.0, 0.0], [0.0, cos, -sin], [0.0, sin, cos]])
     linear = _YIQ_TO_RGB @ turn @ _RGB_TO_YIQ
-    to_grey = _LUMA.expand(3, 3)
-    linear = (saturation * _tensor(np.eye(3).tolist()) + (1 - saturation) * to_grey) @ linear
-    offset = _tensor([[(1 - contrast) * mean * brightness]]).expand(3, 1)
-    return torch.cat([contrast * brightness * linear, offset], dim=1)
+    linear = saturation * linear + (1 - saturation) * (_TO_GREY @ linear)
+    offset = np.full((3, 1), (1 - contrast) * mean * brightness)
+    return torch.from_numpy(np.hstack([contrast * brightness * linear, offset]).astype(np.float32))
 
 
 def normalise(image: Image.Image, colour: Tensor | None = None) -> Tensor:
@@ -123,8 +123,7 @@ def normalise(image: Image.Image, colour: Tensor | None = None) -> Tensor:
         return normalise_all([image])[0]
     pixels = torch.from_numpy(np.array(image)).reshape(-1, 3).t().to(torch.float32).div_(255.0)
     pixels = torch.addmm(colour[:, 3:], colour[:, :3], pixels).clamp_(0.0, 1.0)
-    mean, deviation = (_tensor(values)[:, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return pixels.sub_(mean).div_(deviation).reshape(3, image.height, image.width)
+    return pixels.sub_(_MEAN).div_(_DEVIATION).reshape(3, image.height, image.width)
 
 
 def normalise_all(images: Sequence[Image.Image]) -> Tensor:

@@ -21,6 +21,7 @@ from pahm.infer.reconstruct import see
 from pahm.model.build import build_network
 from pahm.model.network import HandNet
 from pahm.score.metrics import HandMetrics
+from pahm.train.layers import use_training_layers
 from pahm.train.losses import Targets, total_loss
 from pahm.train.provenance import provenance
 
@@ -73,6 +74,10 @@ class HandTraining(pl.LightningModule):
         self._unreadable: set[str] = set()
         self._replaced = 0
         self._unchecked: list[tuple[int, list[str], dict[str, Tensor]]] = []
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.strategy.root_device.type == "cpu":
+            use_training_layers(self.network)
 
     def targets(self, batch: Batch) -> Targets:
         """Convert a batch of `CropTransform` samples to the targets of the losses."""
