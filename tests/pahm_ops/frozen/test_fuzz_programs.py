@@ -65,7 +65,7 @@ def steps(constants: Constants) -> list[Step]:
         map_step("pad", image, (*maps, 8, 8), value(2, 16, 8, 8), [1, 2]),
         map_step("upsample", image, (*maps, 12, 7), value(2, 16, 12, 7), []),
         norm_step(vertices, value(2, 9, 16), 1e-5, norm, norm),
-        elementwise_step(image, same, scale=2.0, added=half if False else same, activation="silu"),
+        elementwise_step(image, same, scale=2.0, added=same, activation="silu"),
         sparse_product_step(
             vertices, value(2, 3, 16), pointers, columns, constants.vector(ones(3)), entries=3
         ),
@@ -210,7 +210,7 @@ def test_memory_of_every_kind():
             lambda t: t.double(),
             lambda t: t.long(),
             lambda t: t.half(),
-            lambda t: t[:-1],
+            lambda t: t[: t.numel() // 2],
             lambda t: t[:0],
             lambda t: t.repeat_interleave(2)[::2],
             lambda t: t[:1].expand(t.numel()),
