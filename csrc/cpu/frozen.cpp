@@ -51,6 +51,15 @@ class Reader {
       check(floats || t.scalar_type() == ScalarType::Int, "memory must be float32 or int32");
       memory_.push_back({t.mutable_data_ptr(), t.numel(), floats});
     }
+    // Tables are checked before the first step runs, so no step may overwrite them.
+    for (const Memory& a : memory_) {
+      for (const Memory& b : memory_) {
+        const auto begin = reinterpret_cast<uintptr_t>(a.data), other = reinterpret_cast<uintptr_t>(b.data);
+        const bool apart = begin >= other + static_cast<uintptr_t>(b.count) * 4 ||
+                           other >= begin + static_cast<uintptr_t>(a.count) * 4;
+        check(a.floats == b.floats || apart, "memory must not hold floats and integers in one place");
+      }
+    }
   }
 
   bool more() const { return next_ != end_; }
@@ -61,7 +70,7 @@ class Reader {
   // A size, at least `least` and so small that products of a few of them are checked by `product` alone.
   int64_t size(int64_t least = 1) {
     const int64_t value = number();
-    check(value >= least, [&] { return "program has a size of " + std::to_string(value); });
+    check(value >= least && value <= largest, [&] { return "program has a size of " + std::to_string(value); });
     return value;
   }
   double real() { return std::bit_cast<double>(number()); }
@@ -77,21 +86,25 @@ class Reader {
   // Null if the tensor's number is -1.
   const int32_t* integers_or_none(int64_t count) { return none(2) ? nullptr : integers(count); }
   RowsOut rows(int64_t count, int64_t width) {
-    const int64_t stride = next_ + 2 < end_ ? next_[2] : -1;
+    const int64_t stride = end_ - next_ > 2 ? next_[2] : -1;
     check(stride >= 0, "program has rows of an unknown stride");
     int64_t extent = 0;
     check(!__builtin_add_overflow(product(count - 1, stride), width, &extent), "program has rows too long");
     float* data = floats(extent);
     ++next_;
-    return {data, stride};
+    return {data, count == 1 ? width : stride};
   }
   RowsOut rows_apart(int64_t count, int64_t width) {
     const RowsOut out = rows(count, width);
-    check(out.stride >= width || count == 1, "program writes rows that overlap");
+    check(out.stride >= width, "program has rows that overlap");
     return out;
   }
   RowsIn rows_in(int64_t count, int64_t width) {
     const RowsOut out = rows(count, width);
+    return {out.data, out.stride};
+  }
+  RowsIn rows_in_apart(int64_t count, int64_t width) {
+    const RowsOut out = rows_apart(count, width);
     return {out.data, out.stride};
   }
   RowsIn rows_or_none(int64_t count, int64_t width) {
@@ -99,6 +112,9 @@ class Reader {
   }
 
  private:
+  // Sums and small multiples of sizes do not overflow.
+  static constexpr int64_t largest = int64_t{1} << 40;
+
   struct Memory {
     void* data;
     int64_t count;
@@ -210,7 +226,7 @@ void read_map(Reader& in, Step& a) {
   a.channels = in.size();
   a.out_height = in.size();
   a.out_width = in.size();
-  a.in = in.rows_in(product(a.batch, product(a.height, a.width)), a.channels);
+  a.in = in.rows_in_apart(product(a.batch, product(a.height, a.width)), a.channels);
   a.out = in.rows_apart(product(a.batch, product(a.out_height, a.out_width)), a.channels);
 }
 
@@ -314,7 +330,7 @@ Attention read_attention(Reader& in) {
   a.q = in.rows_in(rows, width);
   a.k = in.rows_in(rows, width);
   a.v = in.rows_in(rows, width);
-  product(rows + 32, width + 32);
+  product(product(rows + 32, width + 32), 4);
   a.scratch = in.floats(product(product(a.batch, a.heads), attention_scratch(a.vertices, a.channels)));
   a.out = in.rows_apart(rows, width);
   return a;

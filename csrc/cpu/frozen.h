@@ -113,7 +113,7 @@ inline void run_items(const MaxPool& a, int64_t begin, int64_t end) {
           for (int64_t kx = kx0; kx < kx1; ++kx) {
             const float* in = a.in.row((b * a.height + y + ky) * a.width + x + kx);
             const Vec<float> v = load_upto(in + c, a.channels - c);
-            most = most > v ? most : v;
+            most = (v > most) | (v != v) ? v : most;  // NaN stays
           }
         }
         store_upto(out + c, most, a.channels - c);

@@ -40,7 +40,8 @@ struct Team {
   // Takes and runs one chunk.
   bool take(int slot) {
     uint64_t seen = ticket.load(std::memory_order_acquire);
-    while (static_cast<uint32_t>(seen) != 0) {
+    // Read after the ticket: a worker that the present holder did not ask for must not take its chunks.
+    while (static_cast<uint32_t>(seen) != 0 && slot <= allowed.load(std::memory_order_relaxed)) {
       if (!ticket.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel, std::memory_order_acquire))
         continue;
       // The step cannot end before this chunk is done, so these still belong to it.

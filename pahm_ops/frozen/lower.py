@@ -108,7 +108,7 @@ class _Lowering:
     ) -> list[Step]:
         tail = self._tail(node, node.outputs)
         parts = self._parts(x)
-        if len(parts) == 1:
+        if len(parts) == 1 and isinstance(parts[0], Value):
             x = parts[0]
         batch, _, height, width = x.shape
         out_height, out_width = node.outputs.shape[2:]
@@ -264,7 +264,8 @@ class _Lowering:
         if not isinstance(value, Value) or value not in self.virtual:
             return [value]
         assert value.producer is not None
-        return [part for whole in value.producer.args[0] for part in self._parts(whole)]
+        parts = [part for whole in value.producer.args[0] for part in self._parts(whole)]
+        return [part for part in parts if channels(part) > 0]
 
     def _source(self, part: Value | Tensor, rows: int, table: Place | None = None) -> Source:
         width = channels(part)
@@ -503,9 +504,11 @@ def _handlers() -> dict[Any, Handler]:
 
 
 def _is_float(node: Node) -> bool:
+    """Whether all tensors have numbers, float32 or constant int32."""
     tensors = [leaf for leaf in node.args if isinstance(leaf, (Tensor, Value))]
     return all(
-        leaf.dtype == torch.float32 or (isinstance(leaf, Tensor) and leaf.dtype == torch.int32)
+        0 not in leaf.shape
+        and (leaf.dtype == torch.float32 or (isinstance(leaf, Tensor) and leaf.dtype == torch.int32))
         for leaf in tensors
     )
 

@@ -156,3 +156,10 @@ def test_a_concatenation_with_numbers_of_another_type(x):
         return layer(torch.cat([x, torch.ones(2, 16, 7, 6, dtype=torch.int64)], 1))
 
     compare(Through(forward, conv(32)), x)
+
+
+def test_a_concatenation_with_nothing():
+    def forward(layer, x):
+        return layer(torch.cat([x[..., :0], x, x[..., 5:]], -1)), x[..., :0] + 1
+
+    compare(Through(forward, nn.Linear(5, 4)), torch.randn(2, 7, 5))
