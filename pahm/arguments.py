@@ -150,7 +150,7 @@ class Predict:
     device: str = "auto"
     """cpu, cuda, ..."""
     engine: Literal["auto", "torch", "compile", "openvino", "onnxruntime"] = "auto"
-    """What runs the network. The default is the fastest here."""
+    """What runs the network. The default is torch."""
 
 
 @dataclass(frozen=True)

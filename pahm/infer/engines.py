@@ -29,8 +29,8 @@ from pahm.model.network import HandNet, Prediction
 from pahm.whole_file import whole_file
 
 AUTO = {"cpu": ["torch"]}
-"""What "auto" tries on each type of device, fastest first, as `benchmarks/bench_engines.py` measures; on
-other types of device "torch".
+"""What "auto" tries on each type of device, in this order; on other types of device
+"torch". `benchmarks/bench_engines.py` compares them.
 """
 TOLERANCE = 1e-4  # metres by which an engine's vertices may differ from the network's own
 

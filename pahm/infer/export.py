@@ -42,7 +42,7 @@ class _Conv(nn.Module):
 class _Pool(nn.Module):
     """A `MeshPool` as a gather of as many entries in each row, most often 3, and their weighted sum.
 
-    Runtimes have a fast gather, but their scattered sums are slow.
+    OpenVINO's converter does not know `index_add`, which the reference has.
     """
 
     columns: Tensor

@@ -28,7 +28,7 @@ class Predictor:
     network: for example from `pahm.load_checkpoint`. It is put in evaluation mode and moved to `device`. Its
     values are taken now: a change of its weights afterwards changes no prediction for sure. device: a torch
     device or its name; "auto" is the accelerator if there is one, else the CPU. engine: what runs the
-    network, one of `pahm.infer.engines.ENGINES`; "auto" is the fastest here. All agree to 0.1 mm.
+    network, one of `pahm.infer.engines.ENGINES`; "auto" is as in `make_engine`.
 
     A predictor can be copied and pickled, which makes the engine anew, and used by several threads.
 
