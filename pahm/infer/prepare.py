@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 
-from pahm.infer.fold import folded
-from pahm.model.network import HandNet
+from pahm_ops import freeze
+from pahm_ops.frozen import FreezeError
 
 
-def prepare(network: HandNet) -> HandNet:
-    """A copy of a float32 network on the CPU that gives the same predictions in less time.
+def prepare(network: nn.Module) -> Callable[[Tensor], Any]:
+    """A function that gives a network's predictions in less time: the network frozen, see `pahm_ops.freeze`.
 
-    `network` itself stays as it is. Results agree to a micrometre.
+    network: in evaluation mode, float32, on the CPU. It must not change afterwards. A network that cannot be
+    frozen runs as it is, after one warning.
     """
-    return folded(network).to(memory_format=torch.channels_last)
+    frozen = freeze(network)
+    found: list[Callable[[Tensor], Any]] = [frozen]
+
+    def run(images: Tensor) -> Any:
+        try:
+            return found[0](images)
+        except FreezeError as error:
+            warnings.warn(f"{error}; PyTorch runs the network instead", RuntimeWarning, stacklevel=2)
+            found[0] = network.to(memory_format=torch.channels_last)
+            return found[0](images)
+
+    return run
