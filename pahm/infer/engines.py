@@ -274,4 +274,4 @@ ENGINES: dict[str, Callable[[nn.Module, torch.device], Run]] = {
     "openvino": _runtime(OpenVINO, ["openvino"]),
     "onnxruntime": _runtime(ONNXRuntime, ["onnxruntime", "onnx", "onnxscript"]),
 }
-"""All engines. "torch" runs any network on any device. On a CPU it freezes a float32 `HandNet`, see `prepare`."""
+"""All engines. "torch" runs any network on any device; on a CPU it freezes a float32 `HandNet`."""
