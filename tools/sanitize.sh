@@ -18,4 +18,4 @@ PAHM_CUDA=0 CFLAGS=$flags LDFLAGS=$flags python setup.py --quiet build_ext --inp
 # capture what a sanitizer writes before it ends the process.
 libraries="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
 LD_PRELOAD=$libraries ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONPATH=$work \
-  python -m pytest --capture=no tests/pahm_ops/test_fuzz*.py tests/pahm_ops/mesh/test_fuzz.py tests/pahm_ops/mesh/test_range.py "$@"
+  python -m pytest --capture=no tests/pahm_ops/test_fuzz*.py tests/pahm_ops/frozen/test_fuzz_programs.py tests/pahm_ops/mesh/test_fuzz.py tests/pahm_ops/mesh/test_range.py "$@"

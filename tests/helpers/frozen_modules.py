@@ -56,8 +56,9 @@ def compare(module: nn.Module, *inputs: Tensor, tolerance: float = 3e-6) -> Froz
         found = frozen(*given)
         assert type(found) is type(expected)
         for ours, theirs in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+            theirs = theirs.detach()
             scale = 1 + float(theirs.nan_to_num().abs().max())
             torch.testing.assert_close(
-                ours.double(), theirs.double(), rtol=0, atol=tolerance * scale, equal_nan=True
+                ours.detach().double(), theirs.double(), rtol=0, atol=tolerance * scale, equal_nan=True
             )
     return frozen

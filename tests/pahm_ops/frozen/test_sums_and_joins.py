@@ -160,6 +160,6 @@ def test_a_concatenation_with_numbers_of_another_type(x):
 
 def test_a_concatenation_with_nothing():
     def forward(layer, x):
-        return layer(torch.cat([x[..., :0], x, x[..., 5:]], -1)), x[..., :0] + 1
+        return layer(torch.cat([x[..., :0], x, x[..., 5:]], -1))
 
     compare(Through(forward, nn.Linear(5, 4)), torch.randn(2, 7, 5))
