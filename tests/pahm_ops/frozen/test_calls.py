@@ -41,9 +41,11 @@ def test_views_of_values_live_as_long_as_they_are_read():
     ):
 
         def forward(a, b, x, view=view):
-            early = view(a(x))
-            late = deep(b, a(x))
-            return early * 2, late, early
+            y = a(x)
+            early = view(y)
+            # PyTorch is the last that reads y itself; the steps that follow could overwrite it.
+            late = deep(b, y.sigmoid())
+            return early * late.mean(), late, early
 
         compare(Through(forward, linear(), linear()), x)
 
@@ -128,6 +130,16 @@ def test_overwriting_does_not_reach_other_readers():
         return early, y.relu_() + early, a(y)
 
     compare(Through(forward, linear()), torch.randn(2, 6, 5))
+
+
+def test_overwriting_waits_for_earlier_readers():
+    def forward(a, b, x):
+        y = a(x)
+        # The sum is a step, which runs after both calls of PyTorch.
+        total = b(y.sin()) + y
+        return total, y.exp_()
+
+    compare(Through(forward, linear(), linear()), torch.randn(2, 6, 5))
 
 
 def test_out_arguments():
