@@ -44,6 +44,8 @@ class Node:
     args: tuple[Structure, ...]
     kwargs: dict[str, Structure]
     outputs: Structure = None
+    gave_views: bool = False
+    """Whether outputs shared memory with inputs when this was recorded. Not all schemas say so."""
 
     def argument(self, place: int, default: Any = None) -> Any:
         """A positional argument; the dispatcher leaves out those that have their default."""
@@ -56,7 +58,7 @@ class Node:
     @property
     def aliases(self) -> bool:
         """Whether the outputs may be views of the inputs."""
-        return any(result.alias_info is not None for result in self.op._schema.returns)
+        return self.gave_views or any(r.alias_info is not None for r in self.op._schema.returns)
 
 
 @dataclass(eq=False)
@@ -160,6 +162,10 @@ class _Recorder(TorchDispatchMode):
             return outputs  # a conversion that had nothing to do
         if _reads_numbers(node) or not all(isinstance(leaf, Tensor) for leaf in leaves(outputs)):
             raise _reading(func)
+        given = {
+            leaf.untyped_storage().data_ptr() for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)
+        }
+        node.gave_views = any(leaf.untyped_storage().data_ptr() in given for leaf in leaves(outputs))
         node.outputs = map_leaves(lambda tensor: self._define(tensor, node), outputs)
         for value in node.values:
             value.users.append(node)
