@@ -70,7 +70,8 @@ class Reader {
   // A size, at least `least` and so small that products of a few of them are checked by `product` alone.
   int64_t size(int64_t least = 1) {
     const int64_t value = number();
-    check(value >= least && value <= largest, [&] { return "program has a size of " + std::to_string(value); });
+    check(value >= least && value <= largest,
+          [&] { return "program has a size of " + std::to_string(value); });
     return value;
   }
   double real() { return std::bit_cast<double>(number()); }
