@@ -32,7 +32,7 @@ namespace pahm {
 namespace {
 
 using Step = std::variant<Product, Winograd, Depthwise, MaxPool, Pad, Upsample, Norm, Elementwise,
-                          SparseProduct, Attention, Sample>;
+                          SparseProduct, Attention, Sample, SoftArgmax>;
 
 int64_t lanes_of(Isa isa) { return isa >= Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4; }
 
@@ -320,6 +320,17 @@ SparseProduct read_sparse_product(Reader& in) {
   return a;
 }
 
+SoftArgmax read_soft_argmax(Reader& in) {
+  SoftArgmax a{};
+  a.batch = in.size();
+  a.pixels = in.size();
+  a.channels = in.size();
+  a.in = in.rows_in(product(a.batch, a.pixels), a.channels);
+  a.places = in.floats(product(2, a.pixels));
+  a.out = in.rows_apart(product(a.batch, a.channels), 2);
+  return a;
+}
+
 Attention read_attention(Reader& in) {
   Attention a{};
   a.batch = in.size();
@@ -390,6 +401,8 @@ Step read_step(Reader& in, int64_t lanes, Storage& storage) {
       return read_sample(in, storage);
     case 10:
       return read_winograd(in, lanes);
+    case 11:
+      return read_soft_argmax(in);
     default:
       throw std::invalid_argument("program has an unknown kind of step: " + std::to_string(kind));
   }
@@ -412,6 +425,7 @@ double work(const SparseProduct& a) { return 12.0 * a.batch * a.rows * a.channel
 double work(const Attention& a) {
   return 1.0 * a.batch * a.heads * a.vertices * (2.0 * a.channels * a.vertices + 16.0 * a.vertices);
 }
+double work(const SoftArgmax& a) { return 32.0 * a.batch * a.pixels * a.channels; }
 double work(const Sample& a) {
   double channels = 0;
   for (int64_t i = 0; i < a.map_count; ++i) channels += static_cast<double>(a.maps[i].channels);

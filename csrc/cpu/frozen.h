@@ -241,6 +241,36 @@ inline void run_items(const SparseProduct& a, int64_t begin, int64_t end) {
   }
 }
 
+inline int64_t item_count(const SoftArgmax& a) {
+  return a.batch * ((a.channels + lanes<float> - 1) / lanes<float>);
+}
+
+inline void run_items(const SoftArgmax& a, int64_t begin, int64_t end) {
+  constexpr int64_t n = lanes<float>;
+  const int64_t vectors = (a.channels + n - 1) / n;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t b = item / vectors, c = item % vectors * n, count = std::min(n, a.channels - c);
+    const float* in = a.in.row(b * a.pixels) + c;
+    Vec<float> most = load_upto(in, count);
+    for (int64_t p = 1; p < a.pixels; ++p) {
+      const Vec<float> v = load_upto(in + p * a.in.stride, count);
+      most = most > v ? most : v;
+    }
+    Vec<float> sum = {}, x = {}, y = {};
+    for (int64_t p = 0; p < a.pixels; ++p) {
+      const Vec<float> mass = exponential(load_upto(in + p * a.in.stride, count) - most);
+      sum += mass;
+      x += a.places[p] * mass;
+      y += a.places[a.pixels + p] * mass;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      float* out = a.out.row(b * a.channels + c + i);
+      out[0] = x[i] / sum[i];
+      out[1] = y[i] / sum[i];
+    }
+  }
+}
+
 // ---- vertex_sample ----
 
 inline int64_t item_count(const Sample& a) {

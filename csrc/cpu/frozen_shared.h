@@ -132,6 +132,15 @@ struct SparseProduct {
   RowsOut out;
 };
 
+// For each channel of a map the mean of two numbers a pixel, weighted by the softmax of its pixels. Items are
+// batch items times vectors of channels.
+struct SoftArgmax {
+  int64_t batch, pixels, channels;
+  RowsIn in;
+  const float* places;  // (2, pixels)
+  RowsOut out;          // a row a channel: (batch * channels, 2)
+};
+
 // softmax(scale * q k^T) v of each head. Items are batch items times heads.
 struct Attention {
   int64_t batch, vertices, heads, channels;  // channels of a head

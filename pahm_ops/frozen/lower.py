@@ -29,6 +29,7 @@ from pahm_ops.frozen.steps import (
     product_step,
     row_count,
     sample_step,
+    soft_argmax_step,
     sparse_product_step,
     winograd_step,
 )
@@ -411,6 +412,49 @@ class _Lowering:
         )
         return [sparse_product_step(x, node.outputs, *places, entries=len(columns))]
 
+    def mean(self, node: Node) -> list[Step] | None:
+        """Of a map over its pixels: a product with a matrix of one row."""
+        x, dims = node.args[:2]
+        if len(x.shape) != 4 or {d % 4 for d in dims} != {2, 3} or node.argument(2) or node.kwargs:
+            return None
+        pixels = x.shape[2] * x.shape[3]
+        pointers, columns = torch.tensor([0, pixels], dtype=torch.int32), torch.arange(pixels)
+        places = (
+            self.constants.table(pointers),
+            self.constants.table(columns.to(torch.int32)),
+            self.constants.add(torch.full((pixels,), 1 / pixels)),
+        )
+        return [sparse_product_step(x, node.outputs, *places, entries=pixels)]
+
+    def flatten(self, node: Node) -> list[Step] | None:
+        """Values of vertices in another shape, or the start of a soft-argmax."""
+        x, output = node.args[0], node.outputs
+        if len(x.shape) == 4:
+            return self._soft_argmax(node)
+        if len(output.shape) == 4 or not self._worth_it(node):
+            return None
+        return [elementwise_step(x, output)]
+
+    def _soft_argmax(self, node: Node) -> list[Step] | None:
+        """A map's flattened pixels, softmax, and the mean of two numbers a pixel by it."""
+        ops = (aten.softmax.int, aten.unsqueeze.default, aten.mul.Tensor, aten.sum.dim_IntList)
+        chain = [node]
+        for op in ops:
+            following = chain[-1].outputs.sole_user
+            if following is None or following.op is not op or following.args[0] is not chain[-1].outputs:
+                return None
+            chain.append(following)
+        flat, softmax, unsqueeze, product, total = chain
+        places = product.args[1]
+        plain = flat.args[1:] == (2,) and softmax.args[1:] == (-1,) and unsqueeze.args[1:] == (2,)
+        shape = (2, flat.outputs.shape[2])
+        if not plain or list(total.args[1:]) != [[-1]] or not _are_constants(places) or total.kwargs:
+            return None
+        if tuple(places.shape) != shape or places.dtype != torch.float32:
+            return None
+        self.covered.update(chain)
+        return [soft_argmax_step(node.args[0], total.outputs, self.constants.vector(places))]
+
     def vertex_sample(self, node: Node) -> list[Step] | None:
         maps, points, camera, _, _, align_corners, border = node.args
         weak = camera is None or (isinstance(camera, Value) and len(camera.shape) == 2)
@@ -484,6 +528,8 @@ def _handlers() -> dict[Any, Handler]:
         aten.max_pool2d.default: _Lowering.max_pool,
         aten.upsample_bilinear2d.vec: _Lowering.upsample,
         aten.layer_norm.default: _Lowering.layer_norm,
+        aten.mean.dim: _Lowering.mean,
+        aten.flatten.using_ints: _Lowering.flatten,
         aten.add.Tensor: _Lowering.add,
         aten.add_.Tensor: _Lowering.add,
         aten.mul.Tensor: _Lowering.scale,

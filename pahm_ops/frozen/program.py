@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +52,8 @@ class Program:
     """Runs a tape's units. Call it with tensors of the shapes of the tape's inputs.
 
     Steps work in one workspace, which the program keeps. PyTorch's calls see its values as tensors, without a
-    copy; what they give is copied into the workspace if a step reads it. Results are copied out.
+    copy; what they give is copied into the workspace if a step reads it. Results are copied out. numpy makes
+    the copies: after a loop of PyTorch its idle threads keep the cores busy for a while.
     """
 
     def __init__(self, tape: Tape, units: Sequence[Unit], constants: Constants) -> None:
@@ -67,6 +69,7 @@ class Program:
             for value, offset in layout.offsets.items()
             if isinstance(value, Value)
         }
+        self._arrays = {index: view.numpy() for index, view in self._views.items()}
         values = [*tape.inputs, *(value for unit in units for value in _values(unit))]
         self._count = 1 + max(value.index for value in values)
         self._borrowed = {leaf for leaf in leaves(tape.outputs) if layout.lies_in_workspace(leaf)}
@@ -98,16 +101,17 @@ class Program:
             def result(leaf: Any) -> Any:
                 if not isinstance(leaf, Value):
                     return leaf
-                return found[leaf.index].clone() if leaf in self._borrowed else found[leaf.index]
+                tensor = found[leaf.index]
+                return torch.from_numpy(tensor.numpy().copy("K")) if leaf in self._borrowed else tensor
 
             return map_leaves(result, self._outputs)
 
     def _define(self, found: list[Any], value: Value, tensor: Tensor) -> None:
-        view = self._views.get(value.index)
-        if view is None:
+        array = self._arrays.get(value.index)
+        if array is None:
             found[value.index] = tensor
         else:
-            view.copy_(tensor)
+            np.copyto(array, tensor.detach().numpy())
 
 
 def _values(unit: Unit) -> list[Value]:

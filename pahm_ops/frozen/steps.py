@@ -24,6 +24,7 @@ KINDS = [
     "attention",
     "sample",
     "winograd",
+    "soft_argmax",
 ]
 ACTIVATIONS = {"none": 0, "relu": 1, "elu": 2, "gelu": 3, "relu6": 4, "silu": 5}
 BEFORE, AFTER = 1, 2  # where a product adds its residual: before or after its activation
@@ -200,13 +201,25 @@ def elementwise_step(
     return Step("elementwise", [source] + ([] if added is None else [added]), output, spell)
 
 
+def soft_argmax_step(source: Value, output: Value, places: Place) -> Step:
+    """source: a map; places: (2, pixels); output: `(B, C, 2)`."""
+    batch, width, pixels = source.shape[0], channels(source), size(source) // source.shape[0]
+
+    def spell(offset: Callable[[Held], int]) -> Fields:
+        shape = [batch, pixels // width, width]
+        return [*shape, *rows(offset(source), width), *places, *rows(offset(output), 2)]
+
+    return Step("soft_argmax", [source], output, spell)
+
+
 def sparse_product_step(
     source: Value, output: Value, pointers: Place, columns: Place, values: Place, entries: int
 ) -> Step:
-    width = channels(source)
+    """source: vertices or a map, each of whose pixels is a row."""
+    width, batch = channels(source), source.shape[0]
 
     def spell(offset: Callable[[Held], int]) -> Fields:
-        before = [source.shape[0], source.shape[1], output.shape[1], width, entries]
+        before = [batch, row_count(source) // batch, row_count(output) // batch, width, entries]
         tables = [*pointers, *columns, *values]
         return [*before, *tables, *rows(offset(source), width), *rows(offset(output), width)]
 
