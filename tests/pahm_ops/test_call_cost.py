@@ -89,6 +89,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(backends, "_CHOSEN", {})
     monkeypatch.setattr(backends, "available", lambda path, device: path == "cuda")
     monkeypatch.delenv("PAHM_GPU_PATH", raising=False)
+    # Where an exporter was imported, each call asks whether it is at work.
+    monkeypatch.delitem(sys.modules, "torch.onnx", raising=False)
 
 
 def count(function: Callable[[], object]) -> Costs:

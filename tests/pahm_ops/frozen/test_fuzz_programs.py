@@ -20,6 +20,7 @@ from pahm_ops.frozen.steps import (
     norm_step,
     product_step,
     sample_step,
+    soft_argmax_step,
     sparse_product_step,
     winograd_step,
 )
@@ -73,6 +74,7 @@ def steps(constants: Constants) -> list[Step]:
         sample_step(
             [image, half], narrow, value(2, 3), value(2, 9, 32), align_corners=False, border=True, zeros=zeros
         ),
+        soft_argmax_step(image, value(2, 16, 2), constants.vector(ones(2, 30))),
     ]
     constants.seal()
     return made

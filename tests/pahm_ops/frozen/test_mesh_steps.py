@@ -206,3 +206,33 @@ def test_samples_with_other_cameras_run_in_pytorch():
 
     vertices = torch.rand(1, 6, 3) + torch.tensor([0, 0, 2.0])
     compare(Through(forward), torch.randn(1, 5, 7, 6), vertices, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 8, 21])
+def test_soft_argmax_of_a_map(channels, isa):
+    places = torch.randn(2, 30)
+
+    def forward(x):
+        return (x.flatten(2).softmax(-1)[:, :, None] * places.to(x.dtype)).sum(-1)
+
+    x = 9 * torch.randn(3, channels, 6, 5)
+    assert units(Through(forward), x) == ["soft_argmax"]
+    compare(Through(forward), x)
+
+
+def test_a_softmax_that_something_else_reads_stays_in_pytorch():
+    places = torch.randn(2, 30)
+
+    def forward(x):
+        mass = x.flatten(2).softmax(-1)
+        return (mass[:, :, None] * places.to(x.dtype)).sum(-1), mass
+
+    assert "soft_argmax" not in units(Through(forward), torch.randn(1, 4, 6, 5))
+    compare(Through(forward), torch.randn(1, 4, 6, 5))
+
+
+def test_means_of_maps(isa):
+    module = Through(lambda conv, x: conv(x).mean(dim=(2, 3)), nn.Conv2d(3, 13, 3))
+    assert units(module, torch.randn(2, 3, 9, 7))[-1] == "sparse_product"
+    compare(module, torch.randn(2, 3, 9, 7))
+    compare(Through(lambda x: (x.mean(dim=1), x.mean(dim=(2, 3), keepdim=True))), torch.randn(2, 3, 4, 5))
