@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,7 +18,6 @@ import torch
 import trimesh
 
 from pahm.hand.left import mirror_faces
-from pahm.infer.png import write_png
 from pahm.synth.backgrounds import SUFFIXES
 from pahm.text_files import read_json
 from pahm.whole_file import whole_file
@@ -185,8 +185,9 @@ def _write(hand: Hand, folder: Path, name: str, formats: Sequence[str]) -> list[
     paths = {form: folder / f"{name}{FORMATS[form]}" for form in formats}
     if "png" in paths:
         picture = hand.overlay()
+        # zlib's fastest level with runs alone is faster than that level itself, and the files are smaller.
         with whole_file(paths["png"]) as partial:
-            write_png(picture, partial)
+            picture.save(partial, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
     for form in ("ply", "obj", "glb"):
         if form in paths:
             vertices = hand.vertices * _GLTF if form == "glb" else hand.vertices
