@@ -14,6 +14,21 @@ import torch
 from torch import Tensor
 
 from pahm_ops.frozen.constants import Constants, Place
+from pahm_ops.frozen.match import (
+    PackedAttention,
+    activation_of,
+    added_by,
+    are_constants,
+    is_depthwise,
+    is_float,
+    is_norm,
+    is_product,
+    packed_attention,
+    pair,
+    reads_padded,
+    sees_pixels,
+    soft_argmax,
+)
 from pahm_ops.frozen.steps import (
     ACTIVATIONS,
     AFTER,
@@ -34,6 +49,7 @@ from pahm_ops.frozen.steps import (
     winograd_step,
 )
 from pahm_ops.frozen.tape import Node, Tape, Value
+from pahm_ops.frozen.weights import fold, tap_tables, winograd
 
 aten = torch.ops.aten
 _FEW_CHANNELS = 8  # a kernel's row of so few channels is read as one source
@@ -60,18 +76,19 @@ class _Lowering:
         self.constants = constants
         self.covered: set[Node] = set()
         self.units: list[Step | Node] = []
-        self.attention: dict[Node, tuple[Value, Value, int, float]] = {}
+        self.attention: dict[Node, PackedAttention] = {}
         self.in_steps: set[Value] = set()
         self.virtual: set[Value] = set()  # concatenated or padded where they are read
         for node in tape.nodes:
-            if node.op is aten.scaled_dot_product_attention.default:
-                self._match_attention(node)
+            if (found := packed_attention(node)) is not None:
+                self.attention[node] = found
+                self.covered.update(found.views)
         handlers = _handlers()
         for node in tape.nodes:
             if node in self.covered:
                 continue
             handler = handlers.get(node.op)
-            steps = None if handler is None or not _is_float(node) else handler(self, node)
+            steps = None if handler is None or not is_float(node) else handler(self, node)
             self.covered.add(node)
             self.units += [node] if steps is None else steps
             self.in_steps.update(
@@ -84,16 +101,16 @@ class _Lowering:
 
     def convolution(self, node: Node) -> list[Step] | None:
         x, weight = node.args[:2]
-        bias, stride = node.argument(2), _pair(node.argument(3, [1, 1]))
-        padding, dilation = _pair(node.argument(4, [0, 0])), _pair(node.argument(5, [1, 1]))
+        bias, stride = node.argument(2), pair(node.argument(3, [1, 1]))
+        padding, dilation = pair(node.argument(4, [0, 0])), pair(node.argument(5, [1, 1]))
         groups = node.argument(6, 1)
-        if not _is_product(node):
+        if not is_product(node):
             return None
         x, top, left, bottom, right = self._unpadded(x)
         pads = (padding[0] + top, padding[1] + left, padding[0] + bottom, padding[1] + right)
         if groups == 1:
             return self._dense(node, x, weight, bias, stride, pads, dilation)
-        if _is_depthwise(node, x, pads):
+        if is_depthwise(node, x, pads):
             return [self._depthwise(node, x, weight, bias, stride, pads)]
         return None
 
@@ -114,7 +131,7 @@ class _Lowering:
         batch, _, height, width = x.shape
         out_height, out_width = node.outputs.shape[2:]
         kernel = tuple(weight.shape[2:])
-        folded, offset = _fold(weight, bias, tail.norm)
+        folded, offset = fold(weight, bias, tail.norm)
         steps: list[Step] = []
         # Weights (outputs, taps, inputs): the sources follow in this order.
         by_tap = folded.permute(0, 2, 3, 1).flatten(1, 2)
@@ -127,7 +144,7 @@ class _Lowering:
         elif self._suits_winograd(x, parts, kernel, stride, pads, dilation):
             return [self._winograd(tail, x, folded, offset, (weight, bias))]
         else:
-            tables = _tables((height, width), (out_height, out_width), kernel, stride, pads[:2], dilation)
+            tables = tap_tables((height, width), (out_height, out_width), kernel, stride, pads[:2], dilation)
             places = [self.constants.table(table) for table in tables]
             sources = [self._source(part, height * width, place) for place in places for part in parts]
         matrix = by_tap.flatten(1)
@@ -151,12 +168,8 @@ class _Lowering:
     def _winograd(
         self, tail: _Tail, x: Value, weight: Tensor, bias: Tensor, key: tuple[Tensor | None, ...]
     ) -> Step:
-        half = 0.5
-        g = torch.tensor([[1, 0, 0], [half, half, half], [half, -half, half], [0, 0, 1]], dtype=torch.float64)
-        transformed = torch.einsum("ij,nckj->ncki", g, weight.double())
-        transformed = torch.einsum("ik,nckj->nijc", g, transformed)
         norm = () if tail.norm is None else tail.norm.args[1:5]
-        places = self.constants.product(("winograd", *key, *norm), transformed.flatten(1).float(), bias)
+        places = self.constants.product(("winograd", *key, *norm), winograd(weight), bias)
         return winograd_step(
             x,
             tail.value,
@@ -202,7 +215,7 @@ class _Lowering:
 
     def linear(self, node: Node) -> list[Step] | None:
         x, weight, bias = node.args[0], node.args[1], node.argument(2)
-        if not _is_product(node):
+        if not is_product(node):
             return None
         tail = self._tail(node, node.outputs)
         count = row_count(x)
@@ -245,11 +258,11 @@ class _Lowering:
         """Covers the nodes that follow `start` as long as each reads only the one before."""
         tail = _Tail(value, activation)
         while (node := tail.value.sole_user) is not None and node not in self.covered:
-            if _is_norm(node) and tail.value is value and activation == "none":
+            if is_norm(node) and tail.value is value and activation == "none":
                 tail.norm = node
-            elif (name := _activation(node)) and tail.activation == "none" and tail.mode != AFTER:
+            elif (name := activation_of(node)) and tail.activation == "none" and tail.mode != AFTER:
                 tail.activation = name
-            elif residuals and tail.residual is None and (other := _added(node, tail.value)) is not None:
+            elif residuals and tail.residual is None and (other := added_by(node, tail.value)) is not None:
                 if other.index >= start.outputs.index or other in self.virtual:
                     break
                 tail.residual = other
@@ -277,7 +290,7 @@ class _Lowering:
 
     def _products_alone_read(self, value: Value) -> bool:
         readers = all(
-            _is_product(user) and user.args[0] is value and user.argument(6, 1) == 1 for user in value.users
+            is_product(user) and user.args[0] is value and user.argument(6, 1) == 1 for user in value.users
         )
         return readers and not value.is_output
 
@@ -299,7 +312,7 @@ class _Lowering:
         fits = len(value.shape) == 4 and len(pads) <= 4 and min(pads) >= 0
         if not zeros or not fits or value.is_output:
             return None
-        if not all(_reads_padded(user, value, pads) for user in value.users):
+        if not all(reads_padded(user, value, pads) for user in value.users):
             return None
         self.virtual.add(value)
         return []
@@ -324,7 +337,7 @@ class _Lowering:
         pads: tuple[int, int, int, int],
     ) -> Step:
         tail = self._tail(node, node.outputs, residuals=False)
-        folded, offset = _fold(weight, bias, tail.norm)
+        folded, offset = fold(weight, bias, tail.norm)
         return self._by_channel(x, tail, folded, offset, stride, pads)
 
     def _by_channel(
@@ -346,19 +359,19 @@ class _Lowering:
 
     def batch_norm(self, node: Node) -> list[Step] | None:
         x = node.args[0]
-        if not _is_norm(node) or not isinstance(x, Value):
+        if not is_norm(node) or not isinstance(x, Value):
             return None
         tail = self._tail(node, node.outputs, residuals=False)
         ones = torch.ones(channels(x), 1, 1, 1)
-        weight, bias = _fold(ones, None, node)
+        weight, bias = fold(ones, None, node)
         return [self._by_channel(x, tail, weight, bias, (1, 1), (0, 0, 0, 0))]
 
     def max_pool(self, node: Node) -> list[Step] | None:
-        x, kernel = node.args[0], _pair(node.args[1])
-        stride, pads = _pair(node.argument(2) or kernel), _pair(node.argument(3, [0, 0]))
-        if _pair(node.argument(4, [1, 1])) != (1, 1) or len(x.shape) != 4:
+        x, kernel = node.args[0], pair(node.args[1])
+        stride, pads = pair(node.argument(2) or kernel), pair(node.argument(3, [0, 0]))
+        if pair(node.argument(4, [1, 1])) != (1, 1) or len(x.shape) != 4:
             return None
-        if not _sees_pixels(x.shape[2:], node.outputs.shape[2:], kernel, stride, (*pads, *pads)):
+        if not sees_pixels(x.shape[2:], node.outputs.shape[2:], kernel, stride, (*pads, *pads)):
             return None
         shape = (x.shape[0], *x.shape[2:], channels(x), *node.outputs.shape[2:])
         return [map_step("max_pool", x, shape, node.outputs, [*kernel, *stride, *pads])]
@@ -372,14 +385,14 @@ class _Lowering:
 
     def layer_norm(self, node: Node) -> list[Step] | None:
         x, shape, gamma, beta = node.args[0], node.args[1], node.argument(2), node.argument(3)
-        if len(shape) != 1 or len(x.shape) not in (2, 3) or not _are_constants(gamma, beta):
+        if len(shape) != 1 or len(x.shape) not in (2, 3) or not are_constants(gamma, beta):
             return None
         places = [self.constants.vector(part) for part in (gamma, beta)]
         return [norm_step(x, node.outputs, node.argument(4, 1e-5), places[0], places[1])]
 
     def add(self, node: Node) -> list[Step] | None:
         first, second = node.args[:2]
-        if not isinstance(first, Value) or _added(node, first) is None or not self._worth_it(node):
+        if not isinstance(first, Value) or added_by(node, first) is None or not self._worth_it(node):
             return None
         tail = self._tail(node, node.outputs, residuals=False)
         return [elementwise_step(first, tail.value, added=second, activation=tail.activation)]
@@ -392,7 +405,7 @@ class _Lowering:
         return [elementwise_step(x, tail.value, scale=float(factor), activation=tail.activation)]
 
     def activation(self, node: Node) -> list[Step] | None:
-        name = _activation(node)
+        name = activation_of(node)
         if name is None or not self._worth_it(node):
             return None
         return [elementwise_step(node.args[0], node.outputs, activation=name)]
@@ -403,7 +416,7 @@ class _Lowering:
 
     def mesh_pool(self, node: Node) -> list[Step] | None:
         x, pointers, columns, values = node.args[:4]
-        if not isinstance(x, Value) or not _are_constants(pointers, columns, values):
+        if not isinstance(x, Value) or not are_constants(pointers, columns, values):
             return None
         places = (
             self.constants.table(pointers),
@@ -429,31 +442,13 @@ class _Lowering:
     def flatten(self, node: Node) -> list[Step] | None:
         """Values of vertices in another shape, or the start of a soft-argmax."""
         x, output = node.args[0], node.outputs
-        if len(x.shape) == 4:
-            return self._soft_argmax(node)
-        if len(output.shape) == 4 or not self._worth_it(node):
+        if (found := soft_argmax(node)) is not None:
+            places, chain = found
+            self.covered.update(chain)
+            return [soft_argmax_step(x, chain[-1].outputs, self.constants.vector(places))]
+        if 4 in (len(x.shape), len(output.shape)) or not self._worth_it(node):
             return None
         return [elementwise_step(x, output)]
-
-    def _soft_argmax(self, node: Node) -> list[Step] | None:
-        """A map's flattened pixels, softmax, and the mean of two numbers a pixel by it."""
-        ops = (aten.softmax.int, aten.unsqueeze.default, aten.mul.Tensor, aten.sum.dim_IntList)
-        chain = [node]
-        for op in ops:
-            following = chain[-1].outputs.sole_user
-            if following is None or following.op is not op or following.args[0] is not chain[-1].outputs:
-                return None
-            chain.append(following)
-        flat, softmax, unsqueeze, product, total = chain
-        places = product.args[1]
-        plain = flat.args[1:] == (2,) and softmax.args[1:] == (-1,) and unsqueeze.args[1:] == (2,)
-        shape = (2, flat.outputs.shape[2])
-        if not plain or list(total.args[1:]) != [[-1]] or not _are_constants(places) or total.kwargs:
-            return None
-        if tuple(places.shape) != shape or places.dtype != torch.float32:
-            return None
-        self.covered.update(chain)
-        return [soft_argmax_step(node.args[0], total.outputs, self.constants.vector(places))]
 
     def vertex_sample(self, node: Node) -> list[Step] | None:
         maps, points, camera, _, _, align_corners, border = node.args
@@ -476,40 +471,8 @@ class _Lowering:
     def attend(self, node: Node) -> list[Step] | None:
         if node not in self.attention:
             return None
-        packed, output, heads, scale = self.attention[node]
-        return [attention_step(packed, output, heads, scale)]
-
-    def _match_attention(self, node: Node) -> None:
-        """Covers the views around an attention of packed queries, keys and values `(B, N, 3 * heads * D)`."""
-        q = node.args[0]
-        plain = _is_float(node) and len(node.args) == 3 and not (set(node.kwargs) - {"scale"})
-        unbind = q.producer if isinstance(q, Value) else None
-        if not plain or unbind is None or unbind.op is not aten.unbind.int or unbind.argument(1, 0) != 0:
-            return
-        if list(unbind.outputs) != list(node.args) or any(v.sole_user is not node for v in node.args):
-            return
-        permute = unbind.args[0].producer
-        if permute is None or permute.op is not aten.permute.default or permute.args[1] != [2, 0, 3, 1, 4]:
-            return
-        view = permute.args[0].producer
-        if view is None or view.op not in (aten.view.default, aten.reshape.default):
-            return
-        packed, parts = view.args[0], permute.args[0].shape
-        batch, vertices, three, heads, each = parts
-        back = node.outputs.sole_user
-        chain = (unbind.args[0].sole_user is unbind, permute.args[0].sole_user is permute)
-        if three != 3 or packed.shape != (batch, vertices, 3 * heads * each) or not all(chain):
-            return
-        if back is None or back.op is not aten.transpose.int or set(back.args[1:]) != {1, 2}:
-            return
-        flat = back.outputs.sole_user
-        if flat is None or flat.op not in (aten.reshape.default, aten.view.default, aten.flatten.using_ints):
-            return
-        if flat.outputs.shape != (batch, vertices, heads * each):
-            return
-        scale = node.kwargs.get("scale")
-        self.attention[node] = (packed, flat.outputs, heads, each**-0.5 if scale is None else scale)
-        self.covered |= {view, permute, unbind, back, flat}
+        found = self.attention[node]
+        return [attention_step(found.packed, found.output, found.heads, found.scale)]
 
 
 Handler = Callable[[_Lowering, Node], "list[Step] | None"]
@@ -547,129 +510,3 @@ def _handlers() -> dict[Any, Handler]:
         ours.mesh_pool.default: _Lowering.mesh_pool,
         ours.vertex_sample.default: _Lowering.vertex_sample,
     }
-
-
-def _is_float(node: Node) -> bool:
-    """Whether all tensors have numbers, float32 or constant int32."""
-    tensors = [leaf for leaf in node.args if isinstance(leaf, (Tensor, Value))]
-    return all(
-        0 not in leaf.shape
-        and (leaf.dtype == torch.float32 or (isinstance(leaf, Tensor) and leaf.dtype == torch.int32))
-        for leaf in tensors
-    )
-
-
-def _are_constants(*parts: Any) -> bool:
-    return all(isinstance(part, Tensor) for part in parts)
-
-
-def _pair(values: Any) -> tuple[int, int]:
-    values = [values] if isinstance(values, int) else list(values)
-    return (values[0], values[-1])
-
-
-def _is_norm(node: Node) -> bool:
-    """Whether this is a batch normalisation of a map by running statistics."""
-    if node.op is not aten.batch_norm.default or len(node.outputs.shape) != 4 or node.args[5]:
-        return False
-    return _are_constants(*node.args[3:5]) and not any(isinstance(part, Value) for part in node.args[1:3])
-
-
-def _is_product(node: Node) -> bool:
-    """Whether this is a convolution of a map or a linear layer, of constant weights."""
-    ranks = {aten.conv2d.default: (4,), aten.linear.default: (2, 3)}.get(node.op)
-    if ranks is None or not _is_float(node):
-        return False
-    x, weight, bias = node.args[0], node.args[1], node.argument(2)
-    constant = not isinstance(weight, Value) and not isinstance(bias, Value)
-    return isinstance(x, Value) and len(x.shape) in ranks and constant
-
-
-def _is_depthwise(node: Node, x: Value, pads: tuple[int, int, int, int]) -> bool:
-    """Whether a convolution of `x`, padded by `pads`, is one of each channel that the kernel knows."""
-    weight, stride = node.args[1], _pair(node.argument(3, [1, 1]))
-    if node.argument(6, 1) != channels(x) or len(weight) != channels(x):
-        return False
-    if _pair(node.argument(5, [1, 1])) != (1, 1):
-        return False
-    return _sees_pixels(x.shape[2:], node.outputs.shape[2:], weight.shape[2:], stride, pads)
-
-
-def _reads_padded(user: Node, value: Value, pads: list[int]) -> bool:
-    """Whether `user` is a convolution that can pad `value` itself."""
-    if user.op is not aten.conv2d.default or user.args[0] is not value or not _is_product(user):
-        return False
-    if user.argument(6, 1) == 1:
-        return True
-    assert value.producer is not None
-    own, (left, _, top, _) = _pair(user.argument(4, [0, 0])), [*pads, 0, 0][:4]
-    around = (own[0] + top, own[1] + left, 0, 0)
-    return _is_depthwise(user, value.producer.args[0], around)
-
-
-def _activation(node: Node) -> str | None:
-    if node.op in (aten.relu.default, aten.relu_.default):
-        return "relu"
-    if node.op in (aten.relu6.default, aten.relu6_.default):
-        return "relu6"
-    if node.op in (aten.hardtanh.default, aten.hardtanh_.default) and node.args[1:] == (0.0, 6.0):
-        return "relu6"
-    if node.op is aten.gelu.default and not node.kwargs:
-        return "gelu"
-    if node.op in (aten.silu.default, aten.silu_.default):
-        return "silu"
-    return None
-
-
-def _added(node: Node, value: Value) -> Value | None:
-    """What a plain sum of two values of one shape adds to `value`."""
-    if node.op not in (aten.add.Tensor, aten.add_.Tensor) or node.kwargs or len(node.args) != 2:
-        return None
-    first, second = node.args
-    other = second if first is value else first
-    same = isinstance(other, Value) and other.shape == value.shape and other is not value
-    return other if same and other.dtype == value.dtype else None
-
-
-def _fold(weight: Tensor, bias: Tensor | None, norm: Node | None) -> tuple[Tensor, Tensor]:
-    """A convolution's weight and bias, with the normalisation after it."""
-    offset = weight.new_zeros(len(weight)) if bias is None else bias
-    if norm is None:
-        return weight, offset
-    gamma, beta, mean, variance = norm.args[1:5]
-    factor = 1 / torch.sqrt(variance.double() + norm.args[7])
-    if gamma is not None:
-        factor = factor * gamma
-    offset = (offset - mean.double()) * factor + (0 if beta is None else beta)
-    return (weight.double() * factor[:, None, None, None]).float(), offset.float()
-
-
-def _tables(
-    size: tuple[int, int],
-    out: tuple[int, int],
-    kernel: tuple[int, ...],
-    stride: tuple[int, int],
-    pads: tuple[int, ...],
-    dilation: tuple[int, int],
-) -> list[Tensor]:
-    """For each tap of a kernel the pixel that each output pixel reads, or -1 beyond the map: int32."""
-    found = []
-    for ky in range(kernel[0]):
-        for kx in range(kernel[1]):
-            y = torch.arange(out[0]) * stride[0] - pads[0] + ky * dilation[0]
-            x = torch.arange(out[1]) * stride[1] - pads[1] + kx * dilation[1]
-            inside = ((y >= 0) & (y < size[0]))[:, None] & ((x >= 0) & (x < size[1]))[None]
-            index = torch.where(inside, y[:, None] * size[1] + x[None], -1)
-            found.append(index.flatten().to(torch.int32))
-    return found
-
-
-def _sees_pixels(
-    size: tuple[int, ...],
-    out: tuple[int, ...],
-    kernel: tuple[int, ...],
-    stride: tuple[int, ...],
-    pads: tuple[int, ...],
-) -> bool:
-    """Whether the window of each output pixel holds at least one pixel of the map."""
-    return all(pads[i] < kernel[i] and (out[i] - 1) * stride[i] - pads[i] < size[i] for i in range(2))
