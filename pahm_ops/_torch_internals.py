@@ -57,6 +57,9 @@ set_forward_mode = _take("torch.autograd.forward_ad", "_set_fwd_grad_enabled", _
 EVERY_LEVEL = not LACKING
 
 
+#: The base of modes that see each op that is called, or None.
+DispatchMode = _take("torch.utils._python_dispatch", "TorchDispatchMode", "freeze refuses every module")
+
 # If one of these names is missing, its function below uses documented means, which are slower.
 
 _ASKED_SLOWLY = "what they tell is found out by slower means"

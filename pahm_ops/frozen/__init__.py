@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pahm_ops import _library
+from pahm_ops import _torch_internals as internals
 from pahm_ops.frozen.constants import Constants
 from pahm_ops.frozen.lower import lower
 from pahm_ops.frozen.program import Program
@@ -92,6 +93,10 @@ def freeze(module: nn.Module) -> Frozen:
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.device.type != "cpu":
             raise ValueError(f"freeze: expected a module on the CPU, but {name} is on {tensor.device}")
+    if internals.DispatchMode is None:
+        raise ValueError(
+            "freeze: this torch cannot say which ops a module calls; pahm_ops.backends() says why"
+        )
     if not _library.LOADED:
         raise ValueError("freeze: the kernels are not compiled here; pahm_ops.backends() says why")
     return Frozen(module)

@@ -27,7 +27,7 @@ class _Call:
         self._kwargs = node.kwargs
         self._args = list(node.args)
         self._copies = node.op._schema.is_mutable
-        self._values = [(i, arg.index) for i, arg in enumerate(node.args) if isinstance(arg, Value)]
+        self._places = [(i, arg.index) for i, arg in enumerate(node.args) if isinstance(arg, Value)]
         named = any(isinstance(leaf, Value) for leaf in leaves(node.kwargs))
         self._nested = named or any(
             isinstance(leaf, Value) for arg in node.args if not isinstance(arg, Value) for leaf in leaves(arg)
@@ -36,7 +36,7 @@ class _Call:
 
     def __call__(self, found: list[Tensor]) -> list[Tensor]:
         args, kwargs = list(self._args), self._kwargs
-        for place, index in self._values:
+        for place, index in self._places:
             args[place] = found[index]
         if self._nested:
             args, kwargs = map_leaves(

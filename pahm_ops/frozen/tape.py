@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from pahm_ops import _torch_internals as internals
 
 Structure = Any
 """Tensors or `Value`s in nested lists, tuples, named tuples and dicts."""
@@ -40,7 +41,7 @@ class Value:
 class Node:
     """One call of an op. In its arguments `Value`s stand for tensors that depend on the inputs."""
 
-    op: torch._ops.OpOverload
+    op: Any
     args: tuple[Structure, ...]
     kwargs: dict[str, Structure]
     outputs: Structure = None
@@ -122,7 +123,7 @@ class _Guard(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(internals.DispatchMode or object):  # type: ignore[misc]
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.nodes: list[Node] = []

@@ -162,7 +162,9 @@ class Calls(TorchDispatchMode):
 def test_autocast_on_cuda(op, monkeypatch):
     """What the op is given where a CUDA device is served; torch.autocast is off where there is none."""
     transform = pahm_ops.MeshTransform.prepare(torch.eye(7).to_sparse())
-    monkeypatch.setattr(sys.modules["pahm_ops.backends"], "available", lambda path, device: path != "triton")
+    backends = sys.modules["pahm_ops.backends"]
+    monkeypatch.setattr(backends, "available", lambda path, device: path != "triton")
+    monkeypatch.setattr(backends, "_CHOSEN", {})  # what other tests made it remember
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.float16)

@@ -144,3 +144,9 @@ def test_the_module_may_be_called_after_a_refusal():
     with pytest.raises(FreezeError):
         frozen(x)
     torch.testing.assert_close(frozen(x), frozen._module(x).detach())
+
+
+def test_a_torch_without_dispatch_modes(monkeypatch):
+    monkeypatch.setattr("pahm_ops._torch_internals.DispatchMode", None)
+    with pytest.raises(ValueError, match="this torch cannot say which ops a module calls"):
+        freeze(nn.ReLU().eval())
